@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/describe.h"
+
+#include <cstdio>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+#include "csrc/cpu/backend.h"
+
+namespace smfree::cpu {
+namespace {
+
+struct CallSites {
+  std::mutex mutex;
+  std::unordered_map<uint32_t, std::string> names;
+};
+
+CallSites& AllCallSites() {
+  static CallSites& sites = *new CallSites;  // leaked: see threads.h
+  return sites;
+}
+
+std::string CallSiteName(uint32_t call_site) {
+  CallSites& sites = AllCallSites();
+  const std::lock_guard<std::mutex> lock(sites.mutex);
+  const auto it = sites.names.find(call_site);
+  if (it != sites.names.end()) return it->second;
+  char text[32];
+  std::snprintf(text, sizeof(text), "call site %08x", call_site);
+  return text;
+}
+
+}  // namespace
+
+void RegisterCallSite(uint32_t call_site, std::string name) {
+  CallSites& sites = AllCallSites();
+  const std::lock_guard<std::mutex> lock(sites.mutex);
+  sites.names[call_site] = std::move(name);
+}
+
+std::string DescribeDerivation(int32_t derivation) {
+  constexpr const char* kTransforms[] = {"forward", "tangent", "transpose", "replay"};
+  if (derivation == 0) return "forward";
+  std::string text;
+  for (; derivation > 0; derivation /= 4) {  // the last transform first
+    if (!text.empty()) text += " of ";
+    text += kTransforms[derivation % 4];
+  }
+  return text;
+}
+
+std::string DescribePlace(const Identity& identity) {
+  return CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) + ", " +
+         DescribeDerivation(identity.derivation) + ", number " + std::to_string(identity.number);
+}
+
+std::string DescribeOperation(const Identity& identity) {
+  return std::string(Name(identity.operation)) + " number " + std::to_string(identity.number) +
+         " (" + CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) + ", " +
+         DescribeDerivation(identity.derivation) + ")";
+}
+
+std::string DescribeCall(const char* phase, int32_t rank, const Identity& identity) {
+  return "rank " + std::to_string(rank) + " in " + phase + " (" + DescribePlace(identity) + ")";
+}
+
+std::string JoinNumbers(const std::vector<int32_t>& numbers) {
+  std::string text;
+  for (const int32_t number : numbers) {
+    if (!text.empty()) text += ", ";
+    text += std::to_string(number);
+  }
+  return text;
+}
+
+}  // namespace smfree::cpu

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dispatch_recv: the rows of all sources, grouped by local expert.
+//
+//   rows[s,i,k] = n      the k-th slot of row i from source s is row n of x, or -1
+//   x[n] = row i,  weights[n] = its slot k
+//
+// S1. Place: count the rows of each local expert, lay out the groups, number the rows in the order
+//     (expert, source, i, k). S2. Scatter: read each received row once, write it once per copy.
+// S3. Zero what no row was written to.
+// Byte floor: sum(recv_counts) * row_bytes read, N * row_bytes written.
+//
+// The cached forms start at S2 with rows that are known. The weighted one writes
+// x[n] = w[n] * row i and values[n] = <y[n], row i>: the gradient of a combine.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/cpu/backend.h"
+#include "csrc/cpu/completion_pool.h"
+#include "csrc/cpu/describe.h"
+#include "csrc/cpu/exchange.h"
+#include "csrc/cpu/handle.h"
+#include "csrc/cpu/rows.h"
+
+namespace smfree::cpu {
+namespace {
+
+// S1. Returns the number of copies that were dropped.
+int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
+              const std::vector<Message>& messages) {
+  const GroupConfig& config = exchange.config();
+  const int32_t local_experts = config.num_experts / config.num_ranks;
+  const int32_t first_expert = args.rank * local_experts;
+  const int32_t top_k = config.top_k;
+  const auto experts_of = [&](const Message& message) {
+    return message.experts(MessageLayout(message.header.rows, top_k, top_k, exchange.row_bytes()));
+  };
+
+  std::vector<int64_t> counts(static_cast<size_t>(local_experts));
+  for (const Message& message : messages) {
+    const int32_t* const experts = experts_of(message);
+    for (int64_t i = 0; i < int64_t{message.header.rows} * top_k; ++i) {
+      const auto expert = static_cast<uint32_t>(experts[i] - first_expert);
+      if (expert < static_cast<uint32_t>(local_experts)) ++counts[expert];
+    }
+  }
+
+  // A group takes its aligned size as long as there is room, and experts later in the order get
+  // what is left.
+  std::vector<int64_t> next(counts.size()), limit(counts.size());
+  int64_t start = 0;
+  for (size_t expert = 0; expert < counts.size(); ++expert) {
+    const int64_t aligned = AlignUp(counts[expert], config.expert_alignment);
+    const int64_t size = std::min(aligned, args.rows_capacity - start);
+    args.group_sizes[expert] = static_cast<int32_t>(size);
+    next[expert] = start;
+    limit[expert] = start + size;
+    start += size;
+  }
+
+  int32_t dropped = 0;
+  std::fill_n(args.rows, config.num_ranks * args.tokens * top_k, -1);
+  for (const Message& message : messages) {
+    const int32_t source = message.header.source;
+    const int32_t* const experts = experts_of(message);
+    int32_t* const rows = args.rows + source * args.tokens * top_k;
+    args.recv_counts[source] = message.header.rows;
+    for (int64_t i = 0; i < int64_t{message.header.rows} * top_k; ++i) {
+      const auto expert = static_cast<uint32_t>(experts[i] - first_expert);
+      if (expert >= static_cast<uint32_t>(local_experts)) continue;
+      if (next[expert] < limit[expert]) {
+        rows[i] = static_cast<int32_t>(next[expert]++);
+      } else {
+        ++dropped;
+      }
+    }
+  }
+  return dropped;
+}
+
+struct Scattered {
+  int64_t tokens, rows_capacity;
+  const int32_t* rows;
+  const int32_t* recv_counts;
+  void* x;
+  float* values;               // may be null
+  const void* y = nullptr;     // weighted: both, else neither
+  const float* w = nullptr;
+};
+
+// S2 and S3.
+void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Message>& messages) {
+  const GroupConfig& config = exchange.config();
+  const int32_t top_k = config.top_k;
+  const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
+  auto* const x = static_cast<std::byte*>(to.x);
+  const auto* const y = static_cast<const std::byte*>(to.y);
+  const RowKernels& kernels = KernelsFor(config.dtype);
+  std::vector<uint8_t> written(static_cast<size_t>(to.rows_capacity));
+  if (to.values) std::fill_n(to.values, to.rows_capacity, 0.0f);
+
+  const auto scatter_row = [&](int32_t source, int64_t i) {
+    const Message& message = messages[static_cast<size_t>(source)];
+    const MessageLayout layout(message.header.rows, message.header.experts, message.header.slots,
+                               exchange.row_bytes());
+    const std::byte* const row = message.rows(layout) + i * exchange.row_bytes();
+    for (int32_t k = 0; k < top_k; ++k) {
+      const int64_t n = to.rows[(source * to.tokens + i) * top_k + k];
+      if (n < 0) continue;
+      written[static_cast<size_t>(n)] = 1;
+      if (to.w) {
+        to.values[n] = kernels.scale_and_dot(x + n * x_row_bytes, row, y + n * x_row_bytes,
+                                             to.w[n], config.hidden);
+      } else {
+        std::memcpy(x + n * x_row_bytes, row, static_cast<size_t>(x_row_bytes));
+        if (to.values) to.values[n] = message.slots(layout)[i * top_k + k];
+      }
+    }
+  };
+  const ReceivedRows received(to.recv_counts, config.num_ranks);
+  ParallelFor(received.count(),
+              ThreadsFor(received.count() * x_row_bytes, exchange.threads_per_rank()),
+              [&](int64_t begin, int64_t end) { received.ForEach(begin, end, scatter_row); });
+
+  const auto zero = [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      int64_t stop = begin;
+      while (stop < end && !written[static_cast<size_t>(stop)]) ++stop;
+      std::memset(x + begin * x_row_bytes, 0, static_cast<size_t>((stop - begin) * x_row_bytes));
+      begin = stop + 1;
+    }
+  };
+  ParallelFor(to.rows_capacity,
+              ThreadsFor(to.rows_capacity * x_row_bytes, exchange.threads_per_rank()), zero);
+}
+
+Status Unpack(Exchange& exchange, const char* phase, const DispatchRecvArgs& args,
+              const std::vector<Message>& messages) {
+  const GroupConfig& config = exchange.config();
+  const int32_t dropped = Place(exchange, args, messages);
+  *args.num_dropped = dropped;
+  if (dropped > 0 && config.overflow == Overflow::kError) {
+    FillNaN(config.dtype, static_cast<std::byte*>(args.x), args.rows_capacity * config.hidden);
+    std::fill_n(args.weights, args.rows_capacity, std::numeric_limits<float>::quiet_NaN());
+    exchange.ReportDropped(
+        dropped, Status(FaultKind::kOverflow,
+                        DescribeCall(phase, args.rank, args.identity) + ": " +
+                            std::to_string(dropped) + " rows exceed recv_capacity " +
+                            std::to_string(args.rows_capacity) +
+                            "; the outputs are NaN. Cure: raise recv_capacity, or take "
+                            "overflow='drop'."));
+    return Status();
+  }
+  if (dropped > 0) exchange.ReportDropped(dropped, Status());
+  Scatter(exchange,
+          {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.weights},
+          messages);
+  return Status();
+}
+
+}  // namespace
+
+void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done) {
+  Exchange& exchange = group.exchange();
+  Expectation expected;
+  expected.phase = "dispatch_recv";
+  expected.rank = args.rank;
+  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
+  expected.tokens = args.tokens;
+  expected.experts = expected.slots = exchange.config().top_k;
+  exchange.Expect(
+      expected, Status(),
+      [&exchange, args, phase = expected.phase](const std::vector<Message>& messages) {
+        return Unpack(exchange, phase, args, messages);
+      },
+      std::move(done));
+}
+
+void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done done) {
+  Exchange& exchange = group.exchange();
+  Expectation expected;
+  expected.phase = "dispatch_recv_cached";
+  expected.rank = args.rank;
+  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
+  expected.tokens = args.tokens;
+  expected.slots = args.values ? exchange.config().top_k : 0;
+  expected.counts = args.recv_counts;
+  exchange.Expect(
+      expected,
+      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
+      [&exchange, args](const std::vector<Message>& messages) {
+        Scatter(exchange,
+                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values},
+                messages);
+        return Status();
+      },
+      std::move(done));
+}
+
+void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done) {
+  Exchange& exchange = group.exchange();
+  Expectation expected;
+  expected.phase = "dispatch_recv_weighted";
+  expected.rank = args.rank;
+  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
+  expected.tokens = args.tokens;
+  expected.counts = args.recv_counts;
+  exchange.Expect(
+      expected,
+      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
+      [&exchange, args](const std::vector<Message>& messages) {
+        Scatter(exchange,
+                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values,
+                 args.y, args.w},
+                messages);
+        return Status();
+      },
+      std::move(done));
+}
+
+}  // namespace smfree::cpu

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dispatch_send: for each row t of x and each rank d that holds an expert of it, ascending:
+//
+//   message to d, row i = x[t], expert ids topk_idx[t,:], slots topk_weights[t,:]
+//   places[t,p] = d * T + i          i counts the rows to d in the order of t
+//
+// S1. Route: places and counts from topk_idx.   S2. Allocate one block for all messages.
+// S3. Pack: read each row of x once, write it once per destination.   S4. Post.
+// Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
+//
+// The cached form starts at S2 with a routing that is known, and sends no expert ids.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/cpu/backend.h"
+#include "csrc/cpu/completion_pool.h"
+#include "csrc/cpu/describe.h"
+#include "csrc/cpu/handle.h"
+#include "csrc/cpu/outbox.h"
+
+namespace smfree::cpu {
+namespace {
+
+Status BadRouting(const char* phase, const DispatchSendArgs& args, int32_t top_k, int64_t row,
+                  const std::string& what) {
+  const int32_t* const experts = args.topk_idx + row * top_k;
+  return Status(FaultKind::kInvalidRouting,
+                DescribeCall(phase, args.rank, args.identity) + ": row " + std::to_string(row) +
+                    " " + what + ": topk_idx = [" +
+                    JoinNumbers(std::vector<int32_t>(experts, experts + top_k)) +
+                    "]. Cure: name each expert of a row once, -1 for none.");
+}
+
+// S1.
+Status Route(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
+  const int32_t local_experts = config.num_experts / config.num_ranks;
+  const int32_t top_k = config.top_k;
+  const int32_t places_per_row = PlacesPerRow(config);
+  std::fill_n(args.send_counts, config.num_ranks, 0);
+  std::vector<int64_t> last_row(static_cast<size_t>(config.num_experts), -1);  // that named it
+  std::vector<int32_t> ranks;
+  for (int64_t row = 0; row < args.tokens; ++row) {
+    ranks.clear();
+    for (int32_t k = 0; k < top_k; ++k) {
+      const int32_t expert = args.topk_idx[row * top_k + k];
+      if (expert == -1) continue;
+      if (expert < -1 || expert >= config.num_experts) {
+        return BadRouting(phase, args, top_k, row,
+                          "names expert " + std::to_string(expert) + " of " +
+                              std::to_string(config.num_experts));
+      }
+      int64_t& last = last_row[static_cast<size_t>(expert)];
+      if (last == row) {
+        return BadRouting(phase, args, top_k, row,
+                          "names expert " + std::to_string(expert) + " twice");
+      }
+      last = row;
+      const int32_t rank = expert / local_experts;
+      const auto at = std::lower_bound(ranks.begin(), ranks.end(), rank);
+      if (at == ranks.end() || *at != rank) ranks.insert(at, rank);
+    }
+    int32_t* const places = args.places + row * places_per_row;
+    std::fill_n(places, places_per_row, -1);
+    for (size_t p = 0; p < ranks.size(); ++p) {
+      places[p] = static_cast<int32_t>(ranks[p] * args.tokens) + args.send_counts[ranks[p]]++;
+    }
+  }
+  return Status();
+}
+
+// S2 to S4. `experts` and `slots` may be null.
+Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const void* x,
+                   const int32_t* experts, const float* slots, const int32_t* places,
+                   const int32_t* send_counts) {
+  const GroupConfig& config = exchange.config();
+  const int32_t top_k = config.top_k;
+  const int32_t places_per_row = PlacesPerRow(config);
+  const Status status = outbox.Allocate(send_counts, experts ? top_k : 0, slots ? top_k : 0);
+  if (!status.ok()) return status;
+
+  const auto* const source = static_cast<const std::byte*>(x);
+  const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
+  const auto slot_bytes = static_cast<size_t>(top_k) * sizeof(float);
+  const auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int32_t p = 0; p < places_per_row; ++p) {
+        const int32_t place = places[row * places_per_row + p];
+        if (place < 0) break;
+        const auto rank = static_cast<int32_t>(place / tokens);
+        const int64_t i = place % tokens;
+        std::memcpy(outbox.rows(rank) + i * exchange.row_bytes(), source + row * x_row_bytes,
+                    static_cast<size_t>(x_row_bytes));
+        if (experts) std::memcpy(outbox.experts(rank) + i * top_k, experts + row * top_k, slot_bytes);
+        if (slots) std::memcpy(outbox.slots(rank) + i * top_k, slots + row * top_k, slot_bytes);
+      }
+    }
+  };
+  ParallelFor(tokens, ThreadsFor(tokens * x_row_bytes, exchange.threads_per_rank()), pack);
+  return outbox.Post();
+}
+
+}  // namespace
+
+Status DispatchSend(Group& group, const DispatchSendArgs& args) {
+  constexpr const char* kPhase = "dispatch_send";
+  Exchange& exchange = group.exchange();
+  Outbox outbox(exchange, kPhase, Operation::kDispatch, args);
+  Status status = outbox.Begin();
+  if (status.ok()) status = Route(kPhase, exchange.config(), args);
+  if (status.ok()) {
+    status = PackAndPost(exchange, outbox, args.tokens, args.x, args.topk_idx, args.topk_weights,
+                         args.places, args.send_counts);
+  }
+  return status.ok() ? status : outbox.Fail(std::move(status));
+}
+
+Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args) {
+  Exchange& exchange = group.exchange();
+  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args);
+  Status status = outbox.Begin(
+      CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
+  if (status.ok()) {
+    status = PackAndPost(exchange, outbox, args.tokens, args.x, /*experts=*/nullptr, args.slots,
+                         args.places, args.send_counts);
+  }
+  return status.ok() ? status : outbox.Fail(std::move(status));
+}
+
+}  // namespace smfree::cpu
