@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension module, see ffi/module.cc."""
+
+from typing import Any
+
+class Group:
+    def __init__(
+        self,
+        *,
+        group_id: int,
+        replica: int,
+        process_of_rank: list[int],
+        process: int,
+        secret: str,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        dtype: str,
+        recv_capacity: int,
+        expert_alignment: int,
+        num_lanes: int,
+        drop_overflow: bool,
+        timeout_s: float,
+    ) -> None: ...
+    def address(self) -> str: ...
+    def connect(self, addresses: list[str]) -> None: ...
+    def close(self) -> None: ...
+    def check(self) -> str | None: ...
+    def stats(self) -> dict[str, int]: ...
+    def memory_report(self) -> dict[str, int]: ...
+    def set_chaos(
+        self,
+        *,
+        seed: int,
+        max_delay_us: int,
+        reorder: bool,
+        stall_probability: float,
+        stall_ms: int,
+    ) -> None: ...
+
+class LayoutConfig:
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        ranks_per_node: int,
+        num_experts: int,
+        top_k: int,
+        num_lanes: int,
+        itemsize: int,
+        hidden: int,
+        max_tokens: int,
+        differentiable: bool,
+        hierarchical: bool,
+    ) -> None: ...
+
+def ffi_targets() -> dict[str, Any]: ...
+def ffi_types() -> dict[str, tuple[Any, Any]]: ...
+def register_call_site(call_site: int, name: str) -> None: ...
+def rdma_size_hint(layout_config: LayoutConfig) -> int: ...
+def nvl_size_hint(layout_config: LayoutConfig) -> int: ...
+def max_recv_rows(
+    num_ranks: int, tokens: int, top_k: int, local_experts: int, expert_alignment: int
+) -> int: ...
