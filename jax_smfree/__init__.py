@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert-parallel dispatch and combine for JAX that leave the SMs to the compute.
+
+EpConfig, EpGroup      what the ranks agree on; the ranks
+dispatch_send/recv     rows to the ranks of their experts, in two phases
+combine_send/recv      results back, summed, in two phases
+overlap, tie           compute that runs while rows move, forward and backward
+dispatch, combine      both phases in one call, or with a recv hook
+nn                     MoE layers
+inspect                what a compiled program overlaps
+testing                tests over several processes
+
+Names are loaded on first use (``__init__.pyi`` lists them): ``jax_smfree.testing`` is a pytest plugin,
+and must not import JAX before the tests of other projects have configured it.
+"""
+
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public operations: dispatch and combine, as two phases each or as one call."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from jax_smfree._src import autodiff as _  # registers the rules of the primitives
+from jax_smfree._src import checks, compat, targets
+from jax_smfree._src import primitives as p
+from jax_smfree._src.group import EpGroup
+from jax_smfree._src.token import DispatchResult, Handle, InFlight, Token
+
+
+class _Default(enum.Enum):
+    FROM_DISPATCH = enum.auto()
+
+
+def _call(token: Token, site: str, num_tokens: int, *, carries_slots: bool) -> p.Call:
+    return p.Call(token.group, token.lane, site, num_tokens, carries_slots)
+
+
+def _position(group: EpGroup) -> jax.Array:
+    replica = jnp.int32(0)
+    for axis in group.mesh_axes:
+        if axis != group.axis:
+            size = group.mesh.shape[axis]
+            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
+    rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
+    return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
+
+
+def dispatch_send(
+    token: Token, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array | None = None
+) -> Token:
+    """The send phase of a dispatch: packs the rows and hands them to the mover.
+
+    Shapes (per rank): ``x`` [T, H] in the group's dtype, T up to ``max_tokens`` and the same on all
+    ranks; ``topk_idx`` [T, K] int32, experts of each row, -1 for none; ``topk_weights`` [T, K]
+    float32, ``None`` means ones. A row goes once to each rank, whatever the number of its experts
+    there.
+
+    Sharding: inside ``jax.shard_map``, manual over all axes of the group's mesh. Values that do not
+    vary over these axes are taken as varying.
+
+    Differentiation: gradients reach ``x`` and ``topk_weights``. In the backward pass this is the
+    recv phase of a combine.
+
+    Raises:
+      ValueError, TypeError: while tracing, for a token that is in flight, wrong shapes or dtypes,
+        a closed group, a call outside of ``shard_map``.
+      SmfreeError: at run time, for an index outside of [-1, num_experts), the same expert twice in
+        a row, a rank that runs another program, a missed deadline.
+
+    Example:
+      >>> token = smfree.dispatch_send(token, x, topk_idx, topk_weights)  # doctest: +SKIP
+    """
+    name = "dispatch_send"
+    group = checks.check_token(name, token, None)
+    x = checks.check_rows(name, group, x)
+    shape = (x.shape[0], group.config.top_k)
+    topk_idx = checks.check_array(name, "topk_idx", topk_idx, shape, jnp.int32, "[T, top_k] = ")
+    if topk_weights is None:
+        topk_weights = jnp.ones(shape, jnp.float32)
+    topk_weights = checks.check_array(
+        name, "topk_weights", topk_weights, shape, jnp.float32, "[T, top_k] = "
+    )
+    site = targets.call_site()
+    array, places, send_counts = p.dispatch_send_p.bind(
+        token.array,
+        _position(group),
+        *(compat.varying(v, group.mesh_axes) for v in (x, topk_idx, topk_weights)),
+        call=_call(token, site, x.shape[0], carries_slots=True),
+    )
+    state = InFlight("dispatch", site, x.shape[0])
+    return Token(array, (places, send_counts), group, token.lane, state)
+
+
+def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
+    """The recv phase of a dispatch: waits for the rows and groups them by local expert.
+
+    Returns: ``(d, token)``, see `DispatchResult`; the token is ready for the next send.
+
+    Memory: ``d.x`` has ``recv_capacity`` rows, or those of the worst case.
+
+    Differentiation: in the backward pass this is the send phase of a combine.
+
+    Raises: as `dispatch_send`. What exceeds ``recv_capacity`` under ``overflow="error"`` poisons
+      ``d.x`` and ``d.weights`` with NaN and raises in ``group.check()``.
+    """
+    group = checks.check_token("dispatch_recv", token, "dispatch")
+    assert token.state is not None
+    array, x, weights, group_sizes, num_dropped, rows, recv_counts = p.dispatch_recv_p.bind(
+        token.array,
+        _position(group),
+        call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=True),
+    )
+    places, send_counts = token.routing
+    handle = Handle(places, send_counts, rows, recv_counts, token.state.num_tokens)
+    d = DispatchResult(x, group_sizes, weights, num_dropped, handle)
+    return d, Token(array, (), group, token.lane, None)
+
+
+def combine_send(
+    token: Token,
+    d: DispatchResult,
+    y: jax.Array,
+    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
+) -> Token:
+    """The send phase of a combine: sums each row's local experts and sends one row back per rank.
+
+    Shapes (per rank): ``y`` [N, H] in the group's dtype, row by row the results for ``d.x``;
+    ``weights`` [N] float32, by default ``d.weights``; ``None`` is a plain sum. The products are
+    summed in float32 in the order of the slots of ``topk_idx``, and rounded once.
+
+    Sharding: as `dispatch_send`.
+
+    Differentiation: gradients reach ``y`` and ``weights`` (hence ``topk_weights``). In the backward
+    pass this is the recv phase of a dispatch.
+
+    Raises: as `dispatch_send`.
+    """
+    name = "combine_send"
+    group = checks.check_token(name, token, None)
+    d = checks.check_result(name, group, d)
+    n = d.x.shape[0]
+    shape = (n, group.config.hidden)
+    y = checks.check_array(name, "y", y, shape, group.config.dtype, "[N, hidden], as d.x, ")
+    handle = d.handle
+    routing = (handle.rows, handle.recv_counts)
+    site = targets.call_site()
+    call = _call(token, site, handle.num_tokens, carries_slots=False)
+    position = _position(group)
+    if isinstance(weights, _Default):
+        weights = d.weights
+    if weights is None:
+        none = compat.varying(jnp.zeros((0,), jnp.float32), group.mesh_axes)
+        y = compat.varying(y, group.mesh_axes)
+        (array,) = p.combine_send_p.bind(token.array, position, y, none, *routing, call=call)
+    else:
+        weights = checks.check_array(name, "weights", weights, (n,), jnp.float32, "[N] = ")
+        operands = [compat.varying(v, group.mesh_axes) for v in (y, weights)]
+        (array,) = p.combine_send_weighted_p.bind(
+            token.array, position, *operands, *routing, call=call
+        )
+    state = InFlight("combine", site, handle.num_tokens)
+    return Token(array, (handle.places, handle.send_counts), group, token.lane, state)
+
+
+def combine_recv(token: Token) -> tuple[jax.Array, Token]:
+    """The recv phase of a combine: waits for the rows and sums them over the ranks.
+
+    Returns: ``(out, token)``, ``out`` [T, H] in the group's dtype: the sum over the ranks in
+      ascending order, in float32, rounded once. A row without experts is zero.
+
+    Differentiation: in the backward pass this is the send phase of a dispatch.
+
+    Raises: as `dispatch_send`.
+    """
+    group = checks.check_token("combine_recv", token, "combine")
+    assert token.state is not None
+    array, out, _ = p.combine_recv_p.bind(
+        token.array,
+        _position(group),
+        *token.routing,
+        call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=False),
+    )
+    return out, Token(array, (), group, token.lane, None)
+
+
+def tie(token: Token, *values: Any) -> tuple[Any, ...]:
+    """Makes all of the results wait for all of the arguments, in the forward and backward pass.
+
+    ``token, x = tie(token, x)``: whatever uses the new ``x`` starts after the operation that
+    returned the old token. Values are any pytrees; nothing is computed.
+    """
+    leaves, tree = jax.tree.flatten((token, *values))
+    result: tuple[Any, ...] = jax.tree.unflatten(tree, p.tie_p.bind(*leaves))
+    return result
+
+
+def overlap(token: Token, fn: Callable[..., Any], *args: Any) -> tuple[Token, Any]:
+    """Runs ``fn(*args)`` while the operation in flight moves: after its send, before its recv.
+
+    Both ends are tied to the token, and the ties turn around in the backward pass: there the
+    gradient of ``fn`` runs while the gradient's rows move. Everything that ``fn`` computes from
+    ``args`` is ordered; what it closes over may be computed earlier.
+
+    Returns: ``(token, fn(*args))``.
+
+    Example:
+      >>> token, s = smfree.overlap(token, shared_expert, x, params)  # doctest: +SKIP
+    """
+    if not isinstance(token, Token) or token.state is None:
+        raise ValueError(
+            "overlap: got no token in flight, expected the one that dispatch_send or combine_send "
+            "returned: there is nothing to overlap with."
+        )
+    token, *tied = tie(token, *args)
+    token, out = tie(token, fn(*tied))
+    return token, out
+
+
+class RecvHook:
+    """The recv phase of an operation in flight, for once: ``hook()`` does it.
+
+    ``hook.overlap(fn, *args)`` returns ``fn(*args)``, computed while the operation moves.
+    """
+
+    def __init__(self, token: Token, recv: Callable[[Token], Any]) -> None:
+        self._token: Token | None = token
+        self._recv = recv
+
+    def _in_flight(self) -> Token:
+        if self._token is None:
+            raise ValueError("hook: the operation was received already; a hook is called once.")
+        return self._token
+
+    def overlap(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """``fn(*args)``, tied into the time in which the rows move; see `overlap`."""
+        self._token, out = overlap(self._in_flight(), fn, *args)
+        return out
+
+    def __call__(self) -> Any:
+        """What the recv phase returns."""
+        token, self._token = self._in_flight(), None
+        return self._recv(token)
+
+
+@overload
+def dispatch(
+    token: Token,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None = None,
+    *,
+    return_recv_hook: Literal[False] = False,
+) -> tuple[DispatchResult, Token]: ...
+@overload
+def dispatch(
+    token: Token,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None = None,
+    *,
+    return_recv_hook: Literal[True],
+) -> RecvHook: ...
+def dispatch(
+    token: Token,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None = None,
+    *,
+    return_recv_hook: bool = False,
+) -> tuple[DispatchResult, Token] | RecvHook:
+    """Both phases of a dispatch in one call (native mode), or hook mode.
+
+    Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
+      call returns that.
+    """
+    token = dispatch_send(token, x, topk_idx, topk_weights)
+    return RecvHook(token, dispatch_recv) if return_recv_hook else dispatch_recv(token)
+
+
+@overload
+def combine(
+    token: Token,
+    d: DispatchResult,
+    y: jax.Array,
+    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
+    *,
+    return_recv_hook: Literal[False] = False,
+) -> tuple[jax.Array, Token]: ...
+@overload
+def combine(
+    token: Token,
+    d: DispatchResult,
+    y: jax.Array,
+    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
+    *,
+    return_recv_hook: Literal[True],
+) -> RecvHook: ...
+def combine(
+    token: Token,
+    d: DispatchResult,
+    y: jax.Array,
+    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
+    *,
+    return_recv_hook: bool = False,
+) -> tuple[jax.Array, Token] | RecvHook:
+    """Both phases of a combine in one call (native mode), or hook mode.
+
+    Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
+      call returns that.
+    """
+    token = combine_send(token, d, y, weights)
+    return RecvHook(token, combine_recv) if return_recv_hook else combine_recv(token)
+
+
+def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A ``jax.checkpoint`` policy: keep what was received, so that nothing is sent again.
+
+    ``jax.checkpoint(layer, policy=smfree.save_comm_policy)`` saves the results of every recv phase
+    and computes everything else again. Without it a rematerialised layer sends its rows again.
+    """
+    return primitive in p.RECV_PRIMITIVES
+
+
+DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = [
+    jax.export.DisabledSafetyCheck.custom_call(name) for name in targets.TARGETS
+]
+"""For ``jax.export.export(f, disabled_checks=smfree.DISABLE_JAX_EXPORT_CHECKS)``."""

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiation and rematerialisation of the primitives, so that the overlap turns around.
+
+With the routing fixed, dispatch is linear in the rows and in the numbers that its slots carry, and
+combine (without weights) is its transpose. So every half is the transpose of the other operation's
+other half:
+
+    dispatch_send_cached^T = combine_recv            combine_recv^T = dispatch_send_cached
+    dispatch_recv_cached^T = combine_send            combine_send^T = dispatch_recv_cached
+
+The token is an operand and a result of all of them, and its cotangent is a token: a transposed
+recv sends and returns the cotangent of the token in flight, from which the transposed send
+receives. The ties turn around too, hence gradient communication runs under the backward pass of the
+compute that the forward communication overlapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+from jax_smfree._src import compat
+from jax_smfree._src.primitives import (
+    RECV_PRIMITIVES,
+    REPLAY,
+    TANGENT,
+    TRANSPOSE,
+    Call,
+    combine_recv_p,
+    combine_send_p,
+    combine_send_weighted_p,
+    dispatch_recv_cached_p,
+    dispatch_recv_p,
+    dispatch_recv_weighted_p,
+    dispatch_send_cached_p,
+    dispatch_send_p,
+    tie_p,
+)
+
+
+def _is_zero(value: Any) -> bool:
+    return type(value) is ad.Zero
+
+
+def _zeros_of(primals: Sequence[Any]) -> list[Any]:
+    return [ad.Zero(jax.typeof(p).to_tangent_aval()) for p in primals]
+
+
+def _tangent_call(call: Call) -> Call:
+    if not call.group.config.differentiable:
+        raise ValueError(
+            f"jax_smfree: the operation at {call.call_site} is differentiated, but its group was "
+            "created with EpConfig(differentiable=False). Create it with differentiable=True."
+        )
+    return call.derived(TANGENT)
+
+
+# ---- linear halves -------------------------------------------------------------------------------
+
+
+def _linear(primitive: Primitive, num_linear: int, transpose_of: Primitive) -> None:
+    """JVP and transpose of a primitive that is linear in the token and some of its operands.
+
+    Operands are (token, position, *linear, *routing), results (token, *linear). The transpose takes
+    (token, position, *cotangents of the results, *routing) and returns the token's cotangent and
+    the others in order. Without slots a half has an operand of width 0 in their place.
+    """
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+        out = primitive.bind(*primals, call=call)
+        linear = [0, *range(2, 2 + num_linear)]
+        if all(_is_zero(tangents[i]) for i in linear):
+            return out, _zeros_of(out)
+        operands = list(primals)
+        for i in linear:
+            operands[i] = ad.instantiate_zeros(tangents[i])
+        return out, primitive.bind(*operands, call=_tangent_call(call))
+
+    def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
+        if all(_is_zero(c) for c in cotangents):
+            return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
+        token, *values = [ad.instantiate_zeros(c) for c in cotangents]
+        position, routing = operands[1], operands[2 + num_linear :]
+        token, *values = transpose_of.bind(
+            token, position, *values, *routing, call=call.derived(TRANSPOSE)
+        )
+        bars = [token, None, *values, *[None] * len(routing)]
+        return [
+            b if ad.is_undefined_primal(o) else None for b, o in zip(bars, operands, strict=True)
+        ]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+
+
+_linear(dispatch_send_cached_p, 2, combine_recv_p)
+_linear(combine_recv_p, 0, dispatch_send_cached_p)
+_linear(dispatch_recv_cached_p, 0, combine_send_p)
+_linear(combine_send_p, 2, dispatch_recv_cached_p)
+
+
+# ---- the routed dispatch: linear once its routing is known ---------------------------------------
+
+
+def _dispatch_send_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+    out = dispatch_send_p.bind(*primals, call=call)
+    token, _, x, _, weights = tangents
+    if all(_is_zero(t) for t in (token, x, weights)):
+        return out, _zeros_of(out)
+    _, places, send_counts = out
+    (token_dot,) = dispatch_send_cached_p.bind(
+        ad.instantiate_zeros(token),
+        primals[1],
+        ad.instantiate_zeros(x),
+        ad.instantiate_zeros(weights),
+        places,
+        send_counts,
+        call=_tangent_call(call),
+    )
+    return out, [token_dot, *_zeros_of(out[1:])]
+
+
+def _dispatch_recv_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+    out = dispatch_recv_p.bind(*primals, call=call)
+    if _is_zero(tangents[0]):
+        return out, _zeros_of(out)
+    *_, rows, recv_counts = out
+    tangents_out = dispatch_recv_cached_p.bind(
+        tangents[0], primals[1], rows, recv_counts, call=_tangent_call(call)
+    )
+    return out, [*tangents_out, *_zeros_of(out[3:])]
+
+
+ad.primitive_jvps[dispatch_send_p] = _dispatch_send_jvp
+ad.primitive_jvps[dispatch_recv_p] = _dispatch_recv_jvp
+
+
+# ---- the weighted combine: bilinear, with its tangent fused for the backward pass ----------------
+
+
+def _weigh(y: Any, weights: Any) -> Any:
+    return (y.astype(jnp.float32) * weights[:, None]).astype(y.dtype)
+
+
+def _no_values(token: Any) -> Any:
+    return compat.varying(jnp.zeros((0,), jnp.float32), compat.varying_axes(token))
+
+
+def _combine_tangent(
+    token: Any, position: Any, y_dot: Any, weights_dot: Any, y: Any, weights: Any, *routing: Any,
+    call: Call,
+) -> Any:  # fmt: skip
+    """Sends the tangent of ``weights * y``, in operations that differentiate themselves."""
+    product = (
+        y_dot.astype(jnp.float32) * weights[:, None] + y.astype(jnp.float32) * weights_dot[:, None]
+    ).astype(y.dtype)
+    return combine_send_p.bind(token, position, product, _no_values(token), *routing, call=call)
+
+
+def _recv_weighted(
+    token: Any, position: Any, y: Any, weights: Any, *routing: Any, call: Call
+) -> Any:
+    """The meaning of dispatch_recv_weighted, in operations that differentiate themselves."""
+    token, received, _ = dispatch_recv_cached_p.bind(token, position, *routing, call=call)
+    values = jnp.sum(y.astype(jnp.float32) * received.astype(jnp.float32), axis=1)
+    return [token, _weigh(received, weights), values]
+
+
+combine_tangent_p = Primitive("smfree_combine_tangent")
+combine_tangent_p.multiple_results = True
+combine_tangent_p.def_abstract_eval(lambda token, *_, call: [token])
+compat.impl(combine_tangent_p)
+mlir.register_lowering(combine_tangent_p, mlir.lower_fun(_combine_tangent, multiple_results=True))
+
+
+def _combine_send_weighted_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+) -> Any:
+    out = combine_send_weighted_p.bind(*primals, call=call)
+    token, _, y_dot, weights_dot, *_ = tangents
+    if all(_is_zero(t) for t in (token, y_dot, weights_dot)):
+        return out, _zeros_of(out)
+    _, position, y, weights, *routing = primals
+    dots = [ad.instantiate_zeros(t) for t in (y_dot, weights_dot)]
+    return out, combine_tangent_p.bind(
+        ad.instantiate_zeros(token), position, *dots, y, weights, *routing,
+        call=_tangent_call(call),
+    )  # fmt: skip
+
+
+def _combine_tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
+    token, position, y_dot, weights_dot, y, weights, *routing = operands
+    (token_bar,) = cotangents
+    linear = (token, y_dot, weights_dot)
+    if _is_zero(token_bar):
+        bars = [ad.Zero(v.aval) if ad.is_undefined_primal(v) else None for v in linear]
+    else:
+        bars = dispatch_recv_weighted_p.bind(
+            token_bar, position, y, weights, *routing, call=call.derived(TRANSPOSE)
+        )
+        bars = [b if ad.is_undefined_primal(v) else None for b, v in zip(bars, linear, strict=True)]
+    return [bars[0], None, bars[1], bars[2], None, None, *[None] * len(routing)]
+
+
+def _jvp_of(meaning: Any) -> Any:
+    """The JVP of a fused primitive is that of its meaning."""
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+        _tangent_call(call)
+        dots = tuple(ad.instantiate_zeros(t) for t in tangents)
+        return jax.jvp(lambda *p: meaning(*p, call=call), tuple(primals), dots)
+
+    return jvp
+
+
+ad.primitive_jvps[combine_send_weighted_p] = _combine_send_weighted_jvp
+ad.primitive_jvps[combine_tangent_p] = _jvp_of(_combine_tangent)
+ad.primitive_jvps[dispatch_recv_weighted_p] = _jvp_of(_recv_weighted)
+ad.primitive_transposes[combine_tangent_p] = _combine_tangent_transpose
+
+
+# ---- tie: only what is not zero is tied, only what is used is kept -------------------------------
+
+
+def _tie_nonzero(values: Sequence[Any]) -> list[Any]:
+    tied = iter(tie_p.bind(*[v for v in values if not _is_zero(v)]))
+    return [v if _is_zero(v) else next(tied) for v in values]
+
+
+def _tie_dce(used: Sequence[bool], eqn: Any) -> Any:
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    kept = [[v for v, u in zip(vs, used, strict=True) if u] for vs in (eqn.invars, eqn.outvars)]
+    return list(used), eqn.replace(invars=kept[0], outvars=kept[1])
+
+
+ad.primitive_jvps[tie_p] = lambda primals, tangents: (tie_p.bind(*primals), _tie_nonzero(tangents))
+ad.primitive_transposes[tie_p] = lambda cotangents, *_: _tie_nonzero(cotangents)
+batching.primitive_batchers[tie_p] = lambda values, dims: (tie_p.bind(*values), dims)
+compat.set_dce_rule(tie_p, _tie_dce)
+
+
+# ---- jax.checkpoint ------------------------------------------------------------------------------
+
+
+def _replay(saveable: Any, unknown: Sequence[bool], known_here: Sequence[bool], eqn: Any) -> Any:
+    """What ``jax.checkpoint`` keeps of an operation, and what it runs again in the backward pass.
+
+    The routing (integers) is always kept, so that rows are not sent again for its sake. The copy
+    that runs again has a derivation of its own: on the CPU it may run beside the original. A send
+    is never kept on its own, because its recv would have nothing to receive from.
+    """
+    residuals = [
+        v for v, here in zip(eqn.invars, known_here, strict=True) if not here and not _literal(v)
+    ]
+    everything, nothing = [True] * len(eqn.outvars), [False] * len(eqn.outvars)
+    if any(unknown):  # a tangent: it runs in the backward pass only
+        return None, eqn, everything, everything, residuals
+    if eqn.primitive in RECV_PRIMITIVES and compat.is_saved(
+        saveable(eqn.primitive, *[v.aval for v in eqn.invars], **eqn.params)
+    ):
+        return eqn, None, nothing, nothing, []
+    again = [not jnp.issubdtype(v.aval.dtype, jnp.integer) for v in eqn.outvars]
+    unused = [type(v)(v.aval) for v in eqn.outvars]
+    copy = eqn.replace(
+        outvars=[v if a else u for v, u, a in zip(eqn.outvars, unused, again, strict=True)],
+        params={"call": eqn.params["call"].derived(REPLAY)},
+    )
+    return eqn, copy, nothing, again, residuals
+
+
+def _literal(var: Any) -> bool:
+    return isinstance(var, Literal)
+
+
+# ---- vmap ----------------------------------------------------------------------------------------
+
+
+def _refuse_vmap(primitive: Primitive) -> Any:
+    def batch(*_: Any, **params: Any) -> Any:
+        raise NotImplementedError(
+            f"jax_smfree: {primitive} cannot be vmapped: the number of messages would depend on "
+            "the batch. Reshape the batch into the rows, x[B, T, H] to x[B * T, H], or loop over "
+            "it with jax.lax.scan and the token in the carry."
+        )
+
+    return batch
+
+
+DATA_PRIMITIVES = (
+    dispatch_send_p,
+    dispatch_recv_p,
+    dispatch_send_cached_p,
+    dispatch_recv_cached_p,
+    dispatch_recv_weighted_p,
+    combine_send_p,
+    combine_send_weighted_p,
+    combine_tangent_p,
+    combine_recv_p,
+)
+for _primitive in DATA_PRIMITIVES:
+    batching.primitive_batchers[_primitive] = _refuse_vmap(_primitive)
+    pe.partial_eval_jaxpr_custom_rules[_primitive] = _replay

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EpConfig`: what all ranks of an expert-parallel group agree on before anything is sent."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_smfree import _native
+
+_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpConfig:
+    """Sizes and policies of an expert-parallel (EP) group.
+
+    Attributes:
+      num_experts: experts over all ranks, a multiple of the number of ranks. Rank ``r`` owns the
+        experts ``[r * num_experts / ranks, (r + 1) * num_experts / ranks)``.
+      top_k: experts per row, the second dimension of ``topk_idx``.
+      hidden: length of a row, in elements.
+      max_tokens: the most rows that one rank sends in one operation.
+      dtype: of the rows: float32, bfloat16 or float16. Sums are always taken in float32.
+      recv_capacity: rows of ``d.x``. ``None`` is the worst case (every row of every rank comes
+        here), so that nothing is ever dropped; a smaller number bounds memory, see ``overflow``.
+      expert_alignment: every entry of ``d.group_sizes`` is a multiple of it, filled up with zero
+        rows.
+      num_lanes: operations that may be in flight at the same time (micro-batches).
+      ranks_per_node: overrides how many ranks form a node; ``None`` asks the hardware.
+      timeout_s: deadline of every wait for a peer, in seconds.
+      overflow: when more rows arrive than ``recv_capacity``: ``"error"`` poisons the outputs with
+        NaN and raises in ``group.check()``; ``"drop"`` drops in a fixed order (the last experts,
+        and in an expert the last rows, go first) and counts ``d.num_dropped``.
+      differentiable: whether the group takes part in differentiation, which needs buffers of its
+        own for the operations of the backward pass.
+
+    Raises:
+      ValueError, TypeError: for a value outside of what is said above.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    max_tokens: int
+    dtype: Any = jnp.bfloat16
+    recv_capacity: int | None = None
+    expert_alignment: int = 1
+    num_lanes: int = 1
+    ranks_per_node: int | None = None
+    timeout_s: float = 60.0
+    overflow: Literal["error", "drop"] = "error"
+    differentiable: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        if self.dtype not in _DTYPES:
+            raise TypeError(
+                f"EpConfig: got dtype={self.dtype}, expected one of "
+                f"{', '.join(d.name for d in _DTYPES)}. Cast the rows, or quantise them yourself."
+            )
+        positive = ["num_experts", "top_k", "hidden", "max_tokens", "expert_alignment", "num_lanes"]
+        positive += [n for n in ("recv_capacity", "ranks_per_node") if getattr(self, n) is not None]
+        for name in positive:
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"EpConfig: got {name}={value!r}, expected a positive integer.")
+            object.__setattr__(self, name, int(value))
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"EpConfig: got top_k={self.top_k} of num_experts={self.num_experts}, expected "
+                "top_k <= num_experts: a row goes to an expert at most once."
+            )
+        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
+            raise ValueError(
+                f"EpConfig: got timeout_s={self.timeout_s!r}, expected a positive, finite number "
+                "of seconds: every wait has a deadline."
+            )
+        if self.overflow not in ("error", "drop"):
+            raise ValueError(
+                f"EpConfig: got overflow={self.overflow!r}, expected 'error' or 'drop'."
+            )
+
+    def num_recv_rows(self, num_tokens: int, num_ranks: int) -> int:
+        """Rows of ``d.x`` when every rank sends ``num_tokens`` rows.
+
+        ``recv_capacity`` where it is given; else the worst case: every rank sends every row to as
+        many experts of this rank as it can, and the rows of every expert are rounded up to
+        ``expert_alignment``.
+        """
+        if self.recv_capacity is not None:
+            return self.recv_capacity
+        return _native.max_recv_rows(
+            num_ranks,
+            num_tokens,
+            self.top_k,
+            self.num_experts // num_ranks,
+            self.expert_alignment,
+        )

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EpGroup`: the ranks that exchange rows, and what they hold while they do."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import hashlib
+import json
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_smfree import _native
+from jax_smfree._src import bootstrap, checks, compat, targets
+from jax_smfree._src.config import EpConfig
+from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.token import TOKEN_SIZE, Token
+
+_created: collections.Counter[str] = collections.Counter()
+_open: weakref.WeakSet[EpGroup] = weakref.WeakSet()
+
+
+class EpGroup:
+    """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
+
+    Along every other axis of the mesh each coordinate is a group of its own. A context manager:
+    leaving it closes the group. It is static data of tokens, hence hashed by identity.
+    """
+
+    def __init__(self, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str, ordinal: int):
+        self.mesh = mesh
+        self.axis = axis
+        self.config = config
+        self.num_ranks: int = mesh.shape[axis]
+        self.token_size = TOKEN_SIZE
+        # A number that is the same in all processes and in the next run of the same program, so
+        # that compiled programs can be cached and exported. Positive, and exact in an int64.
+        digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
+        self.group_id = int.from_bytes(digest[:7], "big")
+        self._ordinal = ordinal
+        self._native: list[_native.Group] = []
+        self._closed = False
+
+    @classmethod
+    def create(cls, mesh: Mesh, axis: str = "ep", *, config: EpConfig) -> EpGroup:
+        """Creates the group; collective over all processes of ``mesh``.
+
+        Args:
+          mesh: of CPU devices of one host (in one process or several). A mesh of devices that one
+            can only compile for (``jax.experimental.topologies``) makes a group that only compiles.
+          axis: the mesh axis of the group; its size is the number of ranks.
+          config: sizes and policies, the same in all processes.
+
+        Raises:
+          ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
+            over the ranks, devices without a backend.
+          SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
+            another mesh or config.
+        """
+        if not isinstance(mesh, Mesh):
+            raise TypeError(
+                f"EpGroup.create: got a {type(mesh).__name__} as mesh, expected a "
+                "jax.sharding.Mesh of devices: the group connects them."
+            )
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
+                f"{list(mesh.axis_names)}."
+            )
+        ranks = mesh.shape[axis]
+        if config.num_experts % ranks:
+            raise ValueError(
+                f"EpGroup.create: got num_experts={config.num_experts} over {ranks} ranks, "
+                "expected a multiple of the number of ranks: each owns the same number of experts."
+            )
+        if config.ranks_per_node not in (None, ranks):
+            raise ValueError(
+                f"EpGroup.create: got ranks_per_node={config.ranks_per_node} for {ranks} ranks, "
+                f"expected None or {ranks}: this backend knows the direct mode only, in which all "
+                "ranks form one node."
+            )
+        most_rows = max(ranks * config.max_tokens, config.num_recv_rows(config.max_tokens, ranks))
+        if most_rows >= 2**31:
+            raise ValueError(
+                f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
+                "rows are numbered by int32. Lower max_tokens or set recv_capacity."
+            )
+        shape = dict(mesh.shape)
+        fingerprint = repr((tuple(shape.items()), axis, config))
+        ordinal = _created[fingerprint]
+        _created[fingerprint] += 1
+        group = cls(mesh, axis, config, fingerprint, ordinal)
+
+        device = mesh.devices.flat[0]
+        if compat.is_compile_only(device):
+            targets.register("cpu" if device.platform == "cpu" else "CUDA")
+            return group
+        if device.platform != "cpu":
+            raise ValueError(
+                f"EpGroup.create: got a mesh of {device.platform} devices, expected CPU devices: "
+                "this build has the CPU backend only. Run with JAX_PLATFORMS=cpu."
+            )
+        targets.register("cpu")
+        try:
+            group._connect(fingerprint)
+        except BaseException:
+            group.close()
+            raise
+        _open.add(group)
+        return group
+
+    def _connect(self, fingerprint: str) -> None:
+        """Creates the native group of every replica that has ranks in this process."""
+        me = jax.process_index()
+        axis = self.mesh.axis_names.index(self.axis)
+        replicas = np.moveaxis(self.mesh.devices, axis, -1).reshape(-1, self.num_ranks)
+        for replica, devices in enumerate(replicas):
+            process_of_rank = [d.process_index for d in devices]
+            if me not in process_of_rank:
+                continue
+            processes = sorted(set(process_of_rank))
+            key = f"jax_smfree/{[d.id for d in devices]}/{self._ordinal}/{replica}"
+            secret = ""
+            if len(processes) > 1:
+                secret = self._introduce(key, fingerprint, processes, me)
+            native = _native.Group(
+                group_id=self.group_id,
+                replica=replica,
+                process_of_rank=[processes.index(p) for p in process_of_rank],
+                process=processes.index(me),
+                secret=secret,
+                num_experts=self.config.num_experts,
+                top_k=self.config.top_k,
+                hidden=self.config.hidden,
+                max_tokens=self.config.max_tokens,
+                dtype=self.config.dtype.name,
+                recv_capacity=self.config.recv_capacity or 0,
+                expert_alignment=self.config.expert_alignment,
+                num_lanes=self.config.num_lanes,
+                drop_overflow=self.config.overflow == "drop",
+                timeout_s=self.config.timeout_s,
+            )
+            self._native.append(native)
+            if len(processes) > 1:
+                timeout_s = self.config.timeout_s
+                native.connect(
+                    bootstrap.exchange(f"{key}/address", native.address(), processes, me, timeout_s)
+                )
+
+    def _introduce(self, key: str, fingerprint: str, processes: list[int], me: int) -> str:
+        """Compares notes with the other processes and returns the secret of the first one."""
+        mine = {
+            "host": bootstrap.host_name(),
+            "fingerprint": fingerprint,
+            "secret": bootstrap.new_secret(),
+        }
+        timeout_s = self.config.timeout_s
+        texts = bootstrap.exchange(f"{key}/hello", json.dumps(mine), processes, me, timeout_s)
+        for process, theirs in zip(processes, map(json.loads, texts), strict=True):
+            if theirs["fingerprint"] != fingerprint:
+                raise SmfreeError(
+                    f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
+                    f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
+                    "config."
+                )
+            if theirs["host"] != mine["host"]:
+                raise SmfreeError(
+                    f"EpGroup.create: process {process} runs on host {theirs['host']!r}, process "
+                    f"{me} on {mine['host']!r}, expected one host: the CPU backend connects "
+                    "processes through shared memory."
+                )
+        secret: str = json.loads(texts[0])["secret"]
+        return secret
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """The mesh axes of more than one device, and the group's own."""
+        return tuple(a for a in self.mesh.axis_names if self.mesh.shape[a] > 1 or a == self.axis)
+
+    @property
+    def token_spec(self) -> PartitionSpec:
+        """The partition spec with which a token crosses a ``shard_map`` boundary."""
+        return PartitionSpec(self.mesh_axes)
+
+    def token(self, lane: int = 0) -> Token:
+        """A token that is ready for the first operation on ``lane``.
+
+        Inside ``jax.shard_map`` it is this rank's; outside it is a global one, which enters a
+        ``shard_map`` with the spec `token_spec`. Start each lane once and thread the token through
+        the program; a layer that starts from a fresh one must be ordered by its data.
+
+        Raises:
+          ValueError: for a lane outside of ``range(config.num_lanes)``, or a closed group.
+        """
+        checks.check_open("EpGroup.token", self)
+        if lane not in range(self.config.num_lanes):
+            raise ValueError(
+                f"EpGroup.token: got lane={lane}, expected 0 to {self.config.num_lanes - 1} "
+                f"(EpConfig.num_lanes = {self.config.num_lanes})."
+            )
+        if compat.manual_axes():
+            checks.check_manual("EpGroup.token", self)
+            array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+        else:
+            shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
+            sharding = NamedSharding(self.mesh, self.token_spec)
+            array = jnp.zeros((shards * TOKEN_SIZE,), jnp.float32, device=sharding)
+        return Token(array, (), self, lane, None)
+
+    def check(self) -> None:
+        """Raises what went wrong in this group since the last call, if anything did.
+
+        A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
+        An overflow of ``recv_capacity`` is reported once, and the group goes on.
+
+        Raises:
+          SmfreeError: with the rank, peer, operation, lane and number of the first fault.
+        """
+        for native in self._native:
+            message = native.check()
+            if message:
+                raise SmfreeError(message)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since creation, summed over the ranks of this process."""
+        return self._sum("stats")
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes that the group holds in this process."""
+        return self._sum("memory_report")
+
+    def _sum(self, method: str) -> dict[str, int]:
+        total: collections.Counter[str] = collections.Counter()
+        for native in self._native:
+            report = getattr(native, method)()
+            total.update({name: 0 for name in report})
+            total.update(report)
+        return dict(total)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Ends the group: what still waits ends with an error, later uses raise. Not collective."""
+        self._closed = True
+        for native in self._native:
+            native.close()
+
+    def __enter__(self) -> EpGroup:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"EpGroup(axis={self.axis!r}, num_ranks={self.num_ranks}{state}, {self.config})"
+
+
+@atexit.register
+def _close_all() -> None:
+    for group in list(_open):
+        group.close()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the text of a compiled program: computations, and their instructions in scheduled order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+# The result type stands before the opcode and may hold anything but a word before a parenthesis.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(([^)]*)\)?(.*)$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation"
+    r"|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name, opcode: e.g. ``fusion.3`` and ``fusion``.
+      arguments: what stands between the parentheses.
+      attributes: what follows them.
+      is_root: whether it is the result of its computation.
+    """
+
+    name: str
+    opcode: str
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """The instructions whose results it takes."""
+        return tuple(_NAME.findall(self.arguments))
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """The computations that it runs: a fusion's, a loop's body and condition, …"""
+        return tuple(n for group in _CALLED.findall(self.attributes) for n in _NAME.findall(group))
+
+    @property
+    def target(self) -> str:
+        """The target of a custom call, else the empty string."""
+        return self._find(r'custom_call_target="([^"]*)"')
+
+    @property
+    def op_name(self) -> str:
+        """Where it comes from in the JAX program, e.g. ``jit(f)/transpose(jvp())/dot_general``."""
+        return self._find(r'op_name="([^"]*)"')
+
+    @property
+    def index(self) -> int:
+        """Which element a ``get-tuple-element`` takes."""
+        return int(self._find(r"\bindex=(\d+)"))
+
+    def attribute(self, name: str) -> int:
+        """An integer attribute of a custom call to the FFI; 0 when it has none of this name."""
+        return int(self._find(rf"\b{name} = (-?\d+) : i64") or 0)
+
+    def _find(self, pattern: str) -> str:
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
+
+
+class Computation:
+    """Instructions in the order in which they run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.instructions: list[Instruction] = []
+        self._by_name: dict[str, Instruction] = {}
+
+    def append(self, instruction: Instruction) -> None:
+        """Adds the next line."""
+        self.instructions.append(instruction)
+        self._by_name[instruction.name] = instruction
+
+    def __getitem__(self, name: str) -> Instruction:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions)
+
+    @property
+    def root(self) -> Instruction:
+        """The result."""
+        return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+
+
+def parse(text: str) -> dict[str, Computation]:
+    """The computations of a scheduled program by name, callees first.
+
+    Raises:
+      ValueError: when the text is not of a scheduled program, so that its order says nothing.
+    """
+    if "is_scheduled=true" not in text.split("\n", 1)[0]:
+        raise ValueError(
+            "got a program that is not scheduled, expected jax.jit(f).lower(...).compile() or its "
+            "as_text(): only the compiler decides what runs between a send and its recv."
+        )
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    for line in text.splitlines():
+        if current is None:
+            if header := _COMPUTATION.match(line):
+                current = computations[header[1]] = Computation(header[1])
+        elif line.startswith("}"):
+            current = None
+        elif m := _INSTRUCTION.match(line):
+            current.append(Instruction(m[2], m[3], m[4], m[5], m[1] is not None))
+    return computations

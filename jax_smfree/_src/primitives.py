@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JAX primitives: one per phase, each of which lowers to one FFI custom call.
+
+Sizes, per rank: T rows sent, H hidden, K top_k, R ranks, N rows of ``d.x``; S is K when the
+operation carries a float for every slot of a row, else 0. ``position`` is int32[2], the rank and
+which group along the other mesh axes. See ``token.Handle`` for places, send_counts, rows and
+recv_counts.
+
+=======================  =====================================================================
+dispatch_send            token, position, x[T,H], topk_idx[T,K], topk_weights[T,K]
+                         -> token, places, send_counts
+dispatch_recv            token, position
+                         -> token, x[N,H], weights[N], group_sizes, num_dropped, rows, recv_counts
+dispatch_send_cached     token, position, x[T,H], slots[T,S], places, send_counts -> token
+dispatch_recv_cached     token, position, rows, recv_counts -> token, x[N,H], values[N or 0]
+dispatch_recv_weighted   token, position, y[N,H], weights[N], rows, recv_counts
+                         -> token, x[N,H] = weights * received, values[N] = <y, received>
+combine_send             token, position, y[N,H], values[N or 0], rows, recv_counts -> token
+combine_send_weighted    token, position, y[N,H], weights[N], rows, recv_counts -> token
+combine_recv             token, position, places, send_counts -> token, out[T,H], slots[T,S]
+=======================  =====================================================================
+
+The cached forms take the routing from a handle. They have no JAX effect, so that ``checkpoint``,
+``scan`` and dead code elimination treat them as any primitive; the custom call has a side effect,
+so that XLA neither merges, drops nor hoists it. What orders them is the token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import mlir
+
+from jax_smfree._src import compat, targets
+
+if TYPE_CHECKING:
+    from jax_smfree._src.group import EpGroup
+
+# How the operations of a program come from those that the user wrote: an operation of the backward
+# pass is the transpose of a tangent. Its digits (base 4) are a part of a message's identity.
+TANGENT, TRANSPOSE, REPLAY = 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static part of an operation, the parameter of every primitive.
+
+    Attributes:
+      group, lane, call_site: as in the token.
+      num_tokens: T.
+      carries_slots: S = K, else 0.
+      derivation: base-4 digits TANGENT, TRANSPOSE, REPLAY; 0 for an operation as written.
+    """
+
+    group: EpGroup
+    lane: int
+    call_site: str
+    num_tokens: int
+    carries_slots: bool
+    derivation: int = 0
+
+    def derived(self, *steps: int) -> Call:
+        """The call of the operation that differentiation or rematerialisation makes of this."""
+        derivation = self.derivation
+        for step in steps:
+            derivation = derivation * 4 + step
+        return dataclasses.replace(self, derivation=derivation)
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.group.config.num_recv_rows(self.num_tokens, self.group.num_ranks)
+
+    @property
+    def slot_width(self) -> int:
+        """S."""
+        return self.group.config.top_k if self.carries_slots else 0
+
+    def attributes(self) -> dict[str, np.int64]:
+        """Plain numbers, the same on all ranks and in every process that runs the program."""
+        return {
+            "group": np.int64(self.group.group_id),
+            "lane": np.int64(self.lane),
+            "derivation": np.int64(self.derivation),
+            "call_site": np.int64(targets.call_site_id(self.call_site)),
+        }
+
+
+def _out(token: Any, shape: Sequence[int], dtype: Any) -> Any:
+    return compat.aval_like(token, shape, jnp.dtype(dtype))
+
+
+def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
+    config, ranks = call.group.config, call.group.num_ranks
+    places = (call.num_tokens, min(config.top_k, ranks))
+    return [token, _out(token, places, jnp.int32), _out(token, (ranks,), jnp.int32)]
+
+
+def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
+    config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
+    return [
+        token,
+        _out(token, (n, config.hidden), config.dtype),
+        _out(token, (n,), jnp.float32),
+        _out(token, (config.num_experts // ranks,), jnp.int32),
+        _out(token, (), jnp.int32),
+        _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
+        _out(token, (ranks,), jnp.int32),
+    ]
+
+
+def _send(token: Any, *_: Any, call: Call) -> Any:
+    return [token]
+
+
+def _dispatch_recv_cached(token: Any, *_: Any, call: Call) -> Any:
+    config, n = call.group.config, call.num_rows
+    values = n if call.carries_slots else 0
+    return [
+        token,
+        _out(token, (n, config.hidden), config.dtype),
+        _out(token, (values,), jnp.float32),
+    ]
+
+
+def _dispatch_recv_weighted(token: Any, *_: Any, call: Call) -> Any:
+    config, n = call.group.config, call.num_rows
+    return [
+        token,
+        _out(token, (n, config.hidden), config.dtype),
+        _out(token, (n,), jnp.float32),
+    ]
+
+
+def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
+    config, t = call.group.config, call.num_tokens
+    return [
+        token,
+        _out(token, (t, config.hidden), config.dtype),
+        _out(token, (t, call.slot_width), jnp.float32),
+    ]
+
+
+def _barrier(values: Sequence[Any]) -> list[Any]:
+    return list(hlo.OptimizationBarrierOp(list(values)).results)
+
+
+def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
+    """A primitive that lowers to the custom call ``smfree_<name>`` on every platform.
+
+    The barriers keep XLA:GPU from fusing a slice into a send, or a call into the update of a scan's
+    residuals, which would clone the call (jax 0.11).
+    """
+    primitive = Primitive(f"smfree_{name}")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract_eval)
+    compat.impl(primitive)
+    is_send = "send" in name
+
+    def lower(ctx: Any, *operands: Any, call: Call) -> Any:
+        rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
+        results = rule(ctx, *(_barrier(operands) if is_send else operands), **call.attributes())
+        return _barrier(results)
+
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, lower, platform=platform)
+    return primitive
+
+
+dispatch_send_p = _primitive("dispatch_send", _dispatch_send)
+dispatch_recv_p = _primitive("dispatch_recv", _dispatch_recv)
+dispatch_send_cached_p = _primitive("dispatch_send_cached", _send)
+dispatch_recv_cached_p = _primitive("dispatch_recv_cached", _dispatch_recv_cached)
+dispatch_recv_weighted_p = _primitive("dispatch_recv_weighted", _dispatch_recv_weighted)
+combine_send_p = _primitive("combine_send", _send)
+combine_send_weighted_p = _primitive("combine_send_weighted", _send)
+combine_recv_p = _primitive("combine_recv", _combine_recv)
+
+RECV_PRIMITIVES = frozenset(
+    {dispatch_recv_p, dispatch_recv_cached_p, dispatch_recv_weighted_p, combine_recv_p}
+)
+
+tie_p = Primitive("smfree_tie")
+tie_p.multiple_results = True
+tie_p.def_abstract_eval(lambda *avals: list(avals))
+compat.impl(tie_p)
+mlir.register_lowering(tie_p, lambda ctx, *values: _barrier(values))

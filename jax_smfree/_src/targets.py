@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of the FFI targets, one per phase, and the call sites that faults are named by."""
+
+import functools
+import os
+import sys
+import sysconfig
+import zlib
+
+import jax
+
+from jax_smfree import _native
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_SKIPPED = (_PACKAGE, os.path.dirname(os.path.abspath(jax.__file__)) + os.sep)
+_STDLIB = (sysconfig.get_path("stdlib") + os.sep, sysconfig.get_path("platstdlib") + os.sep)
+_SITE = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep)
+
+_call_sites: dict[int, str] = {}
+
+TARGETS: tuple[str, ...] = tuple(_native.ffi_targets())
+"""Names of the custom calls that a compiled program contains."""
+
+
+@functools.cache
+def register(platform: str) -> None:
+    """Registers the targets for ``"cpu"`` or ``"CUDA"``.
+
+    Called when a group is created, not on import: before a backend is up, jaxlib registers queued
+    handlers ahead of the types that they use, and refuses them.
+
+    Until the CUDA handlers are built, a program for CUDA can be compiled but not run; `EpGroup`
+    sees to that.
+    """
+    for name, (type_id, type_info) in _native.ffi_types().items():
+        jax.ffi.register_ffi_type(
+            name, {"type_id": type_id, "type_info": type_info}, platform=platform
+        )
+    for name, handler in _native.ffi_targets().items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+def call_site() -> str:
+    """The user's line that is being traced, e.g. ``model.py:31 in moe``.
+
+    The base name, not the path: all ranks, and a later process that reads the compilation cache,
+    must agree on it.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        path = frame.f_code.co_filename
+        library = path.startswith(_SKIPPED) or (
+            path.startswith(_STDLIB) and not path.startswith(_SITE)
+        )
+        if not library:
+            break
+        frame = frame.f_back
+    code = frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
+
+
+def call_site_id(site: str) -> int:
+    """The number that stands for ``site`` in programs and messages."""
+    number = zlib.crc32(site.encode())
+    _native.register_call_site(number, site)
+    _call_sites[number] = site
+    return number
+
+
+def call_site_name(number: int) -> str:
+    """The line that ``number`` stands for; the number itself if another process traced it."""
+    return _call_sites.get(number, f"call site {number:#010x}")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token and the results that are threaded through a program, all of them pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax_smfree._src.group import EpGroup
+
+# {magic, number high, number low, run high, run low, instance}: floats, because the cotangent of
+# a token is a token, and float32 holds integers up to 2**24 exactly. The native handlers
+# (csrc/protocol, ffi/token.h) read and write it; Python only makes the first one, all zeros.
+TOKEN_SIZE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """The state of a token between a send and its recv.
+
+    Attributes:
+      operation: ``"dispatch"`` or ``"combine"``.
+      call_site: where the send stands in the user's program.
+      num_tokens: rows per rank of the operation.
+    """
+
+    operation: str
+    call_site: str
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return f"in flight: {self.operation}_send at {self.call_site}"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array", "routing"],
+    meta_fields=["group", "lane", "state"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Token:
+    """Orders the operations of one lane. Opaque: use it once, and go on with the one returned.
+
+    Attributes:
+      array: float32[6] per rank, the only differentiable leaf.
+      routing: integer arrays that the recv of an operation in flight needs.
+      group: the `EpGroup` (static).
+      lane: the lane (static).
+      state: ``None`` when ready for a send, else an `InFlight` (static).
+    """
+
+    array: jax.Array
+    routing: tuple[jax.Array, ...]
+    group: EpGroup
+    lane: int
+    state: InFlight | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["places", "send_counts", "rows", "recv_counts"],
+    meta_fields=["num_tokens"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Handle:
+    """The routing of one dispatch. R ranks, T rows per rank, K = ``top_k``, all int32, per rank.
+
+    Attributes:
+      places: [T, min(K, R)], the places of a row on the wire, ascending:
+        ``destination_rank * T + position`` among the rows to that rank; -1 fills the end.
+      send_counts: [R], rows sent to each rank.
+      rows: [R, T, K], the row of ``d.x`` of slot k of the i-th row from a rank; -1 when the slot's
+        expert is not here, or the copy was dropped.
+      recv_counts: [R], rows received from each rank.
+      num_tokens: T (static).
+    """
+
+    places: jax.Array
+    send_counts: jax.Array
+    rows: jax.Array
+    recv_counts: jax.Array
+    num_tokens: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "group_sizes", "weights", "num_dropped", "handle"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class DispatchResult:
+    """What arrived at this rank, grouped by local expert: the operands of a grouped matmul.
+
+    Attributes:
+      x: [N, H] in the group's dtype. The rows of local expert 0, then 1, …; inside an expert by
+        source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
+      group_sizes: [num_experts / R] int32, rows of each local expert, each a multiple of
+        ``expert_alignment``.
+      weights: [N] float32, the routing weight of each row; zero on padding.
+      num_dropped: [] int32, copies of rows that did not fit into ``recv_capacity`` here.
+      handle: the routing, for `combine_send`.
+    """
+
+    x: jax.Array
+    group_sizes: jax.Array
+    weights: jax.Array
+    num_dropped: jax.Array
+    handle: Handle
+
+    def replace(self, **changes: Any) -> DispatchResult:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def first_token_array(shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
+    """The array of a token before the first operation."""
+    return jnp.zeros(shape, jnp.float32, **kwargs)
