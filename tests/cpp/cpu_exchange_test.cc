@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// All phases among 1 to 8 ranks of one process against the reference: routings, dtypes, alignment,
+// capacity, cached and weighted forms, lanes.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "tests/cpp/check.h"
+#include "tests/cpp/cpu_ranks.h"
+#include "tests/cpp/cpu_reference.h"
+
+namespace smfree::cpu::test {
+namespace {
+
+GroupConfig Config(int32_t num_ranks, int32_t num_experts, int32_t top_k,
+                   DType dtype = DType::kF32) {
+  GroupConfig config;
+  config.num_ranks = num_ranks;
+  config.num_experts = num_experts;
+  config.top_k = top_k;
+  config.num_lanes = 2;
+  config.hidden = 37;  // no multiple of any vector width
+  config.max_tokens = 50;
+  config.dtype = dtype;
+  config.timeout_s = 30;
+  return config;
+}
+
+World MakeWorld(const GroupConfig& config, int64_t tokens, Routing routing, unsigned seed) {
+  std::mt19937 random(seed);
+  World world;
+  for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
+    world.emplace_back(config, tokens);
+    FillInputs(config, world.back(), routing, random, rank);
+  }
+  return world;
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool Same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+void CheckDispatched(const Arrays& got, const Arrays& want) {
+  CHECK(got.places == want.places);
+  CHECK(got.send_counts == want.send_counts);
+  CHECK(got.rows == want.rows);
+  CHECK(got.recv_counts == want.recv_counts);
+  CHECK(got.group_sizes == want.group_sizes);
+  CHECK_EQ(got.num_dropped, want.num_dropped);
+  CHECK(got.dx == want.dx);
+  CHECK(SameBits(got.weights, want.weights));
+}
+
+void CheckCombined(const Arrays& got, const Arrays& want, bool with_slots) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < got.out.size(); ++i) wrong += !Same(got.out[i], want.out[i]);
+  CHECK_EQ(wrong, 0);
+  for (size_t i = 0; with_slots && i < got.slots.size(); ++i) CHECK_EQ(got.slots[i], want.slots[i]);
+}
+
+// Dispatch and combine through the group and through the reference.
+void RoundTrip(const GroupConfig& config, int64_t tokens, Routing routing, unsigned seed) {
+  World got = MakeWorld(config, tokens, routing, seed);
+  World want = got;
+  ReferenceDispatch(config, want);
+  const auto group = MakeLocalGroup(config);
+  const bool weighted = seed % 2 == 0, with_slots = seed % 3 == 0;
+  RunRanks(config.num_ranks, [&](int32_t rank) {
+    Arrays& a = got[rank];
+    CHECK_OK(Send(*group, rank, MakeIdentity(0), a));
+    CHECK_OK(Await([&](Done d) { Receive(*group, rank, MakeIdentity(0), a, std::move(d)); }));
+    CheckDispatched(a, want[rank]);
+    const float* const weights = a.weights.data();
+    CHECK_OK(SendBack(*group, rank, MakeIdentity(1), a, weighted ? weights : nullptr,
+                   with_slots ? weights : nullptr));
+    CHECK_OK(Await([&](Done d) {
+            ReceiveBack(*group, rank, MakeIdentity(1), a, with_slots, std::move(d));
+          }));
+  });
+  std::vector<Array> y;
+  std::vector<std::vector<float>> weights;
+  for (const Arrays& a : want) {
+    y.push_back(a.dx);
+    weights.push_back(a.weights);
+  }
+  ReferenceCombine(config, want, y, weighted ? weights : std::vector<std::vector<float>>{},
+                   weights);
+  for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
+    CheckCombined(got[rank], want[rank], with_slots);
+  }
+  const Stats stats = group->stats();
+  CHECK_EQ(stats.dispatch_send.calls, config.num_ranks);
+  CHECK_EQ(stats.combine_recv.calls, config.num_ranks);
+  CHECK_EQ(stats.dispatch_send.rows, stats.dispatch_recv.rows);
+  CHECK_EQ(stats.messages_in_flight, 0);
+  CHECK_EQ(stats.arena_bytes_in_use, 0);
+  group->Close();
+}
+
+TEST(RoundTripsOfAllSizesDtypesAndRoutings) {
+  unsigned seed = 0;
+  for (const int32_t num_ranks : {1, 2, 3, 4, 5, 6, 7, 8}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+      for (const Routing routing : {Routing::kUniform, Routing::kSomeMissing, Routing::kNoRows,
+                                    Routing::kOneExpert, Routing::kOneRankSilent}) {
+        GroupConfig config = Config(num_ranks, num_ranks * 3, std::min(4, num_ranks * 3), dtype);
+        config.expert_alignment = seed % 3 == 0 ? 8 : 1;
+        RoundTrip(config, 1 + seed % 50, routing, seed);
+        ++seed;
+      }
+    }
+  }
+}
+
+TEST(ManyExpertsPerRowAndOnePerRank) {
+  RoundTrip(Config(2, 16, 16), 20, Routing::kUniform, 1);
+  RoundTrip(Config(8, 8, 2), 50, Routing::kUniform, 2);
+  RoundTrip(Config(1, 1, 1), 50, Routing::kUniform, 3);
+}
+
+TEST(NoTokens) { RoundTrip(Config(3, 6, 2), 0, Routing::kUniform, 4); }
+
+TEST(LargeRowsUseSeveralThreads) {
+  GroupConfig config = Config(1, 4, 2);
+  config.hidden = 3000;
+  config.max_tokens = 400;
+  RoundTrip(config, 400, Routing::kUniform, 6);
+}
+
+TEST(CapacityDropsInOrder) {
+  for (const int32_t alignment : {1, 4}) {
+    GroupConfig config = Config(4, 8, 3);
+    config.recv_capacity = 42;
+    config.expert_alignment = alignment;
+    config.overflow = Overflow::kDrop;
+    RoundTrip(config, 40, Routing::kUniform, 7);
+    RoundTrip(config, 40, Routing::kOneExpert, 8);
+    RoundTrip(config, 3, Routing::kUniform, 9);  // fits
+  }
+}
+
+TEST(CapacityErrorPoisonsAndIsReportedOnce) {
+  GroupConfig config = Config(2, 4, 2);
+  config.recv_capacity = 10;
+  World got = MakeWorld(config, 20, Routing::kUniform, 10);
+  World want = got;
+  ReferenceDispatch(config, want);
+  const auto group = MakeLocalGroup(config);
+  RunRanks(2, [&](int32_t rank) {
+    Arrays& a = got[rank];
+    CHECK_OK(Send(*group, rank, MakeIdentity(0), a));
+    CHECK_OK(Await([&](Done d) { Receive(*group, rank, MakeIdentity(0), a, std::move(d)); }));
+    CHECK_EQ(a.num_dropped, want[rank].num_dropped);
+    CHECK(std::isnan(a.dx[0]) && std::isnan(a.dx[a.dx.size() - 1]) && std::isnan(a.weights[9]));
+    CHECK(a.rows == want[rank].rows);
+  });
+  const Status overflow = group->Check();
+  CHECK_EQ(overflow.kind(), FaultKind::kOverflow);
+  CHECK(overflow.message().find("recv_capacity 10") != std::string::npos);
+  CHECK(group->Check().ok());
+  group->Close();
+}
+
+// The gradients' forms along the routing of a dispatch: x and slots to the experts, there grouped
+// again, or weighted and multiplied.
+TEST(CachedAndWeightedForms) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    const GroupConfig config = Config(4, 8, 3, dtype);
+    World world = MakeWorld(config, 50, Routing::kSomeMissing, 11);
+    ReferenceDispatch(config, world);  // of x and topk_weights; the cached dispatch sends the same
+    const auto group = MakeLocalGroup(config);
+    RunRanks(4, [&](int32_t rank) {
+      Arrays& a = world[rank];
+      for (const bool with_slots : {true, false}) {
+        const Identity identity = MakeIdentity(with_slots, 0, 2);
+        auto send = MakeArgs<DispatchSendCachedArgs>(rank, identity, a);
+        send.x = a.x.data();
+        send.slots = with_slots ? a.topk_weights.data() : nullptr;
+        send.places = a.places.data();
+        send.send_counts = a.send_counts.data();
+        CHECK_OK(DispatchSendCached(*group, send));
+        auto recv = MakeArgs<DispatchRecvCachedArgs>(rank, identity, a);
+        Array x(dtype, a.dx.size());
+        std::vector<float> values(a.capacity, -7);
+        recv.rows_capacity = a.capacity;
+        recv.rows = a.rows.data();
+        recv.recv_counts = a.recv_counts.data();
+        recv.x = x.data();
+        recv.values = with_slots ? values.data() : nullptr;
+        CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, recv, std::move(d)); }));
+        CHECK(x == a.dx);
+        if (with_slots) CHECK(SameBits(values, a.weights));
+      }
+
+      const Identity identity = MakeIdentity(2, 0, 2);
+      auto send = MakeArgs<DispatchSendCachedArgs>(rank, identity, a);
+      send.x = a.x.data();
+      send.places = a.places.data();
+      send.send_counts = a.send_counts.data();
+      CHECK_OK(DispatchSendCached(*group, send));
+      std::mt19937 random(rank);
+      std::normal_distribution<float> normal;
+      Array y(dtype, a.dx.size()), x(dtype, a.dx.size());
+      std::vector<float> w(a.capacity), values(a.capacity, -7);
+      for (int64_t i = 0; i < y.size(); ++i) y.Set(i, normal(random));
+      for (float& weight : w) weight = normal(random);
+      auto recv = MakeArgs<DispatchRecvWeightedArgs>(rank, identity, a);
+      recv.rows_capacity = a.capacity;
+      recv.y = y.data();
+      recv.w = w.data();
+      recv.rows = a.rows.data();
+      recv.recv_counts = a.recv_counts.data();
+      recv.x = x.data();
+      recv.values = values.data();
+      CHECK_OK(Await([&](Done d) { DispatchRecvWeighted(*group, recv, std::move(d)); }));
+      int64_t wrong = 0;
+      for (int64_t n = 0; n < a.capacity; ++n) {
+        double product = 0;
+        for (int64_t h = 0; h < config.hidden; ++h) {
+          const int64_t i = n * config.hidden + h;
+          wrong += x[i] != RoundTo(dtype, w[n] * a.dx[i]);  // dx is 0 where no row is
+          product += static_cast<double>(y[i]) * a.dx[i];
+        }
+        wrong += !(std::abs(values[n] - product) < 1e-4);
+      }
+      CHECK_EQ(wrong, 0);
+    });
+    CHECK_EQ(group->stats().messages_in_flight, 0);
+    group->Close();
+  }
+}
+
+TEST(TwoLanesInFlightTogether) {
+  const GroupConfig config = Config(3, 6, 2);
+  World lane0 = MakeWorld(config, 30, Routing::kUniform, 12);
+  World lane1 = MakeWorld(config, 20, Routing::kUniform, 13);
+  World want0 = lane0, want1 = lane1;
+  ReferenceDispatch(config, want0);
+  ReferenceDispatch(config, want1);
+  const auto group = MakeLocalGroup(config);
+  RunRanks(3, [&](int32_t rank) {
+    CHECK_OK(Send(*group, rank, MakeIdentity(0, 0), lane0[rank]));
+    CHECK_OK(Send(*group, rank, MakeIdentity(0, 1), lane1[rank]));
+    CHECK_OK(Await([&](Done d) {
+            Receive(*group, rank, MakeIdentity(0, 1), lane1[rank], std::move(d));
+          }));
+    CHECK_OK(Await([&](Done d) {
+            Receive(*group, rank, MakeIdentity(0, 0), lane0[rank], std::move(d));
+          }));
+    CheckDispatched(lane0[rank], want0[rank]);
+    CheckDispatched(lane1[rank], want1[rank]);
+  });
+  group->Close();
+}
+
+// Replays may overtake each other: a receive then finds its message behind another one.
+TEST(ReplaysAreTakenByIdentity) {
+  const GroupConfig config = Config(2, 4, 2);
+  World first = MakeWorld(config, 30, Routing::kUniform, 14);
+  World second = MakeWorld(config, 30, Routing::kUniform, 15);
+  World want_first = first, want_second = second;
+  ReferenceDispatch(config, want_first);
+  ReferenceDispatch(config, want_second);
+  const auto group = MakeLocalGroup(config);
+  RunRanks(2, [&](int32_t rank) {
+    constexpr int32_t kReplay = 3;
+    Identity a = MakeIdentity(5, 0, kReplay), b = MakeIdentity(6, 0, kReplay);
+    CHECK_OK(Send(*group, rank, rank == 0 ? a : b, rank == 0 ? first[0] : second[1]));
+    CHECK_OK(Send(*group, rank, rank == 0 ? b : a, rank == 0 ? second[0] : first[1]));
+    CHECK_OK(Await([&](Done d) { Receive(*group, rank, a, first[rank], std::move(d)); }));
+    CHECK_OK(Await([&](Done d) { Receive(*group, rank, b, second[rank], std::move(d)); }));
+    CheckDispatched(first[rank], want_first[rank]);
+    CheckDispatched(second[rank], want_second[rank]);
+  });
+  group->Close();
+}
+
+}  // namespace
+}  // namespace smfree::cpu::test
+
+TEST_MAIN()

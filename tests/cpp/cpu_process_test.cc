@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A group across processes: exchange, a killed process, orderly ends, faults told to others, refused
+// connections; and nothing left behind. The test process itself never starts a thread, so that it
+// may fork.
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/cpp/check.h"
+#include "tests/cpp/cpu_ranks.h"
+#include "tests/cpp/cpu_reference.h"
+
+namespace smfree::cpu::test {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr int32_t kMaxProcesses = 3;
+
+// What the processes of one test share: their addresses, and points that all have reached.
+struct Shared {
+  char address[kMaxProcesses][64];
+  std::atomic<int32_t> listening, reached[4];
+};
+
+GroupConfig Config(int32_t num_ranks) {
+  GroupConfig config;
+  config.num_ranks = num_ranks;
+  config.num_experts = num_ranks * 2;
+  config.top_k = 2;
+  config.num_lanes = 2;
+  config.hidden = 24;
+  config.max_tokens = 40;
+  config.timeout_s = 20;
+  return config;
+}
+
+bool WaitFor(const std::function<bool()>& condition) {
+  const auto deadline = steady_clock::now() + std::chrono::seconds(20);
+  while (!condition()) {
+    if (steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  return true;
+}
+
+// One process of a group: its view of it.
+struct Member {
+  Member(Shared& shared_in, int32_t process_in, std::vector<int32_t> process_of_rank_in)
+      : shared(shared_in), process(process_in), process_of_rank(std::move(process_of_rank_in)) {
+    num_processes = process_of_rank.back() + 1;
+  }
+
+  Status Join(const GroupConfig& config, const std::string& cookie = "secret") {
+    auto created = Group::Create(1, 0, config, process_of_rank, process, cookie);
+    if (!created.ok()) return created.status();
+    group = created.value();
+    std::strcpy(shared.address[process], group->address().c_str());
+    Reach(shared.listening);
+    return group->Connect({shared.address, shared.address + num_processes});
+  }
+  // Comes back when all processes of the group have come.
+  void Reach(std::atomic<int32_t>& point) {
+    ++point;
+    CHECK(WaitFor([&] { return point >= num_processes; }));
+  }
+  std::vector<int32_t> LocalRanks() const {
+    std::vector<int32_t> ranks;
+    for (size_t rank = 0; rank < process_of_rank.size(); ++rank) {
+      if (process_of_rank[rank] == process) ranks.push_back(static_cast<int32_t>(rank));
+    }
+    return ranks;
+  }
+
+  Shared& shared;
+  const int32_t process;
+  const std::vector<int32_t> process_of_rank;
+  int32_t num_processes;
+  std::shared_ptr<Group> group;
+};
+
+// Forks one process per process of the group and runs `body` in each; what it returns, plus the
+// checks that failed, is the exit code. Returns the wait statuses.
+std::vector<int> RunProcesses(const std::vector<int32_t>& process_of_rank,
+                              const std::function<void(Member&)>& body) {
+  void* const memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE,
+                            MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  auto* const shared = new (memory) Shared();
+  const int32_t num_processes = process_of_rank.back() + 1;
+  std::vector<pid_t> children;
+  for (int32_t process = 0; process < num_processes; ++process) {
+    std::fflush(nullptr);
+    const pid_t child = fork();
+    if (child == 0) {
+      check::failures = 0;
+      {
+        Member member(*shared, process, process_of_rank);
+        body(member);
+      }
+      std::exit(check::failures == 0 ? 0 : 1);  // with the group open, if the body left it so
+    }
+    children.push_back(child);
+  }
+  std::vector<int> statuses(children.size());
+  for (size_t i = 0; i < children.size(); ++i) waitpid(children[i], &statuses[i], 0);
+
+  // Nothing is left: no socket of theirs, no process.
+  std::ifstream sockets("/proc/net/unix");
+  for (std::string line; std::getline(sockets, line);) {
+    for (const pid_t child : children) {
+      CHECK(line.find("smfree-" + std::to_string(child) + "-") == std::string::npos);
+    }
+  }
+  CHECK(waitpid(-1, nullptr, WNOHANG) == -1 && errno == ECHILD);
+  munmap(memory, sizeof(Shared));
+  return statuses;
+}
+
+void CheckAllSucceeded(const std::vector<int>& statuses) {
+  for (const int status : statuses) CHECK_EQ(status, 0);
+}
+
+void CheckFault(const Status& status, FaultKind kind, const std::vector<std::string>& words) {
+  CHECK_EQ(Name(status.kind()), std::string(Name(kind)));
+  for (const std::string& word : words) {
+    if (status.message().find(word) == std::string::npos) CHECK_EQ(status.message(), word);
+  }
+}
+
+// The same in every process.
+World MakeWorld(const GroupConfig& config, unsigned seed) {
+  std::mt19937 random(seed);
+  World world;
+  for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
+    world.emplace_back(config, config.max_tokens);
+    FillInputs(config, world.back(), Routing(seed % 5), random, rank);
+  }
+  return world;
+}
+
+// Dispatch and combine on all local ranks, all values checked.
+void RoundTrip(Member& member, unsigned seed) {
+  const GroupConfig& config = member.group->config();
+  World got = MakeWorld(config, seed);
+  World want = got;
+  ReferenceDispatch(config, want);
+  std::vector<Array> y;
+  std::vector<std::vector<float>> weights;
+  for (const Arrays& a : want) {
+    y.push_back(a.dx);
+    weights.push_back(a.weights);
+  }
+  ReferenceCombine(config, want, y, weights, weights);
+  const std::vector<int32_t> ranks = member.LocalRanks();
+  RunRanks(static_cast<int32_t>(ranks.size()), [&](int32_t index) {
+    const int32_t rank = ranks[index];
+    Arrays& a = got[rank];
+    Group& group = *member.group;
+    const Identity first = MakeIdentity(2 * seed), second = MakeIdentity(2 * seed + 1);
+    CHECK_OK(Send(group, rank, first, a));
+    CHECK_OK(Await([&](Done d) { Receive(group, rank, first, a, std::move(d)); }));
+    CHECK(a.dx == want[rank].dx && a.rows == want[rank].rows && a.weights == want[rank].weights);
+    CHECK_OK(SendBack(group, rank, second, a, a.weights.data(), a.weights.data()));
+    CHECK_OK(Await([&](Done d) { ReceiveBack(group, rank, second, a, true, std::move(d)); }));
+    CHECK(a.slots == want[rank].slots);
+    for (int64_t i = 0; i < a.out.size(); ++i) CHECK_EQ(a.out[i], want[rank].out[i]);
+  });
+}
+
+Status ReceiveFirst(Member& member, int32_t rank, int64_t number) {
+  Arrays a(member.group->config(), 40);
+  return Await(
+      [&](Done d) { Receive(*member.group, rank, MakeIdentity(number), a, std::move(d)); });
+}
+
+TEST(ExchangeAmongProcesses) {
+  for (const std::vector<int32_t>& process_of_rank :
+       {std::vector<int32_t>{0, 1}, {0, 0, 1, 1}, {0, 1, 0, 1}, {0, 1, 1, 2}}) {
+    for (const bool chaotic : {false, true}) {
+      CheckAllSucceeded(RunProcesses(process_of_rank, [&](Member& member) {
+        CHECK_OK(member.Join(Config(static_cast<int32_t>(process_of_rank.size()))));
+        if (chaotic) member.group->SetChaos(Chaos{7, 500, true, 0.01, 2});
+        const unsigned steps = kSanitized ? 20 : 100;
+        for (unsigned seed = 0; seed < steps; ++seed) RoundTrip(member, seed);
+        CHECK_OK(member.group->Check());
+        // Every block came back over the socket and was used again.
+        CHECK(WaitFor([&] { return member.group->stats().arena_bytes_in_use == 0; }));
+        CHECK(member.group->memory_bytes() <= 4 << 20);
+        member.group->Close();
+      }));
+    }
+  }
+}
+
+TEST(ManyLargeOperationsInFlightGrowTheArena) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    constexpr int64_t kHidden = 1 << 18;  // rows of 1 MiB
+    constexpr int32_t kLanes = 4;         // of 80 MiB each: more than one segment
+    GroupConfig config = Config(2);
+    config.hidden = kHidden;
+    config.num_lanes = kLanes;
+    config.recv_capacity = 80;
+    config.timeout_s = 60;
+    CHECK_OK(member.Join(config));
+    Arrays a(config, 40);
+    for (int64_t t = 0; t < 40; ++t) {
+      a.topk_idx[t * 2] = 0;
+      a.topk_idx[t * 2 + 1] = 2;
+    }
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t t = 0; t < 40; ++t) {
+        a.x.Set(t * kHidden, static_cast<float>(1000 * lane + 100 * member.process + t));
+      }
+      CHECK_OK(Send(*member.group, member.process, MakeIdentity(0, lane), a));
+    }
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      CHECK_OK(Await([&](Done d) {
+        Receive(*member.group, member.process, MakeIdentity(0, lane), a, std::move(d));
+      }));
+      for (int64_t n = 0; n < 80; ++n) {
+        CHECK_EQ(a.dx[n * kHidden], static_cast<float>(1000 * lane + (n < 40 ? n : 60 + n)));
+      }
+    }
+    CHECK(member.group->memory_bytes() > 256 << 20);
+    member.group->Close();
+    CHECK_EQ(member.group->memory_bytes(), 0);
+  }));
+}
+
+TEST(AKilledProcessIsNamedAtOnce) {
+  const auto statuses = RunProcesses({0, 0, 1, 2}, [](Member& member) {
+    CHECK_OK(member.Join(Config(4)));
+    RoundTrip(member, 0);
+    member.Reach(member.shared.reached[0]);
+    if (member.process == 1) {
+      Arrays a(Config(4), 40);
+      std::fill(a.topk_idx.begin(), a.topk_idx.end(), -1);
+      CHECK_OK(Send(*member.group, 2, MakeIdentity(5, 1), a));
+      kill(getpid(), SIGKILL);
+    }
+    const auto start = steady_clock::now();
+    for (const int32_t rank : member.LocalRanks()) {
+      CheckFault(ReceiveFirst(member, rank, 9), FaultKind::kPeerDied, {"rank(s) 2 (process 1) died"});
+    }
+    CHECK(steady_clock::now() - start < milliseconds(5000));
+    CheckFault(member.group->Check(), FaultKind::kPeerDied, {"rank(s) 2 (process 1) died"});
+    member.group->Close();
+  });
+  CHECK_EQ(statuses[0], 0);
+  CHECK(WIFSIGNALED(statuses[1]) && WTERMSIG(statuses[1]) == SIGKILL);
+  CHECK_EQ(statuses[2], 0);
+}
+
+TEST(APeerThatClosesIsNamed) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    CHECK_OK(member.Join(Config(2)));
+    RoundTrip(member, 0);
+    if (member.process == 1) return member.group->Close();
+    CheckFault(ReceiveFirst(member, 0, 9), FaultKind::kPeerClosed,
+               {"rank(s) 1 (process 1) closed its group", "rank 0 in dispatch_recv"});
+  }));
+}
+
+// What was sent before closing is still received, however late; and a process that just exits says
+// goodbye as well.
+TEST(ClosingLosesNothing) {
+  for (const bool chaotic : {false, true}) {
+    CheckAllSucceeded(RunProcesses({0, 1}, [&](Member& member) {
+      CHECK_OK(member.Join(Config(2)));
+      if (chaotic) member.group->SetChaos(Chaos{1, 50'000, true, 0, 0});
+      if (member.process == 1) std::this_thread::sleep_for(milliseconds(100));
+      RoundTrip(member, 1);
+      CHECK_OK(member.group->Check());
+      if (member.process == 1) member.group->Close();
+    }));
+  }
+}
+
+TEST(AFaultIsToldToOtherProcesses) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    CHECK_OK(member.Join(Config(2)));
+    const std::string words = "rank 1 in dispatch_send";
+    if (member.process == 1) {
+      Arrays a(Config(2), 40);
+      std::fill(a.topk_idx.begin(), a.topk_idx.end(), 3);
+      CheckFault(Send(*member.group, 1, MakeIdentity(0), a), FaultKind::kInvalidRouting, {words});
+    } else {
+      CheckFault(ReceiveFirst(member, 0, 0), FaultKind::kInvalidRouting,
+                 {words, "row 0 names expert 3 twice", "rank 0 in dispatch_recv"});
+    }
+    member.Reach(member.shared.reached[0]);
+    member.group->Close();
+  }));
+}
+
+TEST(AReceiveThatIsPendingAtExitIsEnded) {
+  const auto start = steady_clock::now();
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    CHECK_OK(member.Join(Config(2)));
+    static Arrays a(Config(2), 40);
+    static Shared& shared = member.shared;
+    Receive(*member.group, member.process, MakeIdentity(0), a, [](Status status) {
+      if (!status.ok()) ++shared.reached[1];
+    });
+    member.Reach(shared.reached[0]);
+    if (member.process == 0) return;  // exits; its receive is ended then
+    CHECK(WaitFor([] { return shared.reached[1] == 2; }));
+  }));
+  CHECK(steady_clock::now() - start < milliseconds(10'000));
+}
+
+TEST(AnotherConfigurationIsRefused) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    GroupConfig config = Config(2);
+    config.timeout_s = 2;
+    if (member.process == 1) config.hidden = 32;
+    CheckFault(member.Join(config), FaultKind::kInvalidArgument,
+               {"has made another group: hidden is", member.process == 0 ? "24 here" : "32 here"});
+  }));
+}
+
+TEST(AnotherJobIsRefused) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    GroupConfig config = Config(2);
+    config.timeout_s = 0.3;
+    const Status status = member.Join(config, member.process == 0 ? "mine" : "yours");
+    CHECK(!status.ok());
+    if (member.process == 0) {
+      CheckFault(status, FaultKind::kDeadline, {"process(es) 1 did not connect in time"});
+    }
+    member.Reach(member.shared.reached[0]);
+  }));
+}
+
+TEST(AnUnreachableProcessIsNamed) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    if (member.process == 0) return;
+    auto group = Group::Create(1, 0, Config(2), {0, 1}, 1, "");
+    CheckFault(group.value()->Connect({"smfree-nobody", group.value()->address()}),
+               FaultKind::kSystem, {"process 0 cannot be reached at 'smfree-nobody'"});
+    Arrays a(Config(2), 40);
+    CheckFault(Send(*group.value(), 1, MakeIdentity(0), a), FaultKind::kInvalidArgument,
+               {"not connected"});
+  }));
+}
+
+}  // namespace
+}  // namespace smfree::cpu::test
+
+TEST_MAIN()

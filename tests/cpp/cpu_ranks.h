@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads, and
+// waiting for a receive.
+#ifndef SMFREE_TESTS_CPP_CPU_RANKS_H_
+#define SMFREE_TESTS_CPP_CPU_RANKS_H_
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <future>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "csrc/cpu/backend.h"
+
+// A failed status shows its text.
+#define CHECK_OK(status) CHECK_EQ((status).message(), std::string())
+
+namespace smfree::cpu::test {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+// Rounds as the definition says, without tricks: one bit of the mantissa after the other is beyond
+// suspicion, frexp and nearbyint nearly so.
+inline float RoundTo(DType dtype, float value) {
+  if (dtype == DType::kF32 || !std::isfinite(value)) return value;
+  if (dtype == DType::kF16) return static_cast<float>(static_cast<_Float16>(value));
+  int exponent;
+  const float mantissa = std::frexp(value, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+}
+
+// Elements of a group's dtype.
+class Array {
+ public:
+  Array() = default;
+  // Full of a pattern that is no sensible value, so that elements left unwritten are noticed.
+  Array(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * ItemBytes(dtype), 0xee) {}
+
+  void* data() { return bytes_.data(); }
+  const void* data() const { return bytes_.data(); }
+  int64_t size() const { return static_cast<int64_t>(bytes_.size()) / ItemBytes(dtype_); }
+  float operator[](int64_t i) const {
+    uint32_t bits = 0;
+    if (dtype_ == DType::kF32) {
+      std::memcpy(&bits, &bytes_[i * 4], 4);
+    } else if (dtype_ == DType::kBF16) {
+      std::memcpy(reinterpret_cast<char*>(&bits) + 2, &bytes_[i * 2], 2);
+    } else {
+      _Float16 half;
+      std::memcpy(&half, &bytes_[i * 2], 2);
+      return static_cast<float>(half);
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  void Set(int64_t i, float value) {
+    const float rounded = RoundTo(dtype_, value);
+    if (dtype_ == DType::kF32) {
+      std::memcpy(&bytes_[i * 4], &rounded, 4);
+    } else if (dtype_ == DType::kBF16) {
+      std::memcpy(&bytes_[i * 2], reinterpret_cast<const char*>(&rounded) + 2, 2);
+    } else {
+      const _Float16 half = static_cast<_Float16>(rounded);
+      std::memcpy(&bytes_[i * 2], &half, 2);
+    }
+  }
+  friend bool operator==(const Array& a, const Array& b) { return a.bytes_ == b.bytes_; }
+
+ private:
+  DType dtype_ = DType::kF32;
+  std::vector<unsigned char> bytes_;
+};
+
+// The arrays of one rank for a dispatch and its combine, sized for `tokens` rows.
+struct Arrays {
+  explicit Arrays(const GroupConfig& c, int64_t tokens_in)
+      : tokens(tokens_in),
+        capacity(RowsCapacity(c, tokens_in)),
+        x(c.dtype, tokens * c.hidden),
+        topk_idx(tokens * c.top_k),
+        topk_weights(tokens * c.top_k),
+        places(tokens * std::min(c.top_k, c.num_ranks), -7),
+        send_counts(c.num_ranks, -7),
+        dx(c.dtype, capacity * c.hidden),
+        weights(capacity, -7),
+        group_sizes(c.num_experts / c.num_ranks, -7),
+        rows(c.num_ranks * tokens * c.top_k, -7),
+        recv_counts(c.num_ranks, -7),
+        out(c.dtype, tokens * c.hidden),
+        slots(tokens * c.top_k, -7) {}
+
+  int64_t tokens, capacity;
+  Array x;
+  std::vector<int32_t> topk_idx;
+  std::vector<float> topk_weights;
+  std::vector<int32_t> places, send_counts;
+  Array dx;
+  std::vector<float> weights;
+  std::vector<int32_t> group_sizes;
+  int32_t num_dropped = -7;
+  std::vector<int32_t> rows, recv_counts;
+  Array out;
+  std::vector<float> slots;
+};
+
+// Routings of the kinds that go wrong.
+enum class Routing { kUniform, kSomeMissing, kNoRows, kOneExpert, kOneRankSilent };
+
+inline void FillInputs(const GroupConfig& c, Arrays& a, Routing routing, std::mt19937& random,
+                       int32_t rank) {
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < a.x.size(); ++i) a.x.Set(i, normal(random));
+  for (float& weight : a.topk_weights) weight = normal(random);
+  std::vector<int32_t> experts(c.num_experts);
+  for (int32_t e = 0; e < c.num_experts; ++e) experts[e] = e;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    std::shuffle(experts.begin(), experts.end(), random);
+    if (routing == Routing::kOneExpert) std::swap(*std::find(experts.begin(), experts.end(), 1 % c.num_experts), experts[0]);
+    for (int32_t k = 0; k < c.top_k; ++k) {
+      const bool none = routing == Routing::kNoRows ||
+                        (routing == Routing::kSomeMissing && random() % 3 == 0) ||
+                        (routing == Routing::kOneRankSilent && rank == 0) ||
+                        (routing == Routing::kOneExpert && k > 0);
+      a.topk_idx[t * c.top_k + k] = none ? -1 : experts[k];
+    }
+  }
+}
+
+inline Status Await(const std::function<void(Done)>& receive) {
+  // Shared, because the thread that sets the value may still be inside set_value when get returns.
+  auto promise = std::make_shared<std::promise<Status>>();
+  receive([promise](Status status) { promise->set_value(std::move(status)); });
+  return promise->get_future().get();
+}
+
+inline void RunRanks(int32_t num_ranks, const std::function<void(int32_t)>& body) {
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < num_ranks; ++rank) threads.emplace_back(body, rank);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A group whose ranks all live here.
+inline std::shared_ptr<Group> MakeLocalGroup(const GroupConfig& config, int64_t group_id = 1) {
+  auto group = Group::Create(group_id, 0, config, std::vector<int32_t>(config.num_ranks, 0), 0, "");
+  return group.ok() ? group.value() : nullptr;
+}
+
+inline Identity MakeIdentity(int64_t number, int32_t lane = 0, int32_t derivation = 0) {
+  Identity identity;
+  identity.run_id = 1;
+  identity.number = number;
+  identity.lane = lane;
+  identity.derivation = derivation;
+  identity.call_site = 0xabc;
+  return identity;
+}
+
+template <typename Args>
+Args MakeArgs(int32_t rank, const Identity& identity, const Arrays& a) {
+  Args args;
+  args.rank = rank;
+  args.identity = identity;
+  args.tokens = a.tokens;
+  return args;
+}
+
+inline Status Send(Group& group, int32_t rank, const Identity& identity, Arrays& a) {
+  auto args = MakeArgs<DispatchSendArgs>(rank, identity, a);
+  args.x = a.x.data();
+  args.topk_idx = a.topk_idx.data();
+  args.topk_weights = a.topk_weights.data();
+  args.places = a.places.data();
+  args.send_counts = a.send_counts.data();
+  return DispatchSend(group, args);
+}
+
+inline void Receive(Group& group, int32_t rank, const Identity& identity, Arrays& a, Done done) {
+  auto args = MakeArgs<DispatchRecvArgs>(rank, identity, a);
+  args.rows_capacity = a.capacity;
+  args.x = a.dx.data();
+  args.weights = a.weights.data();
+  args.group_sizes = a.group_sizes.data();
+  args.num_dropped = &a.num_dropped;
+  args.rows = a.rows.data();
+  args.recv_counts = a.recv_counts.data();
+  DispatchRecv(group, args, std::move(done));
+}
+
+// Returns dx, weighted or not, with `values` as slots or without.
+inline Status SendBack(Group& group, int32_t rank, const Identity& identity, const Arrays& a,
+                       const float* w, const float* values) {
+  auto args = MakeArgs<CombineSendArgs>(rank, identity, a);
+  args.rows_capacity = a.capacity;
+  args.y = a.dx.data();
+  args.w = w;
+  args.values = values;
+  args.rows = a.rows.data();
+  args.recv_counts = a.recv_counts.data();
+  return CombineSend(group, args);
+}
+
+inline void ReceiveBack(Group& group, int32_t rank, const Identity& identity, Arrays& a,
+                        bool with_slots, Done done) {
+  auto args = MakeArgs<CombineRecvArgs>(rank, identity, a);
+  args.places = a.places.data();
+  args.send_counts = a.send_counts.data();
+  args.out = a.out.data();
+  args.slots = with_slots ? a.slots.data() : nullptr;
+  CombineRecv(group, args, std::move(done));
+}
+
+}  // namespace smfree::cpu::test
+
+#endif  // SMFREE_TESTS_CPP_CPU_RANKS_H_

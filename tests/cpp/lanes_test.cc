@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/protocol/lanes.h"
+
+#include <set>
+
+#include "tests/cpp/check.h"
+
+using namespace smfree;
+
+TEST(ParityAlternates) {
+  for (int64_t number = 1; number < 100; ++number) {
+    CHECK(ParityOf(number) == 0 || ParityOf(number) == 1);
+    CHECK(ParityOf(number) != ParityOf(number + 1));
+  }
+  CHECK_EQ(ParityOf((int64_t{1} << 55) - 1), 1);
+}
+
+TEST(LaneIndicesAreDenseAndDistinct) {
+  for (int32_t num_lanes : {1, 2, 5}) {
+    for (bool differentiable : {false, true}) {
+      std::set<int32_t> seen;
+      for (int32_t lane = 0; lane < num_lanes; ++lane) {
+        seen.insert(LaneIndex(lane, false, num_lanes));
+        if (differentiable) seen.insert(LaneIndex(lane, true, num_lanes));
+      }
+      CHECK_EQ(static_cast<int32_t>(seen.size()), LaneCount(num_lanes, differentiable));
+      CHECK_EQ(*seen.begin(), 0);
+      CHECK_EQ(*seen.rbegin(), LaneCount(num_lanes, differentiable) - 1);
+    }
+  }
+}
+
+TEST(OperationsAreNumberedFromOne) {
+  LaneState lane{};
+  for (int64_t expected = 1; expected <= 5; ++expected) {
+    int64_t number = -1;
+    CHECK_EQ(BeginSend(lane, number), FaultKind::kNone);
+    CHECK_EQ(number, expected);
+    CHECK(MayReceive(lane, number));
+    FinishRecv(lane, number);
+  }
+}
+
+TEST(SecondSendInFlightIsAFaultAndChangesNothing) {
+  LaneState lane{};
+  int64_t number = 0;
+  CHECK_EQ(BeginSend(lane, number), FaultKind::kNone);
+  int64_t second = -1;
+  CHECK_EQ(BeginSend(lane, second), FaultKind::kTwoInFlight);
+  CHECK_EQ(second, -1);
+  CHECK_EQ(lane.sent, 1);
+  FinishRecv(lane, number);
+  CHECK_EQ(BeginSend(lane, second), FaultKind::kNone);
+  CHECK_EQ(second, 2);
+}
+
+TEST(RecvMayRunAgainUntilTheNextSend) {
+  LaneState lane{};
+  CHECK(!MayReceive(lane, kNoOperation));
+  CHECK(!MayReceive(lane, 1));
+  int64_t first = 0, second = 0;
+  BeginSend(lane, first);
+  FinishRecv(lane, first);
+  CHECK(MayReceive(lane, first));
+  FinishRecv(lane, first);
+  CHECK_EQ(BeginSend(lane, second), FaultKind::kNone);
+  CHECK(!MayReceive(lane, first));
+  CHECK(MayReceive(lane, second));
+  CHECK(!MayReceive(lane, second + 1));
+}
+
+TEST_MAIN()
