@@ -14,7 +14,16 @@ Names are loaded on first use (``__init__.pyi`` lists them): ``jax_smfree.testin
 and must not import JAX before the tests of other projects have configured it.
 """
 
+import importlib.util
+
 import lazy_loader
+
+if importlib.util.find_spec(f"{__name__}._native") is None:
+    raise ImportError(
+        f"jax_smfree: got the source tree {__path__[0]}, which has no compiled module, expected an "
+        "installed package. Install it with 'pip install .' and run from another folder, or use "
+        "'pip install -e .'."
+    )
 
 __version__ = "0.1.0"
 
