@@ -22,6 +22,7 @@ from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
 _created: collections.Counter[str] = collections.Counter()
+_met: collections.Counter[str] = collections.Counter()
 _open: weakref.WeakSet[EpGroup] = weakref.WeakSet()
 
 
@@ -42,7 +43,6 @@ class EpGroup:
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self._ordinal = ordinal
         self._native: list[_native.Group] = []
         self._closed = False
 
@@ -124,7 +124,10 @@ class EpGroup:
             if me not in process_of_rank:
                 continue
             processes = sorted(set(process_of_rank))
-            key = f"jax_smfree/{[d.id for d in devices]}/{self._ordinal}/{replica}"
+            # The n-th group of these devices meets here, whatever its config, to compare configs.
+            place = f"jax_smfree/{[d.id for d in devices]}"
+            key = f"{place}/{_met[place]}"
+            _met[place] += 1
             secret = ""
             if len(processes) > 1:
                 secret = self._introduce(key, fingerprint, processes, me)

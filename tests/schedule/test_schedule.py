@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA schedules for eight H100 between every send and its recv. No GPU takes part."""
+
+import dataclasses
+import re
+
+import pytest
+
+from jax_smfree import inspect
+
+FORWARD, GRADIENT, REPLAY = "forward", "gradient", "replay"
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """A window and the matmuls that it must contain, at least: those of one part of the model."""
+
+    operation: str
+    pass_: str
+    matmuls: int
+    of: str = ""
+    lane: int = 0
+
+
+LAYER_FORWARD = [
+    Expected("dispatch", FORWARD, 2, "under_dispatch"),
+    Expected("combine", FORWARD, 2, "under_combine"),
+]
+# The backward pass sends gradients of a combine's results as a dispatch, and the other way round.
+# Four matmuls: the gradients of the two overlapped ones, by their inputs (dX) and weights (dW).
+LAYER = [
+    *LAYER_FORWARD,
+    Expected("dispatch", GRADIENT, 4, "under_combine"),
+    Expected("combine", GRADIENT, 4, "under_dispatch"),
+]
+EXPECTED = {
+    "forward": LAYER_FORWARD,
+    "gradient": LAYER,
+    "scan": LAYER,
+    "checkpoint": [
+        *LAYER,
+        Expected("dispatch", REPLAY, 2, "under_dispatch"),
+        Expected("combine", REPLAY, 2, "under_combine"),
+    ],
+    "checkpoint_saving": LAYER,
+    "two_lanes": [
+        Expected("dispatch", FORWARD, 2, "under_dispatch", lane=0),
+        Expected("dispatch", FORWARD, 2, "expert", lane=1),
+        Expected("combine", FORWARD, 2, "expert", lane=0),
+        Expected("combine", FORWARD, 2, "under_combine", lane=1),
+        Expected("dispatch", GRADIENT, 4, "under_combine", lane=1),
+        Expected("dispatch", GRADIENT, 4, "expert", lane=0),
+        Expected("combine", GRADIENT, 4, "expert", lane=1),
+        Expected("combine", GRADIENT, 4, "under_dispatch", lane=0),
+    ],
+    # Nothing in the layer can run under its combine. XLA may merge matmuls that share an operand.
+    "nn_layer": [
+        Expected("dispatch", FORWARD, 2),
+        Expected("combine", FORWARD, 0),
+        Expected("dispatch", GRADIENT, 0),
+        Expected("combine", GRADIENT, 4),
+    ],
+    "nn_two_batches": [
+        Expected(operation, pass_, matmuls, lane=lane)
+        for operation in ("dispatch", "combine")
+        for pass_, matmuls in ((FORWARD, 2), (GRADIENT, 4))
+        for lane in (0, 1)
+    ],
+}
+
+
+def key(operation: str, pass_: str, lane: int) -> str:
+    return f"{operation} {pass_}, lane {lane}"
+
+
+def pass_of(window: inspect.Window) -> str:
+    if window.is_backward:
+        return GRADIENT
+    return REPLAY if window.is_replay else FORWARD
+
+
+@pytest.mark.parametrize("latency_hiding", ["on", "off"])
+@pytest.mark.parametrize("program", EXPECTED)
+def test_work_between_every_send_and_its_recv(schedule_of, program, latency_hiding):
+    text = schedule_of(program, latency_hiding)
+    windows = inspect.overlap(text)
+    expected = {key(e.operation, e.pass_, e.lane): e for e in EXPECTED[program]}
+
+    assert {key(w.operation, pass_of(w), w.lane) for w in windows} == set(expected)
+    for window in windows:
+        e = expected[key(window.operation, pass_of(window), window.lane)]
+        inside = [s for s in window.matmuls if e.of in s.op_name]
+        assert len(inside) >= e.matmuls, f"{window}\n{inspect.report(text)}"
+
+
+@pytest.mark.parametrize("latency_hiding", ["on", "off"])
+@pytest.mark.parametrize("program", EXPECTED)
+def test_every_send_is_received_once(schedule_of, program, latency_hiding):
+    text = schedule_of(program, latency_hiding)
+    assert inspect.orphans(text) == []
+    # Counted without the reader: XLA has neither cloned nor dropped a call.
+    calls = [
+        len(re.findall(rf'custom_call_target="smfree_\w+_{phase}\w*"', text))
+        for phase in ("send", "recv")
+    ]
+    assert calls == [len(EXPECTED[program])] * 2
+
+
+@pytest.mark.parametrize("program", ["scan", "checkpoint", "checkpoint_saving"])
+def test_windows_lie_inside_the_loops(schedule_of, program):
+    windows = inspect.overlap(schedule_of(program, "on"))
+    forward = {w.computation for w in windows if pass_of(w) == FORWARD}
+    backward = {w.computation for w in windows if pass_of(w) != FORWARD}
+    assert len(forward) == len(backward) == 1
+    assert forward != backward
+
+
+@pytest.mark.parametrize("latency_hiding", ["on", "off"])
+def test_without_ties_xla_overlaps_nothing(schedule_of, latency_hiding):
+    """The control: the work of the other programs lies in the windows because of `overlap`."""
+    windows = inspect.overlap(schedule_of("untied", latency_hiding))
+    assert [w.matmuls for w in windows] == [(), ()]
