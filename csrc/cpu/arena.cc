@@ -12,19 +12,19 @@
 #include <string>
 #include <utility>
 
+#include "csrc/cpu/pages.h"
+#include "csrc/protocol/layout.h"
+
 namespace smfree::cpu {
 namespace {
 
-constexpr int64_t kPageBytes = 4096;            // granularity of blocks
-constexpr int64_t kHugePageBytes = 2 << 20;     // granularity of segments and of commits
-constexpr int64_t kSegmentBytes = 256 << 20;    // address space only: pages come when first used
-
-int64_t RoundUp(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+// Blocks are whole pages; segments, and what is claimed of them at a time, whole huge pages.
+constexpr int64_t kSegmentBytes = 256 << 20;  // address space only: pages come when first used
 
 Status MemoryError(const std::string& what, int64_t bytes, int error) {
   return Status(FaultKind::kOutOfMemory,
-                what + " of " + std::to_string(bytes >> 20) + " MiB for rows in flight failed: " +
-                    std::strerror(error) +
+                what + " of " + std::to_string(bytes >> 20) +
+                    " MiB for rows in flight failed: " + std::strerror(error) +
                     ". Cure: send fewer rows per operation (max_tokens), keep fewer operations in "
                     "flight (lanes), or give the process more memory.");
 }
@@ -40,8 +40,7 @@ StatusOr<std::shared_ptr<Mapping>> Mapping::Create(int fd, int64_t bytes, bool w
     if (fd >= 0) close(fd);
     return MemoryError("mapping", bytes, error);
   }
-  // Advice only: it saves most page faults of the first use, and may be refused.
-  madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+  AdviseHugePages(data, bytes);
   return std::shared_ptr<Mapping>(new Mapping(static_cast<std::byte*>(data), bytes, fd));
 }
 
@@ -51,7 +50,7 @@ Mapping::~Mapping() {
 }
 
 StatusOr<std::shared_ptr<Mapping>> MapForeignSegment(int fd, int64_t bytes) {
-  struct stat file {};
+  struct stat file{};
   const int seals = fcntl(fd, F_GET_SEALS);
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || fstat(fd, &file) != 0 || bytes <= 0 ||
       file.st_size < bytes) {
@@ -62,7 +61,7 @@ StatusOr<std::shared_ptr<Mapping>> MapForeignSegment(int fd, int64_t bytes) {
 }
 
 Status Arena::AddSegment(int64_t bytes) {
-  const int64_t size = std::max(kSegmentBytes, RoundUp(bytes, kHugePageBytes));
+  const int64_t size = std::max(kSegmentBytes, AlignUp(bytes, kHugePageBytes));
   int fd = -1;
   if (backing_ == Backing::kMemfd) {
     fd = memfd_create("smfree", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -85,11 +84,11 @@ Status Arena::AddSegment(int64_t bytes) {
   return Status();
 }
 
-// Pages of a memfd are claimed before they are written: without this, running out of memory would be
-// a SIGBUS in the middle of packing instead of an error.
+// Pages of a memfd are claimed before they are written: without this, running out of memory would
+// be a SIGBUS in the middle of packing instead of an error.
 Status Arena::Commit(Segment& segment, int64_t end) {
   if (end <= segment.committed) return Status();
-  const int64_t target = std::min(RoundUp(end, kHugePageBytes), segment.mapping->bytes());
+  const int64_t target = std::min(AlignUp(end, kHugePageBytes), segment.mapping->bytes());
   const int64_t bytes = target - segment.committed;
   if (backing_ == Backing::kMemfd) {
     int error;
@@ -115,7 +114,7 @@ bool Arena::TakeLowest(Segment& segment, int64_t bytes, int64_t* offset) {
 }
 
 StatusOr<std::shared_ptr<Arena::Block>> Arena::Allocate(int64_t bytes) {
-  bytes = RoundUp(std::max<int64_t>(bytes, 1), kPageBytes);
+  bytes = AlignUp(std::max<int64_t>(bytes, 1), kPageBytes);
   std::unique_lock<std::mutex> lock(mutex_);
   if (retired_) return Status(FaultKind::kClosed, "the group was closed");
   int64_t offset = 0;

@@ -43,8 +43,8 @@ class Mapping {
   const int fd_;
 };
 
-// Maps a memfd that another process sent, for reading. Takes the descriptor. Refuses a file that its
-// owner could still shrink, since reading past the end of a file kills the process.
+// Maps a memfd that another process sent, for reading. Takes the descriptor. Refuses a file that
+// its owner could still shrink, since reading past the end of a file kills the process.
 StatusOr<std::shared_ptr<Mapping>> MapForeignSegment(int fd, int64_t bytes);
 
 class Arena : public std::enable_shared_from_this<Arena> {
@@ -61,7 +61,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
    public:
     Block(std::shared_ptr<Arena> arena, int32_t segment, int64_t offset, int64_t bytes,
           std::byte* data)
-        : arena_(std::move(arena)), data_(data), offset_(offset), bytes_(bytes), segment_(segment) {}
+        : arena_(std::move(arena)),
+          data_(data),
+          offset_(offset),
+          bytes_(bytes),
+          segment_(segment) {}
     ~Block() { arena_->Free(segment_, offset_, bytes_); }
     Block(const Block&) = delete;
     Block& operator=(const Block&) = delete;
@@ -88,8 +92,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
  private:
   struct Segment {
     std::shared_ptr<Mapping> mapping;
-    int64_t committed = 0;             // pages below are backed
-    std::map<int64_t, int64_t> free;   // offset -> bytes, no two ranges touch
+    int64_t committed = 0;            // pages below are backed
+    std::map<int64_t, int64_t> free;  // offset -> bytes, no two ranges touch
   };
 
   void Free(int32_t segment, int64_t offset, int64_t bytes);

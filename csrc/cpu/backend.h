@@ -3,9 +3,10 @@
 // The CPU backend: an expert-parallel group whose ranks are threads of one process, or of several
 // processes of one host, and the seven phases that exchange rows between them. No XLA, no Python.
 //
-// Sizes, per rank: R ranks, E experts, El = E / R local experts, T rows sent (equal on all ranks, at
-// most max_tokens), K top_k, P = min(K, R) places of a row, H hidden, N rows of the expert-grouped
-// array. Rows are H elements of the group's dtype; all arrays are dense and row-major.
+// Sizes, per rank: R ranks, E experts, El = E / R local experts, T rows sent (equal on all ranks,
+// at most max_tokens), K top_k, P = min(K, R) places of a row, H hidden, N rows of the
+// expert-grouped array. Rows are H elements of the group's dtype; all arrays are dense and
+// row-major.
 //
 //   places      int32[T,P]    destination_rank * T + position in that destination's list,
 //                             ascending; -1 fills the end
@@ -15,10 +16,10 @@
 //   recv_counts int32[R]      rows received from each rank
 //   slots       float32[T,K]  one value per (row, slot) that rides along with the row
 //
-// Threads: every function may be called from any thread. A send returns when its rows are packed and
-// its input may be reused. A receive returns at once; its Done is called exactly once, inline if all
-// messages are there, else on a pool thread, never on the mover. The arrays of a receive must live
-// until then. fork() without exec() is not supported once a group exists.
+// Threads: every function may be called from any thread. A send returns when its rows are packed
+// and its input may be reused. A receive returns at once; its Done is called exactly once, inline
+// if all messages are there, else on a pool thread, never on the mover. The arrays of a receive
+// must live until then. fork() without exec() is not supported once a group exists.
 #ifndef SMFREE_CSRC_CPU_BACKEND_H_
 #define SMFREE_CSRC_CPU_BACKEND_H_
 
@@ -56,8 +57,8 @@ struct GroupConfig {
 // in order, because that is what every mover guarantees.
 struct Chaos {
   uint64_t seed = 0;
-  int64_t max_delay_us = 0;  // each message is held back by a random time up to this
-  bool reorder = false;      // messages may overtake those of other peers and other streams
+  int64_t max_delay_us = 0;        // each message is held back by a random time up to this
+  bool reorder = false;            // messages may overtake those of other peers and other streams
   double stall_probability = 0.0;  // per message: everything stands still ...
   int64_t stall_ms = 0;            // ... for this long
   bool enabled() const { return max_delay_us > 0 || (stall_probability > 0 && stall_ms > 0); }
@@ -72,10 +73,10 @@ struct PhaseStats {
 
 struct Stats {
   PhaseStats dispatch_send, dispatch_recv, combine_send, combine_recv;
-  int64_t rows_dropped = 0;           // copies that exceeded recv_capacity
-  int64_t pending_receives = 0;       // receives that wait now
-  int64_t messages_in_flight = 0;     // arrived here and not yet received
-  int64_t arena_bytes_in_use = 0;     // rows packed by ranks of this process, not yet unpacked
+  int64_t rows_dropped = 0;        // copies that exceeded recv_capacity
+  int64_t pending_receives = 0;    // receives that wait now
+  int64_t messages_in_flight = 0;  // arrived here and not yet received
+  int64_t arena_bytes_in_use = 0;  // rows packed by ranks of this process, not yet unpacked
   int64_t arena_bytes_high_water = 0;
 };
 
@@ -146,11 +147,11 @@ struct Call {
 
 // places, send_counts <- topk_idx; sends x rows with their expert ids and weights.
 struct DispatchSendArgs : Call {
-  const void* x = nullptr;                // [T,H]
-  const int32_t* topk_idx = nullptr;      // [T,K], -1 = no expert
-  const float* topk_weights = nullptr;    // [T,K]
-  int32_t* places = nullptr;              // out [T,P]
-  int32_t* send_counts = nullptr;         // out [R]
+  const void* x = nullptr;              // [T,H]
+  const int32_t* topk_idx = nullptr;    // [T,K], -1 = no expert
+  const float* topk_weights = nullptr;  // [T,K]
+  int32_t* places = nullptr;            // out [T,P]
+  int32_t* send_counts = nullptr;       // out [R]
 };
 Status DispatchSend(Group& group, const DispatchSendArgs& args);
 
@@ -169,55 +170,55 @@ void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done);
 
 // Sends x rows (with slots) along a known routing.
 struct DispatchSendCachedArgs : Call {
-  const void* x = nullptr;                 // [T,H]
-  const float* slots = nullptr;            // [T,K] or null
-  const int32_t* places = nullptr;         // [T,P]
-  const int32_t* send_counts = nullptr;    // [R]
+  const void* x = nullptr;               // [T,H]
+  const float* slots = nullptr;          // [T,K] or null
+  const int32_t* places = nullptr;       // [T,P]
+  const int32_t* send_counts = nullptr;  // [R]
 };
 Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args);
 
 // x[rows[s,i,k]] = row i of source s; values[rows[s,i,k]] = its slot k. Everything else is zero.
 struct DispatchRecvCachedArgs : Call {
-  int64_t rows_capacity = 0;              // N
-  const int32_t* rows = nullptr;          // [R,T,K]
-  const int32_t* recv_counts = nullptr;   // [R]
-  void* x = nullptr;                      // out [N,H]
-  float* values = nullptr;                // out [N] or null
+  int64_t rows_capacity = 0;             // N
+  const int32_t* rows = nullptr;         // [R,T,K]
+  const int32_t* recv_counts = nullptr;  // [R]
+  void* x = nullptr;                     // out [N,H]
+  float* values = nullptr;               // out [N] or null
 };
 void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done done);
 
 // With n = rows[s,i,k] and r = row i of source s: x[n] = w[n] * r and values[n] = <y[n], r> in
 // float32. Everything else is zero.
 struct DispatchRecvWeightedArgs : Call {
-  int64_t rows_capacity = 0;              // N
-  const void* y = nullptr;                // [N,H]
-  const float* w = nullptr;               // [N]
-  const int32_t* rows = nullptr;          // [R,T,K]
-  const int32_t* recv_counts = nullptr;   // [R]
-  void* x = nullptr;                      // out [N,H]
-  float* values = nullptr;                // out [N]
+  int64_t rows_capacity = 0;             // N
+  const void* y = nullptr;               // [N,H]
+  const float* w = nullptr;              // [N]
+  const int32_t* rows = nullptr;         // [R,T,K]
+  const int32_t* recv_counts = nullptr;  // [R]
+  void* x = nullptr;                     // out [N,H]
+  float* values = nullptr;               // out [N]
 };
 void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done);
 
 // Returns to source s, for its i-th row here, sum over k ascending of w[n] * y[n], n = rows[s,i,k],
 // in float32, rounded once; and as slot k values[n], or 0 without n.
 struct CombineSendArgs : Call {
-  int64_t rows_capacity = 0;              // N
-  const void* y = nullptr;                // [N,H]
-  const float* w = nullptr;               // [N] or null: ones
-  const float* values = nullptr;          // [N] or null: no slots
-  const int32_t* rows = nullptr;          // [R,T,K]
-  const int32_t* recv_counts = nullptr;   // [R]
+  int64_t rows_capacity = 0;             // N
+  const void* y = nullptr;               // [N,H]
+  const float* w = nullptr;              // [N] or null: ones
+  const float* values = nullptr;         // [N] or null: no slots
+  const int32_t* rows = nullptr;         // [R,T,K]
+  const int32_t* recv_counts = nullptr;  // [R]
 };
 Status CombineSend(Group& group, const CombineSendArgs& args);
 
 // out[t] = sum over the places of row t, ascending, of the row returned from there, in float32,
 // rounded once; slots likewise. Rows without a place are zero.
 struct CombineRecvArgs : Call {
-  const int32_t* places = nullptr;         // [T,P]
-  const int32_t* send_counts = nullptr;    // [R]
-  void* out = nullptr;                     // out [T,H]
-  float* slots = nullptr;                  // out [T,K] or null
+  const int32_t* places = nullptr;       // [T,P]
+  const int32_t* send_counts = nullptr;  // [R]
+  void* out = nullptr;                   // out [T,H]
+  float* slots = nullptr;                // out [T,K] or null
 };
 void CombineRecv(Group& group, const CombineRecvArgs& args, Done done);
 

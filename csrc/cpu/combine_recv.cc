@@ -14,6 +14,7 @@
 #include "csrc/cpu/completion_pool.h"
 #include "csrc/cpu/exchange.h"
 #include "csrc/cpu/handle.h"
+#include "csrc/cpu/pages.h"
 #include "csrc/cpu/rows.h"
 
 namespace smfree::cpu {
@@ -26,27 +27,41 @@ void Unpack(const Exchange& exchange, const CombineRecvArgs& args,
   const int32_t places_per_row = PlacesPerRow(config);
   auto* const out = static_cast<std::byte*>(args.out);
   const int64_t out_row_bytes = config.hidden * ItemBytes(config.dtype);
+  const auto layout_of = [&](const Message& message) {
+    return MessageLayout(message.header.rows, message.header.experts, message.header.slots,
+                         exchange.row_bytes());
+  };
+  const auto message_of = [&](int32_t place) -> const Message& {
+    return messages[static_cast<size_t>(place / args.tokens)];
+  };
+  const auto row_of = [&](int32_t place) {
+    const Message& message = message_of(place);
+    return message.rows(layout_of(message)) + place % args.tokens * exchange.row_bytes();
+  };
+  AdviseHugePages(out, args.tokens * out_row_bytes);
+  const Writes writes = WritesFor(args.tokens * out_row_bytes * exchange.num_local());
   const auto unpack = [&](int64_t begin, int64_t end) {
     std::vector<WeightedRow> terms(static_cast<size_t>(places_per_row));
     for (int64_t row = begin; row < end; ++row) {
       float* const slots = args.slots ? args.slots + row * top_k : nullptr;
       if (slots) std::fill_n(slots, top_k, 0.0f);
+      const int32_t* const places = args.places + row * places_per_row;
+      for (int32_t p = places_per_row; p < 2 * places_per_row && row + 1 < end; ++p) {
+        if (places[p] >= 0) PrefetchRow(row_of(places[p]));  // of the next row
+      }
       int64_t num_terms = 0;
-      for (int32_t p = 0; p < places_per_row; ++p) {
-        const int32_t place = args.places[row * places_per_row + p];
-        if (place < 0) break;
-        const Message& message = messages[static_cast<size_t>(place / args.tokens)];
-        const int64_t i = place % args.tokens;
-        const MessageLayout layout(message.header.rows, message.header.experts,
-                                   message.header.slots, exchange.row_bytes());
-        terms[static_cast<size_t>(num_terms++)] = {message.rows(layout) + i * exchange.row_bytes(),
-                                                   1.0f};
+      for (int32_t p = 0; p < places_per_row && places[p] >= 0; ++p) {
+        terms[static_cast<size_t>(num_terms++)] = {row_of(places[p]), 1.0f};
+        const Message& message = message_of(places[p]);
+        const float* const values = message.slots(layout_of(message));
         for (int32_t k = 0; slots && k < top_k; ++k) {
-          slots[k] += message.slots(layout)[i * top_k + k];
+          slots[k] += values[places[p] % args.tokens * top_k + k];
         }
       }
-      SumRows(config.dtype, out + row * out_row_bytes, terms.data(), num_terms, config.hidden);
+      SumRows(config.dtype, out + row * out_row_bytes, terms.data(), num_terms, config.hidden,
+              writes);
     }
+    FinishWrites(writes);
   };
   ParallelFor(args.tokens, ThreadsFor(args.tokens * out_row_bytes, exchange.threads_per_rank()),
               unpack);

@@ -57,8 +57,8 @@ std::string DescribePlace(const Identity& identity) {
 
 std::string DescribeOperation(const Identity& identity) {
   return std::string(Name(identity.operation)) + " number " + std::to_string(identity.number) +
-         " (" + CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) + ", " +
-         DescribeDerivation(identity.derivation) + ")";
+         " (" + CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) +
+         ", " + DescribeDerivation(identity.derivation) + ")";
 }
 
 std::string DescribeCall(const char* phase, int32_t rank, const Identity& identity) {

@@ -24,6 +24,7 @@
 #include "csrc/cpu/describe.h"
 #include "csrc/cpu/exchange.h"
 #include "csrc/cpu/handle.h"
+#include "csrc/cpu/pages.h"
 #include "csrc/cpu/rows.h"
 
 namespace smfree::cpu {
@@ -87,8 +88,8 @@ struct Scattered {
   const int32_t* rows;
   const int32_t* recv_counts;
   void* x;
-  float* values;               // may be null
-  const void* y = nullptr;     // weighted: both, else neither
+  float* values;            // may be null
+  const void* y = nullptr;  // weighted: both, else neither
   const float* w = nullptr;
 };
 
@@ -99,11 +100,13 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
   const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
   auto* const x = static_cast<std::byte*>(to.x);
   const auto* const y = static_cast<const std::byte*>(to.y);
-  const RowKernels& kernels = KernelsFor(config.dtype);
+  AdviseHugePages(x, to.rows_capacity * x_row_bytes);
   std::vector<uint8_t> written(static_cast<size_t>(to.rows_capacity));
   if (to.values) std::fill_n(to.values, to.rows_capacity, 0.0f);
 
-  const auto scatter_row = [&](int32_t source, int64_t i) {
+  const ReceivedRows received(to.recv_counts, config.num_ranks);
+  const Writes writes = WritesFor(received.count() * x_row_bytes * exchange.num_local());
+  const auto scatter_row = [&](int32_t source, int64_t i, std::byte* scaled) {
     const Message& message = messages[static_cast<size_t>(source)];
     const MessageLayout layout(message.header.rows, message.header.experts, message.header.slots,
                                exchange.row_bytes());
@@ -113,18 +116,22 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
       if (n < 0) continue;
       written[static_cast<size_t>(n)] = 1;
       if (to.w) {
-        to.values[n] = kernels.scale_and_dot(x + n * x_row_bytes, row, y + n * x_row_bytes,
-                                             to.w[n], config.hidden);
+        to.values[n] = ScaleRowAndDot(config.dtype, x + n * x_row_bytes, scaled, row,
+                                      y + n * x_row_bytes, to.w[n], config.hidden, writes);
       } else {
-        std::memcpy(x + n * x_row_bytes, row, static_cast<size_t>(x_row_bytes));
+        CopyRow(x + n * x_row_bytes, row, x_row_bytes, writes);
         if (to.values) to.values[n] = message.slots(layout)[i * top_k + k];
       }
     }
   };
-  const ReceivedRows received(to.recv_counts, config.num_ranks);
+  const auto scatter = [&](int64_t begin, int64_t end) {
+    std::vector<std::byte> scaled(to.w ? static_cast<size_t>(x_row_bytes) : 0);
+    received.ForEach(begin, end,
+                     [&](int32_t source, int64_t i) { scatter_row(source, i, scaled.data()); });
+    FinishWrites(writes);
+  };
   ParallelFor(received.count(),
-              ThreadsFor(received.count() * x_row_bytes, exchange.threads_per_rank()),
-              [&](int64_t begin, int64_t end) { received.ForEach(begin, end, scatter_row); });
+              ThreadsFor(received.count() * x_row_bytes, exchange.threads_per_rank()), scatter);
 
   const auto zero = [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -147,12 +154,12 @@ Status Unpack(Exchange& exchange, const char* phase, const DispatchRecvArgs& arg
     FillNaN(config.dtype, static_cast<std::byte*>(args.x), args.rows_capacity * config.hidden);
     std::fill_n(args.weights, args.rows_capacity, std::numeric_limits<float>::quiet_NaN());
     exchange.ReportDropped(
-        dropped, Status(FaultKind::kOverflow,
-                        DescribeCall(phase, args.rank, args.identity) + ": " +
-                            std::to_string(dropped) + " rows exceed recv_capacity " +
-                            std::to_string(args.rows_capacity) +
-                            "; the outputs are NaN. Cure: raise recv_capacity, or take "
-                            "overflow='drop'."));
+        dropped,
+        Status(FaultKind::kOverflow,
+               DescribeCall(phase, args.rank, args.identity) + ": " + std::to_string(dropped) +
+                   " rows exceed recv_capacity " + std::to_string(args.rows_capacity) +
+                   "; the outputs are NaN. Cure: raise recv_capacity, or take "
+                   "overflow='drop'."));
     return Status();
   }
   if (dropped > 0) exchange.ReportDropped(dropped, Status());

@@ -11,7 +11,7 @@
 //
 // The cached form starts at S2 with a routing that is known, and sends no expert ids.
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,6 +21,7 @@
 #include "csrc/cpu/describe.h"
 #include "csrc/cpu/handle.h"
 #include "csrc/cpu/outbox.h"
+#include "csrc/cpu/rows.h"
 
 namespace smfree::cpu {
 namespace {
@@ -49,9 +50,9 @@ Status Route(const char* phase, const GroupConfig& config, const DispatchSendArg
       const int32_t expert = args.topk_idx[row * top_k + k];
       if (expert == -1) continue;
       if (expert < -1 || expert >= config.num_experts) {
-        return BadRouting(phase, args, top_k, row,
-                          "names expert " + std::to_string(expert) + " of " +
-                              std::to_string(config.num_experts));
+        return BadRouting(
+            phase, args, top_k, row,
+            "names expert " + std::to_string(expert) + " of " + std::to_string(config.num_experts));
       }
       int64_t& last = last_row[static_cast<size_t>(expert)];
       if (last == row) {
@@ -84,7 +85,9 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
 
   const auto* const source = static_cast<const std::byte*>(x);
   const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
-  const auto slot_bytes = static_cast<size_t>(top_k) * sizeof(float);
+  const int64_t wire_rows =
+      std::accumulate(send_counts, send_counts + config.num_ranks, int64_t{0});
+  const Writes writes = WritesFor(wire_rows * x_row_bytes * exchange.num_local());
   const auto pack = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int32_t p = 0; p < places_per_row; ++p) {
@@ -92,14 +95,15 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
         if (place < 0) break;
         const auto rank = static_cast<int32_t>(place / tokens);
         const int64_t i = place % tokens;
-        std::memcpy(outbox.rows(rank) + i * exchange.row_bytes(), source + row * x_row_bytes,
-                    static_cast<size_t>(x_row_bytes));
-        if (experts) std::memcpy(outbox.experts(rank) + i * top_k, experts + row * top_k, slot_bytes);
-        if (slots) std::memcpy(outbox.slots(rank) + i * top_k, slots + row * top_k, slot_bytes);
+        CopyRow(outbox.rows(rank) + i * exchange.row_bytes(), source + row * x_row_bytes,
+                x_row_bytes, writes);
+        if (experts) std::copy_n(experts + row * top_k, top_k, outbox.experts(rank) + i * top_k);
+        if (slots) std::copy_n(slots + row * top_k, top_k, outbox.slots(rank) + i * top_k);
       }
     }
+    FinishWrites(writes);
   };
-  ParallelFor(tokens, ThreadsFor(tokens * x_row_bytes, exchange.threads_per_rank()), pack);
+  ParallelFor(tokens, ThreadsFor(wire_rows * x_row_bytes, exchange.threads_per_rank()), pack);
   return outbox.Post();
 }
 
@@ -121,8 +125,8 @@ Status DispatchSend(Group& group, const DispatchSendArgs& args) {
 Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args) {
   Exchange& exchange = group.exchange();
   Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args);
-  Status status = outbox.Begin(
-      CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
+  Status status =
+      outbox.Begin(CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
   if (status.ok()) {
     status = PackAndPost(exchange, outbox, args.tokens, args.x, /*experts=*/nullptr, args.slots,
                          args.places, args.send_counts);

@@ -4,6 +4,7 @@
 #include "csrc/cpu/exchange.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -39,7 +40,10 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
       cookie_(std::move(cookie)),
       num_processes_(CountProcesses(process_of_rank_)),
       threads_per_rank_(std::max(1, UsableCores() / config.num_ranks)),
+      num_local_(static_cast<int32_t>(
+          std::count(process_of_rank_.begin(), process_of_rank_.end(), my_process_))),
       row_bytes_(AlignUp(config.hidden * ItemBytes(config.dtype), kRowAlignment)),
+      owner_(getpid()),
       peer_closed_(static_cast<size_t>(num_processes_)) {
   for (int32_t rank = 0; rank < config_.num_ranks; ++rank) {
     mailboxes_.push_back(IsLocal(rank) ? std::make_unique<Mailbox>(rank, config_.num_ranks)
@@ -55,8 +59,8 @@ Status Exchange::Open() {
   // Until Connect nothing is sent, so no segment exists that the network would have missed.
   network_ = std::make_shared<Network>(num_processes_);
   arena_ = std::make_shared<Arena>(
-      Arena::Backing::kMemfd, [network = std::weak_ptr<Network>(network_)](
-                                  int32_t segment, const Mapping& mapping) {
+      Arena::Backing::kMemfd,
+      [network = std::weak_ptr<Network>(network_)](int32_t segment, const Mapping& mapping) {
         if (const auto alive = network.lock()) alive->ShowSegment(segment, mapping);
       });
   auto listener = Listen(&address_);
@@ -106,6 +110,7 @@ Status Exchange::Connect(const std::vector<std::string>& addresses) {
 }
 
 Status Exchange::Fail(int32_t rank, Status fault) {
+  // A group that is not open yet, or no more, does not fail.
   if (fault.kind() != FaultKind::kClosed) Raise(fault, rank, /*tell_peers=*/true);
   return fault;
 }
@@ -140,8 +145,8 @@ void Exchange::EndReceives(std::vector<ReceivePtr> receives, const Status& fault
     const Expectation& expected = receive->expected;
     std::string text = fault.message();
     if (expected.rank != rank) {
-      text = DescribeCall(expected.phase, expected.rank, expected.identity) +
-             " cannot go on: " + text;
+      text =
+          DescribeCall(expected.phase, expected.rank, expected.identity) + " cannot go on: " + text;
     }
     CompletionPool::Get().Post(
         [receive = std::move(receive), status = Status(fault.kind(), std::move(text))] {
@@ -191,15 +196,18 @@ Status Exchange::CheckPeersOpen(const Receive& receive) const {
     if (receive.messages[source].data != nullptr || !peer_closed_[static_cast<size_t>(process)]) {
       continue;
     }
-    return Status(FaultKind::kPeerClosed,
-                  RanksOf(process) + " closed its group, and " +
-                      DescribeCall(expected.phase, expected.rank, expected.identity) +
-                      " waits for it. Cure: close a group only after the last operation of every rank.");
+    return Status(
+        FaultKind::kPeerClosed,
+        RanksOf(process) + " closed its group, and " +
+            DescribeCall(expected.phase, expected.rank, expected.identity) +
+            " waits for it. Cure: close a group only after the last operation of every rank.");
   }
   return Status();
 }
 
 void Exchange::Close() {
+  // A child that was forked has the parent's sockets, and must not say goodbye for it.
+  if (getpid() != owner_) return;
   Mailbox::Contents contents;
   std::shared_ptr<Arena> arena;
   const Clock::time_point deadline = Clock::now() + kCloseLimit;
@@ -210,7 +218,8 @@ void Exchange::Close() {
     contents = TakeAll();
   }
   EndReceives(std::move(contents.receives),
-              Status(FaultKind::kClosed, "the group was closed while this receive was waiting"), -1);
+              Status(FaultKind::kClosed, "the group was closed while this receive was waiting"),
+              -1);
   contents.messages.clear();
   {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -218,7 +227,7 @@ void Exchange::Close() {
     arena = std::move(arena_);
     stats_.arena_bytes_high_water = arena->high_water();
   }
-  // What a send in another thread still packs, or a pool thread still unpacks, keeps the arena alive.
+  // Sends that still pack in other threads, and receives that still unpack, keep the arena alive.
   arena->Retire();
   if (network_) network_->Close(deadline);
 }

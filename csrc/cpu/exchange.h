@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The exchange: the state of one group in this process, between the phases (which pack and unpack
-// rows) and the mover. It owns the mailboxes of the local ranks, the arena, the network and the first
-// fault.
+// rows) and the mover. It owns the mailboxes of the local ranks, the arena, the network and the
+// first fault.
 //
 // One mutex guards all of it; nothing slow happens under it. Lock order: Exchange, then Mover; a
 // message is let go of, a Done called and a socket written only without the Exchange's mutex.
 //
-// A message between local ranks goes straight into the mailbox, by the sender's thread. Posting takes
-// the mutex after the rows were written, and the reader takes it before it reads them: that publishes
-// the rows. (Between processes a socket does; see link.h.)
+// A message between local ranks goes straight into the mailbox, by the sender's thread. Posting
+// takes the mutex after the rows were written, and the reader takes it before it reads them: that
+// publishes the rows. (Between processes a socket does; see link.h.)
 #ifndef SMFREE_CSRC_CPU_EXCHANGE_H_
 #define SMFREE_CSRC_CPU_EXCHANGE_H_
+
+#include <sys/types.h>
 
 #include <condition_variable>
 #include <cstdint>
@@ -48,8 +50,9 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   int64_t group_id() const { return group_id_; }
   int32_t replica() const { return replica_; }
   bool IsLocal(int32_t rank) const;
-  // Threads that one rank's loop over rows may use: more than one if there are more cores than ranks.
+  // Threads that one rank's loop over rows may use: the cores are divided among the ranks.
   int threads_per_rank() const { return threads_per_rank_; }
+  int32_t num_local() const { return num_local_; }
   // The stride of rows in messages.
   int64_t row_bytes() const { return row_bytes_; }
 
@@ -61,8 +64,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
                    const Status& arguments);
   StatusOr<std::shared_ptr<Arena::Block>> Allocate(int64_t bytes);
   // Hands over a message whose rows are written, at `offset` of the block.
-  void Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
-            int64_t offset);
+  void Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block, int64_t offset);
   // Calls unpack and then done, as soon as all messages are there; or done with an error.
   void Expect(const Expectation& expected, const Status& arguments, Unpacker unpack, Done done);
 
@@ -109,7 +111,9 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   const std::string cookie_;
   const int32_t num_processes_;
   const int threads_per_rank_;
+  const int32_t num_local_;
   const int64_t row_bytes_;
+  const pid_t owner_;
   std::string address_;
   Socket listener_;
   std::shared_ptr<Network> network_;  // null if all ranks are local; used once connected_

@@ -48,13 +48,13 @@ Status Exchange::CheckOpen(const char* phase, int32_t rank, const Identity& iden
                                           "operation.");
   }
   if (!fault_.ok()) {
-    return Status(fault_.kind(), DescribeCall(phase, rank, identity) +
-                                     " cannot go on, the group has failed before: " +
-                                     fault_.message());
+    return Status(fault_.kind(),
+                  DescribeCall(phase, rank, identity) +
+                      " cannot go on, the group has failed before: " + fault_.message());
   }
   if (num_processes_ > 1 && !connected_) {
-    return Status(FaultKind::kInvalidArgument,
-                  DescribeCall(phase, rank, identity) + ": the group is not connected to its peers yet");
+    return Status(FaultKind::kClosed, DescribeCall(phase, rank, identity) +
+                                          ": the group is not connected to its peers yet");
   }
   return Status();
 }
@@ -126,17 +126,16 @@ void Exchange::Forward(const wire::MessageHeader& header, std::shared_ptr<Arena:
 
 void Exchange::OnArrival(Message message) {
   const wire::MessageHeader& header = message.header;
-  const bool sound = IsLocal(header.destination) && header.source >= 0 &&
-                     header.source < config_.num_ranks && !IsLocal(header.source) &&
-                     header.rows >= 0 && header.rows <= header.tokens &&
-                     header.tokens <= config_.max_tokens &&
-                     (header.experts == 0 || header.experts == config_.top_k) &&
-                     (header.slots == 0 || header.slots == config_.top_k) &&
-                     header.bytes == MessageLayout(header.rows, header.experts, header.slots,
-                                                   row_bytes_).bytes;
+  const bool sound =
+      IsLocal(header.destination) && header.source >= 0 && header.source < config_.num_ranks &&
+      !IsLocal(header.source) && header.rows >= 0 && header.rows <= header.tokens &&
+      header.tokens <= config_.max_tokens &&
+      (header.experts == 0 || header.experts == config_.top_k) &&
+      (header.slots == 0 || header.slots == config_.top_k) &&
+      header.bytes == MessageLayout(header.rows, header.experts, header.slots, row_bytes_).bytes;
   if (sound) return Deliver(std::move(message));
-  Raise(Status(FaultKind::kSystem, "a malformed message claims to come from rank " +
-                                       std::to_string(header.source)),
+  Raise(Status(FaultKind::kSystem,
+               "a malformed message claims to come from rank " + std::to_string(header.source)),
         -1, /*tell_peers=*/true);
 }
 
@@ -192,13 +191,13 @@ void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpa
     if (status.ok() && complete) NoteArrived(*receive);
     if (status.ok() && !complete) {
       peers = CheckPeersOpen(*receive);
-      receive->deadline = Mover::Get().At(
-          receive->since + SecondsToDuration(config_.timeout_s),
-          [self = weak_from_this(), waiting = std::weak_ptr<Receive>(receive)] {
-            const auto exchange = self.lock();
-            const auto late = waiting.lock();
-            if (exchange && late) exchange->OnDeadline(late);
-          });
+      receive->deadline =
+          Mover::Get().At(receive->since + SecondsToDuration(config_.timeout_s),
+                          [self = weak_from_this(), waiting = std::weak_ptr<Receive>(receive)] {
+                            const auto exchange = self.lock();
+                            const auto late = waiting.lock();
+                            if (exchange && late) exchange->OnDeadline(late);
+                          });
     }
   }
   if (!status.ok()) {

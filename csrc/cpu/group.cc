@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The Group of backend.h: what a caller may ask for, and the registry of open groups.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -16,6 +18,7 @@ namespace smfree::cpu {
 namespace {
 
 struct Registry {
+  const pid_t owner = getpid();
   std::mutex mutex;
   std::map<std::pair<int64_t, int32_t>, std::shared_ptr<Group>> groups;
 };
@@ -28,6 +31,7 @@ Registry& TheRegistry() {
 // A receive that is pending when the process exits would hang the exit, and peers would take it for
 // a crash.
 void CloseAtExit() {
+  if (getpid() != TheRegistry().owner) return;  // a forked child: none of this is its own
   CloseAllGroups();
   CompletionPool::Get().Drain(Clock::now() + std::chrono::seconds(1));
 }
@@ -71,8 +75,8 @@ Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& proces
 
 int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
   if (config.recv_capacity > 0) return config.recv_capacity;
-  return MaxRecvRows(config.num_ranks, tokens, config.top_k,
-                     config.num_experts / config.num_ranks, config.expert_alignment);
+  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
+                     config.expert_alignment);
 }
 
 StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica,
@@ -81,9 +85,8 @@ StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica
                                                int32_t my_process, std::string cookie) {
   Status status = CheckConfig(config, process_of_rank, my_process, cookie);
   if (!status.ok()) return status;
-  auto exchange =
-      std::make_shared<Exchange>(group_id, replica, config, std::move(process_of_rank), my_process,
-                                 std::move(cookie));
+  auto exchange = std::make_shared<Exchange>(group_id, replica, config, std::move(process_of_rank),
+                                             my_process, std::move(cookie));
   status = exchange->Open();
   if (!status.ok()) return status;
   std::shared_ptr<Group> group(new Group(std::move(exchange)));

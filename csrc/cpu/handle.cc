@@ -8,8 +8,9 @@ namespace {
 
 Status Broken(const std::string& what) {
   return Status(FaultKind::kInvalidArgument,
-                what + ". Cure: pass the handle of the dispatch unchanged, and only to the rank that "
-                       "got it.");
+                what +
+                    ". Cure: pass the handle of the dispatch unchanged, and only to the rank that "
+                    "got it.");
 }
 
 }  // namespace

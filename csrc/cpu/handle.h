@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Handle arrays that come back from the program. They were made by dispatch_send and dispatch_recv,
-// but a program can do anything to arrays, and they become addresses: so they are checked, at a cost
-// that is nothing beside the rows. And loops over received rows.
+// but a program can do anything to arrays, and they become addresses: so they are checked, at a
+// cost that is nothing beside the rows. And loops over received rows.
 #ifndef SMFREE_CSRC_CPU_HANDLE_H_
 #define SMFREE_CSRC_CPU_HANDLE_H_
 
@@ -23,8 +23,8 @@ inline int32_t PlacesPerRow(const GroupConfig& config) {
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
                    const int32_t* send_counts);
 
-// Whether `recv_counts` [R] are at most T, and `rows` [R,T,K] point into the `rows_capacity` rows of
-// the expert-grouped array, or are -1.
+// Whether `recv_counts` [R] are at most T, and `rows` [R,T,K] point into the `rows_capacity` rows
+// of the expert-grouped array, or are -1.
 Status CheckRows(const GroupConfig& config, int64_t tokens, int64_t rows_capacity,
                  const int32_t* rows, const int32_t* recv_counts);
 

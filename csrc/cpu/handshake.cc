@@ -29,8 +29,7 @@ bool WaitReadable(int fd, Clock::time_point deadline) {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
     pollfd polled{fd, POLLIN, 0};
-    const int ready =
-        poll(&polled, 1, static_cast<int>(std::clamp<int64_t>(left + 1, 0, 60'000)));
+    const int ready = poll(&polled, 1, static_cast<int>(std::clamp<int64_t>(left + 1, 0, 60'000)));
     if (ready > 0) return true;
     if (Clock::now() >= deadline) return false;
   }
@@ -94,10 +93,10 @@ Status CheckHello(const wire::HelloPacket& mine, const wire::HelloPacket& theirs
   for (const auto& field : fields) {
     if (field.here == field.there) continue;
     return Status(FaultKind::kInvalidArgument,
-                  "process " + std::to_string(theirs.process) + " has made another group: " +
-                      field.name + " is " + std::to_string(field.there) + " there and " +
-                      std::to_string(field.here) + " here (process " +
-                      std::to_string(mine.process) +
+                  "process " + std::to_string(theirs.process) +
+                      " has made another group: " + field.name + " is " +
+                      std::to_string(field.there) + " there and " + std::to_string(field.here) +
+                      " here (process " + std::to_string(mine.process) +
                       "). Cure: create groups in the same order and with the same configuration "
                       "in every process.");
   }
@@ -181,8 +180,8 @@ StatusOr<std::vector<Socket>> Greet(const Socket& listener,
     }
     Socket socket(accept4(listener.fd(), nullptr, nullptr, SOCK_CLOEXEC));
     wire::HelloPacket theirs;
-    if (!socket.open() || !SameUser(socket.fd()) ||
-        !ReceiveHello(socket.fd(), deadline, &theirs) || !SameCookie(theirs, hello)) {
+    if (!socket.open() || !SameUser(socket.fd()) || !ReceiveHello(socket.fd(), deadline, &theirs) ||
+        !SameCookie(theirs, hello)) {
       continue;
     }
     // Answered even if it does not fit, so that the other side can tell what is wrong as well.

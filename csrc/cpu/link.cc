@@ -48,7 +48,10 @@ int SendPacket(int socket, const char* bytes, size_t size, int fd, int flags) {
   return sent < 0 ? errno : 0;
 }
 
-Link::~Link() { close(fd_); }
+Link::~Link() {
+  Mover::Get().Unwatch(fd_);
+  close(fd_);
+}
 
 void Link::Start(std::weak_ptr<LinkEvents> events) {
   events_ = std::move(events);
@@ -189,8 +192,8 @@ bool Link::Dispatch(LinkEvents& events, const char* bytes, size_t size, int fd) 
       wire::FaultPacket packet;
       if (size < sizeof(packet)) return false;
       std::memcpy(&packet, bytes, sizeof(packet));
-      events.OnFault(process_, Status(packet.fault, std::string(bytes + sizeof(packet),
-                                                                size - sizeof(packet))));
+      events.OnFault(process_, Status(packet.fault,
+                                      std::string(bytes + sizeof(packet), size - sizeof(packet))));
       return true;
     }
     case wire::PacketKind::kGoodbye:

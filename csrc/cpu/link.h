@@ -4,9 +4,9 @@
 // order of Send, from any thread, without ever blocking it: what the socket does not take at once
 // waits in a queue that the mover empties. Packets come in on the mover's thread.
 //
-// A message's rows are written to the arena before its packet is sent, and read after the packet was
-// received. That the reader then sees the rows is the kernel's doing: the send releases, and the
-// receive acquires, the lock of the socket's queue, which orders the memory of both processes.
+// A message's rows are written to the arena before its packet is sent, and read after the packet
+// was received. That the reader then sees the rows is the kernel's doing: the send releases, and
+// the receive acquires, the lock of the socket's queue, which orders the memory of both processes.
 #ifndef SMFREE_CSRC_CPU_LINK_H_
 #define SMFREE_CSRC_CPU_LINK_H_
 

@@ -12,12 +12,12 @@ namespace {
 
 Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
                 const std::string& why) {
-  return Status(FaultKind::kScheduleMismatch,
-                "schedule mismatch: " +
-                    DescribeCall(expected.phase, expected.rank, expected.identity) + " " + why +
-                    " from rank " + std::to_string(found.source) +
-                    ". Cure: every rank of the group must run the same program with the same "
-                    "shapes, and recv must get the token and the handle of its own send.");
+  return Status(
+      FaultKind::kScheduleMismatch,
+      "schedule mismatch: " + DescribeCall(expected.phase, expected.rank, expected.identity) + " " +
+          why + " from rank " + std::to_string(found.source) +
+          ". Cure: every rank of the group must run the same program with the same "
+          "shapes, and recv must get the token and the handle of its own send.");
 }
 
 // The shapes of a message of the right operation.
@@ -168,9 +168,9 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
   }
   const auto& last = last_from_[static_cast<size_t>(source)];
   std::string text = "rank " + std::to_string(source) + ": nothing arrived; ";
-  text += last ? "last from rank " + std::to_string(source) + ": " +
-                     DescribeOperation(last->identity)
-               : "rank " + std::to_string(source) + " never sent anything";
+  text +=
+      last ? "last from rank " + std::to_string(source) + ": " + DescribeOperation(last->identity)
+           : "rank " + std::to_string(source) + " never sent anything";
   if (last && last->identity.run_id != receive.expected.identity.run_id) text += " of another run";
   return text + unread;
 }
@@ -187,8 +187,7 @@ std::string Mailbox::DescribeWait(const Receive& receive) const {
     text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }
   if (missing.size() > kMaxDescribed) {
-    text += "; and for rank(s) " +
-            JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
+    text += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
   }
   return text;
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The mailbox of one rank: what arrived for it, what it waits for, what it has sent and not received
-// yet; and the rules that decide which message a receive takes. It has no lock and no threads: the
-// Exchange guards all mailboxes of a process with one mutex.
+// The mailbox of one rank: what arrived for it, what it waits for, what it has sent and not
+// received yet; and the rules that decide which message a receive takes. It has no lock and no
+// threads: the Exchange guards all mailboxes of a process with one mutex.
 //
 // Rules, per stream (run, lane, derivation):
-//   * A send may begin if the rank has received its previous operation. In a replay stream, only the
-//     same operation twice is refused.
+//   * A send may begin if the rank has received its previous operation. In a replay stream, only
+//     the same operation twice is refused.
 //   * A receive takes from each source the first message of its operation. In a stream that is no
 //     replay this must be the first message of all; another one in its place is a mismatch.
 #ifndef SMFREE_CSRC_CPU_MAILBOX_H_
@@ -28,13 +28,13 @@ namespace smfree::cpu {
 
 // What a receive is ready for.
 struct Expectation {
-  const char* phase = "";            // its name, for errors
+  const char* phase = "";  // its name, for errors
   int32_t rank = 0;
   Identity identity;
   int64_t tokens = 0;
-  int32_t experts = 0;               // expert ids per row that it needs, or 0
-  int32_t slots = 0;                 // values per row that it needs, or 0
-  const int32_t* counts = nullptr;   // rows from each source if they are known, else null
+  int32_t experts = 0;              // expert ids per row that it needs, or 0
+  int32_t slots = 0;                // values per row that it needs, or 0
+  const int32_t* counts = nullptr;  // rows from each source if they are known, else null
 };
 
 using Unpacker = std::function<Status(const std::vector<Message>&)>;  // messages by source

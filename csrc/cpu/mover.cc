@@ -96,11 +96,15 @@ void Mover::Run() {
       const int events = POLLIN | (socket->want_write ? POLLOUT : 0);
       polled.push_back(pollfd{fd, static_cast<short>(events), 0});
     }
-    sleeps_until_ = timers_.empty() ? Clock::time_point::max() : timers_.begin()->first.first;
+    // A time that was set is kept, though its timer be cancelled: to wake once in vain costs less
+    // than to be woken for the next timer, which will most often be later.
+    const auto first = timers_.empty() ? Clock::time_point::max() : timers_.begin()->first.first;
+    const Clock::time_point now = Clock::now();
+    sleeps_until_ = sleeps_until_ > now ? std::min(sleeps_until_, first) : first;
     timespec timeout{};
-    const bool forever = timers_.empty();
+    const bool forever = sleeps_until_ == Clock::time_point::max();
     if (!forever) {
-      const auto left = std::max(sleeps_until_ - Clock::now(), Clock::duration::zero());
+      const auto left = std::max(sleeps_until_ - now, Clock::duration::zero());
       const int64_t ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
       timeout.tv_sec = ns / 1'000'000'000;
       timeout.tv_nsec = ns % 1'000'000'000;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The mover: the one background thread of a process, shared by all groups. It watches the sockets to
-// other processes and keeps the deadlines of receives; with chaos it also holds messages back. It
-// never runs a Done, nor anything else that could block, and uses no processor time while idle.
+// The mover: the one background thread of a process, shared by all groups. It watches the sockets
+// to other processes and keeps the deadlines of receives; with chaos it also holds messages back.
+// It never runs a Done, nor anything else that could block, and uses no processor time while idle.
 #ifndef SMFREE_CSRC_CPU_MOVER_H_
 #define SMFREE_CSRC_CPU_MOVER_H_
 

@@ -94,8 +94,8 @@ void Network::OnMessage(int32_t process, const wire::MessagePacket& packet) {
   Message message;
   message.header = packet.header;
   message.data = segments[index]->data() + packet.offset;
-  message.hold = std::shared_ptr<Hold>(
-      new Hold{segments[index], peer(process).link, packet.ticket});
+  message.hold =
+      std::shared_ptr<Hold>(new Hold{segments[index], peer(process).link, packet.ticket});
   if (const auto events = events_.lock()) events->OnArrival(std::move(message));
 }
 

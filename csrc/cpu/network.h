@@ -66,7 +66,7 @@ class Network : public LinkEvents, public std::enable_shared_from_this<Network> 
 
   std::vector<Peer> peers_;  // by process; the links are set by Start, then only read
   std::weak_ptr<NetworkEvents> events_;
-  std::mutex mutex_;         // guards every Peer::read_by_peer, gone_ and next_ticket_
+  std::mutex mutex_;  // guards every Peer::read_by_peer, gone_ and next_ticket_
   std::vector<bool> gone_;
   int64_t next_ticket_ = 0;
 };

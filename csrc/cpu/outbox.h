@@ -27,16 +27,16 @@ class Outbox {
     return exchange_.BeginSend(phase_, call_, identity_, arguments);
   }
 
-  // Makes room for counts[d] rows to each rank d. Afterwards the parts may be written by any thread.
+  // Makes room for counts[d] rows to each rank d. Any thread may then write the parts.
   Status Allocate(const int32_t* counts, int32_t experts, int32_t slots) {
     const int32_t num_ranks = exchange_.config().num_ranks;
     int64_t offset = 0;
     for (int32_t rank = 0; rank < num_ranks; ++rank) {
       const MessageLayout layout(counts[rank], experts, slots, exchange_.row_bytes());
       parts_.push_back(Part{{}, nullptr, nullptr, nullptr, offset});
-      parts_.back().header = wire::MessageHeader{
-          identity_, call_.rank, rank,  static_cast<int32_t>(call_.tokens), counts[rank],
-          experts,   slots,      layout.bytes};
+      parts_.back().header =
+          wire::MessageHeader{identity_,    call_.rank, rank,  static_cast<int32_t>(call_.tokens),
+                              counts[rank], experts,    slots, layout.bytes};
       offset += layout.bytes;
     }
     auto block = exchange_.Allocate(offset);

@@ -12,16 +12,16 @@
 
 namespace smfree::cpu {
 
-// Of `n` elements of the group's dtype.
-struct RowKernels {
-  void (*scale)(float* sum, const void* row, float w, int64_t n);  // sum = w * row
-  void (*add)(float* sum, const void* row, float w, int64_t n);    // sum += w * row
-  void (*round)(void* out, const float* sum, int64_t n);           // out = sum
-  // out = w * row; returns <y, row>: 32 partial sums by index mod 32, then halved pairwise.
-  float (*scale_and_dot)(void* out, const void* row, const void* y, float w, int64_t n);
-};
+// How rows are written. Streaming stores go past the caches: they do not read the lines that they
+// are going to overwrite, a third of the traffic of a copy, but what is read again soon misses
+// then. A thread that streamed must call FinishWrites before another one may read.
+enum class Writes { kCached, kStreaming };
 
-const RowKernels& KernelsFor(DType dtype);
+// What to do in a phase where the ranks of this process write so many bytes all together.
+Writes WritesFor(int64_t bytes);
+
+void CopyRow(std::byte* out, const std::byte* row, int64_t bytes, Writes writes);
+void FinishWrites(Writes writes);
 
 // A term of a sum of rows.
 struct WeightedRow {
@@ -30,7 +30,19 @@ struct WeightedRow {
 };
 
 // out = sum of weight * row over the terms in their order; zero without terms.
-void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n);
+void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n,
+             Writes writes);
+
+// out = w * row, by way of `scaled`, room for a row; returns <y, row>: 16 partial sums by index mod
+// 16, then halved pairwise.
+float ScaleRowAndDot(DType dtype, std::byte* out, std::byte* scaled, const std::byte* row,
+                     const std::byte* y, float w, int64_t n, Writes writes);
+
+// Calls for the head of a row that will be read soon. Rows lie scattered: the processor guesses how
+// a row goes on, but not where the next one begins.
+inline void PrefetchRow(const std::byte* row) {
+  for (int64_t offset = 0; offset < 512; offset += 64) __builtin_prefetch(row + offset);
+}
 
 void FillNaN(DType dtype, std::byte* out, int64_t n);
 

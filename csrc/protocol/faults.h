@@ -11,14 +11,14 @@ namespace smfree {
 // The numbers travel between processes and through device memory: append, never renumber.
 enum class FaultKind : int32_t {
   kNone = 0,
-  kInvalidArgument = 1,   // shapes, ranks or handle arrays that contradict the group; nothing was sent
+  kInvalidArgument = 1,   // shapes, ranks or handle arrays that contradict the group
   kInvalidRouting = 2,    // topk_idx names an expert twice in a row, or one that does not exist
   kTwoInFlight = 3,       // a send while the previous operation of the lane was not received here
   kScheduleMismatch = 4,  // a peer sent another operation, or the same one with other shapes
   kDeadline = 5,          // a receive waited longer than timeout_s
   kPeerDied = 6,          // the process of a rank ended without closing the group
   kPeerClosed = 7,        // the process of a rank closed the group while this rank still needs it
-  kClosed = 8,            // this process closed the group
+  kClosed = 8,            // this process closed the group, or has not connected it yet
   kOverflow = 9,          // more rows than recv_capacity; not a protocol fault, the group goes on
   kOutOfMemory = 10,      // the operating system refused memory for the rows in flight
   kSystem = 11,           // a socket or another system call failed

@@ -18,9 +18,9 @@ constexpr const char* Name(Operation operation) {
 }
 
 struct Identity {
-  int64_t run_id = 0;      // launch of the program: equal on all ranks and processes of the launch
-  int64_t number = 0;      // the operation's number on its lane, from the token
-  int64_t instance = 0;    // HLO instance of the send; process-local, so 0 if the group spans several
+  int64_t run_id = 0;    // launch of the program: equal on all ranks and processes of the launch
+  int64_t number = 0;    // the operation's number on its lane, from the token
+  int64_t instance = 0;  // HLO instance of the send; process-local, so 0 if the group spans several
   int32_t lane = 0;
   int32_t derivation = 0;  // 0 = the program as written; base-4 digits, one appended per transform:
                            // 1 tangent, 2 transpose, 3 replay

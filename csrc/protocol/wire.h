@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What ranks on CPUs tell each other about a message, and the packets in which the processes of one
-// host do so. A packet is one datagram. Processes of one host share the byte order, and the handshake
-// refuses another kVersion.
+// host do so. A packet is one datagram. Processes of one host share the byte order, and the
+// handshake refuses another kVersion.
 #ifndef SMFREE_CSRC_PROTOCOL_WIRE_H_
 #define SMFREE_CSRC_PROTOCOL_WIRE_H_
 
@@ -22,7 +22,7 @@ struct MessageHeader {
   Identity identity;
   int32_t source;
   int32_t destination;
-  int32_t tokens;   // T of the sender; equal on all ranks
+  int32_t tokens;  // T of the sender; equal on all ranks
   int32_t rows;
   int32_t experts;  // expert ids per row: top_k or 0
   int32_t slots;    // values per row: top_k or 0

@@ -40,7 +40,9 @@ World MakeWorld(const GroupConfig& config, int64_t tokens, Routing routing, unsi
 }
 
 bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float left, float right) {
+    return std::memcmp(&left, &right, sizeof(float)) == 0;
+  });
 }
 
 bool Same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
@@ -77,10 +79,9 @@ void RoundTrip(const GroupConfig& config, int64_t tokens, Routing routing, unsig
     CheckDispatched(a, want[rank]);
     const float* const weights = a.weights.data();
     CHECK_OK(SendBack(*group, rank, MakeIdentity(1), a, weighted ? weights : nullptr,
-                   with_slots ? weights : nullptr));
-    CHECK_OK(Await([&](Done d) {
-            ReceiveBack(*group, rank, MakeIdentity(1), a, with_slots, std::move(d));
-          }));
+                      with_slots ? weights : nullptr));
+    CHECK_OK(Await(
+        [&](Done d) { ReceiveBack(*group, rank, MakeIdentity(1), a, with_slots, std::move(d)); }));
   });
   std::vector<Array> y;
   std::vector<std::vector<float>> weights;
@@ -246,12 +247,10 @@ TEST(TwoLanesInFlightTogether) {
   RunRanks(3, [&](int32_t rank) {
     CHECK_OK(Send(*group, rank, MakeIdentity(0, 0), lane0[rank]));
     CHECK_OK(Send(*group, rank, MakeIdentity(0, 1), lane1[rank]));
-    CHECK_OK(Await([&](Done d) {
-            Receive(*group, rank, MakeIdentity(0, 1), lane1[rank], std::move(d));
-          }));
-    CHECK_OK(Await([&](Done d) {
-            Receive(*group, rank, MakeIdentity(0, 0), lane0[rank], std::move(d));
-          }));
+    CHECK_OK(Await(
+        [&](Done d) { Receive(*group, rank, MakeIdentity(0, 1), lane1[rank], std::move(d)); }));
+    CHECK_OK(Await(
+        [&](Done d) { Receive(*group, rank, MakeIdentity(0, 0), lane0[rank], std::move(d)); }));
     CheckDispatched(lane0[rank], want0[rank]);
     CheckDispatched(lane1[rank], want1[rank]);
   });

@@ -142,10 +142,9 @@ TEST(AHandleOfAnotherDispatch) {
   Arrays& a = setup.arrays[0];
   a.places.assign(a.places.size(), -1);  // consistent, but not what was sent
   a.send_counts.assign(a.send_counts.size(), 0);
-  CheckFault(Await([&](Done d) {
-               ReceiveBack(*setup.group, 0, MakeIdentity(1), a, false, std::move(d));
-             }),
-             FaultKind::kScheduleMismatch, {"rank 0 in combine_recv", "expected 0 rows by its handle"});
+  CheckFault(
+      Await([&](Done d) { ReceiveBack(*setup.group, 0, MakeIdentity(1), a, false, std::move(d)); }),
+      FaultKind::kScheduleMismatch, {"rank 0 in combine_recv", "expected 0 rows by its handle"});
 }
 
 TEST(BrokenHandlesAreRefused) {
@@ -157,9 +156,8 @@ TEST(BrokenHandlesAreRefused) {
     spoil(a);
     Status status = SendBack(*setup.group, 0, MakeIdentity(1), a, nullptr, nullptr);
     if (status.ok()) {
-      status = Await([&](Done d) {
-        ReceiveBack(*setup.group, 0, MakeIdentity(1), a, false, std::move(d));
-      });
+      status = Await(
+          [&](Done d) { ReceiveBack(*setup.group, 0, MakeIdentity(1), a, false, std::move(d)); });
     }
     CheckFault(status, FaultKind::kInvalidArgument, {words, "rank 0 in combine_"});
   };

@@ -125,7 +125,9 @@ inline void FillInputs(const GroupConfig& c, Arrays& a, Routing routing, std::mt
   for (int32_t e = 0; e < c.num_experts; ++e) experts[e] = e;
   for (int64_t t = 0; t < a.tokens; ++t) {
     std::shuffle(experts.begin(), experts.end(), random);
-    if (routing == Routing::kOneExpert) std::swap(*std::find(experts.begin(), experts.end(), 1 % c.num_experts), experts[0]);
+    if (routing == Routing::kOneExpert) {
+      std::swap(*std::find(experts.begin(), experts.end(), 1 % c.num_experts), experts[0]);
+    }
     for (int32_t k = 0; k < c.top_k; ++k) {
       const bool none = routing == Routing::kNoRows ||
                         (routing == Routing::kSomeMissing && random() % 3 == 0) ||

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The operations of the CPU backend once more, straight from their definitions, on the arrays of all
-// ranks at once. No attention is paid to speed.
+// The operations of the CPU backend once more, straight from their definitions, on the arrays of
+// all ranks at once. No attention is paid to speed.
 #ifndef SMFREE_TESTS_CPP_CPU_REFERENCE_H_
 #define SMFREE_TESTS_CPP_CPU_REFERENCE_H_
 
