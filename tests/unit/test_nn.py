@@ -17,7 +17,6 @@ NUM_RANKS, NUM_EXPERTS, TOP_K = 4, 8, 2
 HIDDEN, WIDTH, TOKENS = 16, 24, 12
 BLOCK = 4
 P = PartitionSpec
-IMPLEMENTATIONS = ["smfree", "reference"]
 
 
 @pytest.fixture(scope="module")
@@ -54,126 +53,109 @@ def make_rows(seed: int = 1) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (NUM_RANKS * TOKENS, HIDDEN))
 
 
-def dense_layer(params: nn.MoeParams, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def dense_layer(params: nn.MoeParams, x: jax.Array, bias: jax.Array | None = None) -> Any:
     """Every expert on every row, weighted with zero where the router did not choose it."""
     routes = nn.route(x, params.router, TOP_K, balance_bias=bias)
     all_outputs = jax.vmap(nn.mlp, in_axes=(None, 0), out_axes=1)(x, params.experts)
     weights = jnp.zeros((x.shape[0], NUM_EXPERTS))
     weights = weights.at[jnp.arange(x.shape[0])[:, None], routes.topk_idx].set(routes.topk_weights)
     out = jnp.einsum("te,teh->th", weights, all_outputs)
-    return out if params.shared is None else out + nn.mlp(x, params.shared)
+    load = nn.expert_load(routes.topk_idx, NUM_EXPERTS)
+    return (out if params.shared is None else out + nn.mlp(x, params.shared)), load
 
 
-def sharded(group: Any, params: nn.MoeParams, body: Any, *, check_vma: bool = True) -> Any:
-    """``body(token, params, x) -> (out, aux)`` over the mesh, with a rank axis added to aux."""
+def sharded(group: Any, body: Any, *, check_vma: bool = True) -> Any:
+    """``body(params, x) -> (out, aux)`` over the mesh; aux gets a leading rank axis."""
 
-    def with_token(params: nn.MoeParams, x: jax.Array) -> Any:
-        out, aux = body(group.token(), params, x)
+    def on_each_rank(params: nn.MoeParams, x: jax.Array) -> Any:
+        out, aux = body(params, x)
         return out, jax.tree.map(lambda a: a[None], aux)
 
-    return jax.shard_map(
-        with_token,
-        mesh=group.mesh,
-        in_specs=(nn.moe_specs(params, "ep"), P("ep")),
-        out_specs=(P("ep"), P("ep")),
-        check_vma=check_vma,
-    )
+    def over_the_mesh(params: nn.MoeParams, x: jax.Array) -> Any:
+        return jax.shard_map(
+            on_each_rank,
+            mesh=group.mesh,
+            in_specs=(nn.moe_specs(params, "ep"), P("ep")),
+            out_specs=(P("ep"), P("ep")),
+            check_vma=check_vma,
+        )(params, x)
+
+    return over_the_mesh
+
+
+def run(layer: Any, params: nn.MoeParams, x: jax.Array) -> Any:
+    """Output, gradients and aux of ``layer``, for a loss that is not symmetric in anything."""
+
+    def loss(params: nn.MoeParams, x: jax.Array) -> Any:
+        out, aux = layer(params, x)
+        weights = jnp.arange(out.size).reshape(out.shape) / out.size
+        return jnp.sum(jnp.sin(out) * weights), (out, aux)
+
+    gradients, (out, aux) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    return (out, gradients), aux
 
 
 def assert_close(got: Any, want: Any) -> None:
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-5), got, want)
 
 
-def value_and_grad(layer: Any, params: nn.MoeParams, x: jax.Array) -> Any:
-    """Of a loss that is not symmetric in anything."""
-
-    def loss(params: nn.MoeParams, x: jax.Array) -> Any:
-        out = layer(params, x)
-        return jnp.sum(jnp.sin(out) * jnp.arange(out.size).reshape(out.shape) / out.size), out
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("implementation", "shared"), [("smfree", True), ("smfree", False), ("reference", True)]
+)
 def test_layer_and_its_gradients_equal_the_dense_layer(
     group: Any, implementation: Any, shared: bool
 ) -> None:
     params, x = make_params(shared=shared), make_rows()
 
-    def body(token: Any, params: nn.MoeParams, x: jax.Array) -> Any:
-        _, out, aux = nn.moe_layer(token, params, x, implementation=implementation)
+    def body(params: nn.MoeParams, x: jax.Array) -> Any:
+        token = group.token()
+        token, out, aux = nn.moe_layer(token, params, x, implementation=implementation)
+        assert token.state is None and token.group is group
         return out, aux
 
-    layer = sharded(group, params, body)
-    got = value_and_grad(lambda p, x: layer(p, x)[0], params, x)
-    assert_close(got, value_and_grad(dense_layer, params, x))
+    results, _ = run(sharded(group, body), params, x)
+    expected, _ = run(dense_layer, params, x)
+    assert_close(results, expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_layer_without_varying_types_and_with_block_matmul(group: Any, implementation: Any) -> None:
+@pytest.mark.parametrize("implementation", ["smfree", "reference"])
+def test_layer_with_options_and_without_varying_types(group: Any, implementation: Any) -> None:
     params, x = make_params(), make_rows()
     bias = jnp.linspace(-0.1, 0.1, NUM_EXPERTS)
+    options = {
+        "balance_bias": bias,
+        "grouped_matmul": functools.partial(nn.block_matmul, block_rows=BLOCK),
+        "implementation": implementation,
+    }
 
-    def body(token: Any, params: nn.MoeParams, x: jax.Array) -> Any:
-        _, out, aux = nn.moe_layer(
-            token,
-            params,
-            x,
-            balance_bias=bias,
-            grouped_matmul=functools.partial(nn.block_matmul, block_rows=BLOCK),
-            implementation=implementation,
-        )
-        return out, aux
+    def body(params: nn.MoeParams, x: jax.Array) -> Any:
+        return nn.moe_layer(group.token(), params, x, **options)[1:]
 
-    layer = sharded(group, params, body, check_vma=False)
-    got = value_and_grad(lambda p, x: layer(p, x)[0], params, x)
-    assert_close(got, value_and_grad(lambda p, x: dense_layer(p, x, bias), params, x))
-    aux = jax.jit(layer)(params, x)[1]
-    routes = nn.route(x, params.router, TOP_K, balance_bias=bias)
-    np.testing.assert_array_equal(
-        aux.load.sum(axis=0), nn.expert_load(routes.topk_idx, NUM_EXPERTS)
-    )
+    results, aux = run(sharded(group, body, check_vma=False), params, x)
+    expected, load = run(functools.partial(dense_layer, bias=bias), params, x)
+    assert_close(results, expected)
+    np.testing.assert_array_equal(aux.load.sum(axis=0), load)
     assert not aux.num_dropped.any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_batches_equal_one_after_the_other(
-    group: Any, implementation: Any, shared: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "shared"), [("smfree", True), ("smfree", False), ("reference", True)]
+)
+def test_two_batches_equal_the_dense_layer(group: Any, implementation: Any, shared: bool) -> None:
     params, x = make_params(shared=shared), make_rows()
 
-    def two(token: Any, params: nn.MoeParams, x: jax.Array) -> Any:
-        _, outs, auxs = nn.moe_two_batches(
-            (token, group.token(1)),
-            params,
-            tuple(jnp.split(x, 2)),
-            implementation=implementation,
+    def body(params: nn.MoeParams, x: jax.Array) -> Any:
+        tokens = (group.token(0), group.token(1))
+        tokens, outs, auxs = nn.moe_two_batches(
+            tokens, params, tuple(jnp.split(x, 2)), implementation=implementation
         )
+        assert [token.lane for token in tokens] == [0, 1]
         return jnp.concatenate(outs), auxs
 
-    def one_by_one(token: Any, params: nn.MoeParams, x: jax.Array) -> Any:
-        outs, auxs = [], []
-        for half in jnp.split(x, 2):
-            token, out, aux = nn.moe_layer(token, params, half, implementation=implementation)
-            outs.append(out)
-            auxs.append(aux)
-        return jnp.concatenate(outs), tuple(auxs)
-
-    (loss, out), grads = value_and_grad(
-        lambda p, x: sharded(group, params, two)(p, x)[0], params, x
-    )
-    (_, expected), expected_grads = value_and_grad(
-        lambda p, x: sharded(group, params, one_by_one)(p, x)[0], params, x
-    )
-    assert np.isfinite(loss)
-    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
-    assert_close(grads, expected_grads)
-    auxs, expected_auxs = (
-        jax.jit(sharded(group, params, body))(params, x)[1] for body in (two, one_by_one)
-    )
-    assert_close(auxs, expected_auxs)
+    results, auxs = run(sharded(group, body), params, x)
+    expected, load = run(dense_layer, params, x)
+    assert_close(results, expected)
+    np.testing.assert_array_equal(sum(aux.load.sum(axis=0) for aux in auxs), load)
 
 
 def test_reference_needs_no_group(mesh: Mesh, group: Any) -> None:
@@ -185,7 +167,7 @@ def test_reference_needs_no_group(mesh: Mesh, group: Any) -> None:
 
     specs = nn.moe_specs(params, "ep")
     layer = jax.shard_map(body, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
-    assert_close(jax.jit(layer)(params, x), dense_layer(params, x))
+    assert_close(jax.jit(layer)(params, x), dense_layer(params, x)[0])
 
 
 def test_unknown_implementation_is_refused(group: Any) -> None:

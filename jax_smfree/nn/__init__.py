@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture-of-experts layers, as functions to call inside ``jax.shard_map``.
+
+init_moe, moe_specs              parameters of a layer, and how to shard them
+moe_layer                        router, experts, and a shared expert while the rows move
+moe_two_batches                  two micro-batches that hide each other's movement
+route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
+expert_load, update_balance_bias
+grouped_mlp, mlp, block_matmul   the compute of the experts
+ReferenceGroup                   in place of an EpGroup, for ``implementation="reference"``
+"""
+
+from jax_smfree._src.reference import Group as ReferenceGroup
+from jax_smfree.nn.experts import GroupedMatmul, block_matmul, grouped_mlp, mlp
+from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.micro_batches import moe_two_batches
+from jax_smfree.nn.operations import Implementation
+from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
+from jax_smfree.nn.router import (
+    Routes,
+    expert_load,
+    load_balancing_loss,
+    route,
+    update_balance_bias,
+)
+
+__all__ = [
+    "GroupedMatmul",
+    "Implementation",
+    "MoeAux",
+    "MoeParams",
+    "ReferenceGroup",
+    "Routes",
+    "SwigluParams",
+    "block_matmul",
+    "expert_load",
+    "grouped_mlp",
+    "init_moe",
+    "init_swiglu",
+    "load_balancing_loss",
+    "mlp",
+    "moe_layer",
+    "moe_specs",
+    "moe_two_batches",
+    "route",
+    "update_balance_bias",
+]

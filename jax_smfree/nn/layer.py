@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixture-of-experts layer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from jax_smfree.nn import operations, router
+from jax_smfree.nn.experts import GroupedMatmul, grouped_mlp, mlp
+from jax_smfree.nn.operations import Implementation
+from jax_smfree.nn.params import MoeParams
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoeAux:
+    """What a layer tells beside its output, of the rows of this rank (no communication)."""
+
+    load_balancing_loss: Array  # float32 []
+    load: Array  # int32 [E], rows that this rank sends to each expert
+    num_dropped: Array  # int32 [], copies that did not fit into this rank's recv_capacity
+
+    @classmethod
+    def of(cls, routes: router.Routes, num_dropped: Array) -> "MoeAux":
+        load = router.expert_load(routes.topk_idx, num_experts=routes.probabilities.shape[1])
+        loss = router.load_balancing_loss(routes.probabilities, load)
+        return cls(loss, load, num_dropped)
+
+
+def moe_layer(
+    token: Any,
+    params: MoeParams,
+    x: Array,
+    *,
+    balance_bias: Array | None = None,
+    grouped_matmul: GroupedMatmul = jax.lax.ragged_dot,
+    implementation: Implementation = "smfree",
+) -> tuple[Any, Array, MoeAux]:
+    """Routed experts plus, if there is one, the shared expert, which runs while the rows move.
+
+    Shapes: ``x`` [T, H] -> [T, H]; sizes as in the ``EpConfig`` of the token's group.
+    Sharding: to be called inside ``jax.shard_map``, manual over the group's mesh. ``x`` is this
+    rank's rows and ``params.experts`` this rank's experts; ``params.router``, ``params.shared``
+    and ``balance_bias`` are replicated (`moe_specs`).
+    Differentiation: of everything but ``balance_bias``. In the backward pass the gradient of the
+    shared expert is computed while the gradients of the rows move.
+
+    Args:
+      token: ready, on any lane.
+      params: from `init_moe`.
+      x: the rows.
+      balance_bias: float32 [E], see `update_balance_bias`.
+      grouped_matmul: multiplies groups of rows with their experts.
+      implementation: ``"smfree"``, or ``"reference"`` for plain ``jax.numpy`` in place of dispatch
+        and combine, to compare with; the token is then returned as it came.
+
+    Returns:
+      ``(token, out, aux)``.
+
+    Example:
+      >>> def model(layers, x):  # inside shard_map
+      ...     token = group.token()
+      ...     for layer in layers:
+      ...         token, out, aux = nn.moe_layer(token, layer, x)
+      ...         x = x + out
+      ...     return x
+    """
+    ops, op_token = operations.enter(implementation, token)
+    top_k = token.group.config.top_k
+    routes = router.route(x, params.router, top_k, balance_bias=balance_bias)
+
+    op_token = ops.dispatch_send(op_token, x, routes.topk_idx, routes.topk_weights)
+    if params.shared is not None:
+        op_token, shared = ops.overlap(op_token, mlp, x, params.shared)
+    d, op_token = ops.dispatch_recv(op_token)
+    y = grouped_mlp(d.x, d.group_sizes, params.experts, grouped_matmul=grouped_matmul)
+    op_token = ops.combine_send(op_token, d, y)
+    out, op_token = ops.combine_recv(op_token)
+
+    if params.shared is not None:
+        out = out + shared
+    token = operations.leave(implementation, token, op_token)
+    return token, out, MoeAux.of(routes, d.num_dropped)

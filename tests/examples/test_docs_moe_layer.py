@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code in docs/moe_layer.md runs, in its order."""
+
+import pathlib
+import re
+
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "moe_layer.md"
+
+
+def test_code_of_the_document_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    exec(compile("\n".join(blocks), str(DOCUMENT), "exec"), {})
