@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closing a group, leaving the process and Ctrl-C end what waits, at once."""
+
+import re
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_smfree as smfree
+from faults.running import CONFIG, compiled, error_of, round_trip, run
+from jax_smfree.testing import launch
+from support import ep_mesh, make_problem
+
+LONG = {"timeout_s": 300.0}
+
+
+def first_rank_only(token, *arrays):
+    """Everybody else never sends."""
+
+    def idle(token, x, *_):
+        return jnp.zeros_like(x)
+
+    return jax.lax.cond(jax.lax.axis_index("ep") == 0, round_trip, idle, token, *arrays)
+
+
+def start_waiting(group):
+    """Leaves rank 0 waiting; returns what it waits to compute."""
+    problem = make_problem(group.mesh)
+    out = compiled(group, first_rank_only, problem)(*problem.arrays[:3])
+    while group.stats()["pending_receives"] == 0:
+        time.sleep(0.01)
+    return out.addressable_shards[0].data
+
+
+def test_close_ends_what_waits(faulty):
+    group = faulty(**LONG)
+    waiting = start_waiting(group)
+    start = time.monotonic()
+    group.close()
+    assert re.search(
+        r"rank 0 in dispatch_recv \(running\.py:\d+ in round_trip; lane 0, forward, number 0\).*"
+        "the group was closed",
+        error_of(waiting),
+    )
+    assert time.monotonic() - start < 2.0
+
+
+def test_close_by_another_thread_while_waiting(faulty):
+    group = faulty(**LONG)
+    waiting = start_waiting(group)
+    timer = threading.Timer(0.5, group.close)
+    timer.start()
+    assert "the group was closed" in error_of(waiting)
+    timer.join()
+
+
+def test_a_closed_group(faulty):
+    """A program that was compiled before, and a new one."""
+    group = faulty()
+    problem = make_problem(group.mesh)
+    step = compiled(group, round_trip, problem)
+    assert error_of(step(*problem.arrays[:3])) is None
+    group.close()
+    group.close()
+    error = error_of(step(*problem.arrays[:3]))
+    assert re.search("the EpGroup of this program is closed.*keep it open", error)
+    with pytest.raises(ValueError, match="closed"):
+        run(group, round_trip)
+    # What it said and counted can still be asked.
+    group.check()
+    assert group.stats()["dispatch_send_calls"] == group.num_ranks
+
+
+def a_group_that_waits():
+    group = smfree.EpGroup.create(ep_mesh(4), config=smfree.EpConfig(**CONFIG | LONG))
+    return group, start_waiting(group)
+
+
+def leave_while_waiting():
+    """For another process: ends with a receive that nobody will complete."""
+    kept = a_group_that_waits()
+    print("leaving", len(kept))
+
+
+def interrupt_while_waiting():
+    """For another process: Ctrl-C in the middle of a wait."""
+    _, waiting = a_group_that_waits()
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    try:
+        waiting.block_until_ready()
+    except KeyboardInterrupt:
+        print("interrupted")
+        raise
+
+
+def test_leaving_the_process_while_waiting(tmp_path):
+    result = launch(
+        leave_while_waiting, processes=1, devices_per_process=4, timeout_s=60, log_dir=tmp_path
+    ).check()
+    assert "leaving 2" in result.processes[0].text
+
+
+def test_interrupt(tmp_path):
+    result = launch(
+        interrupt_while_waiting, processes=1, devices_per_process=4, timeout_s=60, log_dir=tmp_path
+    )
+    (process,) = result.processes
+    assert "interrupted" in process.text, result.summary()
+    assert not result.timed_out
+    # Python's own exit code after an unhandled Ctrl-C.
+    assert process.returncode == -signal.SIGINT, result.summary()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waiting ends at the deadline, on every rank, in an error that names who waits for whom."""
+
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_smfree as smfree
+from faults.running import CONFIG, RANKS, assert_works, compiled, error_of, round_trip, run
+from jax_smfree.testing import chaos
+from support import ep_mesh, make_problem
+
+SILENT = 2
+
+
+def test_a_rank_that_never_sends(faulty):
+    group = faulty(timeout_s=2.0)
+
+    def local(token, *arrays):
+        def idle(token, x, *_):
+            return jnp.zeros_like(x)
+
+        return jax.lax.cond(jax.lax.axis_index("ep") == SILENT, idle, round_trip, token, *arrays)
+
+    outcome = run(group, local)
+    waits = (
+        r"rank [013] waited 2\.\d s in dispatch_recv \(running\.py:\d+ in round_trip; lane 0, "
+        rf"forward, number 0\) for rank {SILENT}: nothing arrived; rank {SILENT} never sent "
+        r"anything.*Cure: "
+    )
+    for rank, error in enumerate(outcome.errors):
+        if rank == SILENT:
+            assert error is None
+        else:
+            assert re.search(waits, error)
+            assert f"rank {rank} " in error  # its own phase, too
+    assert 2.0 <= outcome.seconds < 4.0
+    with pytest.raises(smfree.SmfreeError, match=waits):
+        group.check()
+
+
+def test_a_rank_that_stops_in_the_middle(faulty):
+    """The error says what the last thing was that came from it."""
+    group = faulty(timeout_s=2.0)
+
+    def local(token, *arrays):
+        d, token = smfree.dispatch(token, *arrays)
+
+        def stop(token):
+            return jnp.zeros_like(arrays[0])
+
+        def go_on(token):
+            return smfree.combine(token, d, d.x)[0]
+
+        return jax.lax.cond(jax.lax.axis_index("ep") == SILENT, stop, go_on, token)
+
+    outcome = run(group, local)
+    for rank in {0, 1, 3}:
+        assert re.search(
+            rf"waited 2\.\d s in combine_recv .* number 1\) for rank {SILENT}: nothing arrived; "
+            rf"last from rank {SILENT}: dispatch number 0",
+            outcome.errors[rank],
+        )
+    assert outcome.seconds < 4.0
+
+
+def test_a_mover_that_stands_still(faulty):
+    group = faulty(timeout_s=2.0)
+    with chaos(group, stall_probability=1.0, stall_ms=60_000):
+        outcome = run(group, round_trip)
+    for error in outcome.errors:
+        assert re.search(r"waited 2\.\d s in dispatch_recv", error)
+    assert outcome.seconds < 4.0
+    start = time.monotonic()
+    group.close()
+    assert time.monotonic() - start < 10.0
+
+
+def test_a_slow_rank_is_no_fault(groups):
+    """Waiting is what a deadline is for; nobody waits longer than needed."""
+    group = groups(ep_mesh(RANKS), **CONFIG, timeout_s=30.0)
+
+    def sleep(x, rank):
+        if rank == SILENT:
+            time.sleep(1.0)
+        return x
+
+    def local(token, x, *routing):
+        late = jax.pure_callback(sleep, jax.typeof(x), x, jax.lax.axis_index("ep"))
+        return round_trip(token, x + 0 * late, *routing)
+
+    outcome = run(group, local)
+    assert outcome.errors == [None] * RANKS
+    assert 1.0 <= outcome.seconds < 10.0
+    assert_works(group)
+
+
+def test_a_deadline_starts_with_the_wait(groups):
+    """An old group is as patient as a new one."""
+    group = groups(ep_mesh(RANKS), **CONFIG, timeout_s=1.0)
+    problem = make_problem(group.mesh)
+    step = compiled(group, round_trip, problem)
+    expected = np.asarray(step(*problem.arrays[:3]))
+    time.sleep(1.5)
+    out = step(*problem.arrays[:3])
+    assert error_of(out) is None
+    np.testing.assert_array_equal(out, expected)

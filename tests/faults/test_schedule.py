@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that disagree, and tokens that are used twice, end in an error that says who did what."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_smfree as smfree
+from faults.running import RANKS, run
+
+ODD = 1  # the rank that does something else
+
+
+def is_odd():
+    return jax.lax.axis_index("ep") == ODD
+
+
+def assert_everywhere(outcome, pattern, seconds=5.0):
+    assert all(error and re.search(pattern, error) for error in outcome.errors), outcome.errors
+    assert outcome.seconds < seconds
+
+
+def test_two_operations_on_one_lane(faulty):
+    """A token that is used for two sends."""
+    group = faulty()
+
+    def local(token, x, topk_idx, topk_weights):
+        first = smfree.dispatch_send(token, x, topk_idx, topk_weights)
+        second = smfree.dispatch_send(token, 2 * x, topk_idx, topk_weights)
+        # No rank receives the first before it has sent the second.
+        first = dataclasses.replace(first, array=first.array + 0 * second.array)
+        d, _ = smfree.dispatch_recv(first)
+        e, _ = smfree.dispatch_recv(second)
+        return d.x + e.x
+
+    outcome = run(group, local)
+    assert_everywhere(outcome, "two operations in flight on one lane.*Cure: receive it first")
+    sites = {site for e in outcome.errors for site in re.findall(r"test_schedule\.py:\d+", e)}
+    assert len(sites) == 2
+    with pytest.raises(smfree.SmfreeError, match="two operations in flight"):
+        group.check()
+
+
+def other_line(token, *arrays):
+    return smfree.dispatch(token, *arrays)[0].x
+
+
+def usual_line(token, *arrays):
+    return smfree.dispatch(token, *arrays)[0].x
+
+
+def test_another_call_site(faulty):
+    """The same operation, but of another line of the program."""
+    group = faulty()
+
+    def local(token, *arrays):
+        return jax.lax.cond(is_odd(), other_line, usual_line, token, *arrays)
+
+    outcome = run(group, local)
+    assert_everywhere(outcome, "schedule mismatch: rank .* expected .* and got .* from rank .*Cure")
+    for error in outcome.errors:
+        assert "in other_line" in error and "in usual_line" in error
+    with pytest.raises(smfree.SmfreeError, match="schedule mismatch"):
+        group.check()
+
+
+def test_another_operation(faulty):
+    """One rank dispatches where the others combine."""
+    group = faulty()
+
+    def local(token, *arrays):
+        d, token = smfree.dispatch(token, *arrays)
+
+        def again(token):
+            return smfree.dispatch(token, *arrays)[0].x[:6]
+
+        def back(token):
+            return smfree.combine(token, d, d.x)[0]
+
+        return jax.lax.cond(is_odd(), again, back, token)
+
+    outcome = run(group, local)
+    assert_everywhere(outcome, r"schedule mismatch.*expected \w+ number 1 .*got \w+ number 1")
+    for error in outcome.errors:
+        assert {"dispatch number 1", "combine number 1"} == set(
+            re.findall(r"(?:dispatch|combine) number 1", error)
+        )
+
+
+def test_one_operation_more(faulty):
+    """A loop of a length of its own: the others are gone, so only the deadline can tell."""
+    group = faulty(timeout_s=2.0)
+
+    def local(token, *arrays):
+        def step(_, carry):
+            token, total = carry
+            d, token = smfree.dispatch(token, *arrays)
+            return token, total + jnp.sum(d.x)
+
+        zero = jax.lax.pcast(jnp.float32(0), "ep", to="varying")
+        return jax.lax.fori_loop(0, 3 + is_odd(), step, (token, zero))[1][None]
+
+    outcome = run(group, local)
+    assert [error is not None for error in outcome.errors] == [r == ODD for r in range(RANKS)]
+    assert re.search(
+        rf"rank {ODD} waited 2\.\d s in dispatch_recv \(.* number 3\) for rank 0: nothing arrived; "
+        r"last from rank 0: dispatch number 2",
+        outcome.errors[ODD],
+    )
+    assert outcome.seconds < 4.0
+
+
+def test_another_number_of_rows(faulty):
+    """The same line with other shapes: what was expected and what came must not read the same."""
+    group = faulty()
+
+    def local(token, *arrays):
+        def line(token, *arrays):
+            return smfree.dispatch(token, *arrays)[0].num_dropped[None]
+
+        def fewer(token, *arrays):
+            return line(token, *(a[:3] for a in arrays))
+
+        return jax.lax.cond(is_odd(), fewer, line, token, *arrays)
+
+    outcome = run(group, local)
+    assert_everywhere(outcome, "schedule mismatch.*expected .* and got .* from rank")
+    for error in outcome.errors:
+        expected, got = re.search(r"expected (.*) and got (.*) from rank", error).groups()
+        assert expected != got

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs in which a process fails. Each process tells in its log what the others make of it."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import jax_smfree as smfree
+from faults.running import CONFIG, assert_works, compiled, error_of, round_trip
+from jax_smfree import testing
+from support import Problem, make_problem
+
+ODD = 1  # the process that fails; not the one that JAX's coordinator lives in, see `leave`
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A group over all processes that has worked so far."""
+
+    group: smfree.EpGroup
+    problem: Problem
+    step: Callable[..., Any]
+
+    def tell_errors(self, step: Callable[..., Any] | None = None) -> None:
+        """Runs a step, and tells what each rank of this process says, and after which time.
+
+        With one device in a process JAX runs the step at once, and raises here; else the arrays
+        have the errors.
+        """
+        begin = time.monotonic()
+        try:
+            shards = (step or self.step)(*self.problem.arrays[:3]).addressable_shards
+            shards = sorted(shards, key=lambda shard: shard.index[0].start or 0)
+            errors = [error_of(shard.data) for shard in shards]
+        except jax.errors.JaxRuntimeError as error:
+            errors = [str(error)]
+        tell(errors=errors, seconds=time.monotonic() - begin)
+
+    def tell_check(self) -> None:
+        """What ``check`` says."""
+        try:
+            self.group.check()
+            tell(check=None)
+        except smfree.SmfreeError as error:
+            tell(check=str(error))
+
+
+def start(timeout_s: float, local: Callable[..., Any] = round_trip) -> Setting:
+    """Joins the others, and shows that the group works; ``local`` is the step to come."""
+    testing.initialize()
+    mesh = Mesh(np.array(jax.devices()), ("ep",))
+    config = smfree.EpConfig(**CONFIG, timeout_s=timeout_s)
+    group = smfree.EpGroup.create(mesh, config=config)
+    problem = make_problem(mesh)
+    jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+    setting = Setting(group, problem, compiled(group, local, problem))
+    meet()
+    return setting
+
+
+@functools.cache
+def _world() -> testing.World:
+    return testing.World(jax.process_index(), jax.process_count())
+
+
+def meet() -> None:
+    """Waits for all processes, through JAX's coordinator and not through the group."""
+    _world().barrier()
+
+
+def tell(**what: Any) -> None:
+    print("TOLD " + json.dumps(what), flush=True)
+
+
+def assert_local_group_works() -> None:
+    """The process goes on with what it has."""
+    mesh = Mesh(np.array(jax.local_devices()), ("ep",))
+    with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+        assert_works(group)
+
+
+def leave(directory: str, survivors: list[int]) -> None:
+    """Ends a process whose peers died.
+
+    Not in order: JAX's own shutdown waits for the dead one, and then aborts. And when process 0,
+    where JAX's coordinator lives, is gone, JAX aborts the others: so it goes last.
+    """
+    me = jax.process_index()
+    Path(directory, f"left-{me}").touch()
+    deadline = time.monotonic() + 30
+    if me == 0:
+        while time.monotonic() < deadline and not all(
+            Path(directory, f"left-{p}").exists() for p in survivors
+        ):
+            time.sleep(0.02)
+    os._exit(0)
+
+
+# ---- the programs --------------------------------------------------------------------------------
+
+
+def killed(directory: str) -> None:
+    """A process is killed between its dispatch and its combine."""
+
+    def die(x):
+        if jax.process_index() == ODD:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    def local(token, *arrays):
+        d, token = smfree.dispatch(token, *arrays)
+        y = d.x + 0 * jax.pure_callback(die, jax.ShapeDtypeStruct(d.x.shape, d.x.dtype), d.x)
+        return smfree.combine(token, d, y)[0]
+
+    setting = start(60.0, local)
+    setting.tell_errors()
+    setting.tell_check()
+    begin = time.monotonic()
+    setting.group.close()
+    tell(close_seconds=time.monotonic() - begin)
+    assert_local_group_works()
+    leave(directory, [p for p in range(jax.process_count()) if p != ODD])
+
+
+def never_sends() -> None:
+    """A process stays away from a step."""
+    setting = start(2.0)
+    if jax.process_index() == ODD:
+        meet()
+    else:
+        setting.tell_errors()
+        meet()
+    setting.tell_check()
+    setting.group.close()
+    assert_local_group_works()
+
+
+def other_step(token, *arrays):
+    d, token = smfree.dispatch(token, *arrays)
+    return smfree.combine(token, d, 2 * d.x)[0]
+
+
+def runs_another_program() -> None:
+    """A process runs a step of another line of the program."""
+    odd = None
+    setting = start(3.0)
+    if jax.process_index() == ODD:
+        odd = compiled(setting.group, other_step, setting.problem)
+    meet()
+    setting.tell_errors(odd)
+    meet()
+    setting.tell_check()
+    setting.group.close()
+    assert_local_group_works()
+
+
+def takes_another_branch(what: str) -> None:
+    """One program, in which the ranks of a process send from another line, or fewer rows."""
+
+    def fewer_rows(token, *arrays):
+        return usual(token, *(a[:3] for a in arrays))
+
+    def other_line(token, *arrays):
+        return smfree.dispatch(token, *arrays)[0].num_dropped[None]
+
+    def usual(token, *arrays):
+        return smfree.dispatch(token, *arrays)[0].num_dropped[None]
+
+    def local(token, *arrays):
+        other = {"line": other_line, "rows": fewer_rows}[what]
+        odd = jax.lax.axis_index("ep") // jax.local_device_count() == ODD
+        return jax.lax.cond(odd, other, usual, token, *arrays)
+
+    setting = start(60.0, local)
+    setting.tell_errors()
+    setting.tell_check()
+    meet()
+
+
+def closes_too_early() -> None:
+    """A process closes the group, the others still use it."""
+    setting = start(60.0)
+    if jax.process_index() == ODD:
+        setting.group.close()
+    else:
+        setting.tell_errors()
+        setting.tell_check()
+    meet()
+    setting.group.close()
+    assert_local_group_works()
+
+
+def exits_in_the_middle(seconds: float) -> None:
+    """A process comes to its end while its receives wait for the others, who come later."""
+    setting = start(60.0)
+    if jax.process_index() != ODD:
+        time.sleep(seconds)
+        setting.tell_errors()
+        setting.tell_check()
+        return
+    out = setting.step(*setting.problem.arrays[:3])
+    while setting.group.stats()["pending_receives"] == 0:
+        time.sleep(0.01)
+    assert not out.is_ready()
+    tell(exits=True)
+
+
+def another_config() -> None:
+    """The processes do not agree on the group; then they do."""
+    testing.initialize()
+    mesh = Mesh(np.array(jax.devices()), ("ep",))
+    me = jax.process_index()
+    config = smfree.EpConfig(**CONFIG | {"hidden": 16 + 16 * (me == ODD)}, timeout_s=10.0)
+    try:
+        smfree.EpGroup.create(mesh, config=config)
+        tell(error=None)
+    except smfree.SmfreeError as error:
+        tell(error=str(error))
+    meet()
+    with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+        problem = make_problem(mesh)
+        jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+        meet()
+
+
+def does_not_create() -> None:
+    """A process does not take part in the creation of the group."""
+    testing.initialize()
+    mesh = Mesh(np.array(jax.devices()), ("ep",))
+    if jax.process_index() != ODD:
+        begin = time.monotonic()
+        try:
+            smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG, timeout_s=2.0))
+            tell(error=None)
+        except smfree.SmfreeError as error:
+            tell(error=str(error), seconds=time.monotonic() - begin)
+    meet()

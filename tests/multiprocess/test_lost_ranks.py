@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that die, stay away, disagree or leave: a named error on all others, in time."""
+
+import json
+import re
+import signal
+
+import pytest
+
+from jax_smfree.testing import launch
+from multiprocess import programs
+
+pytestmark = pytest.mark.usefixtures("no_leftovers")
+
+
+def run(program, *args, log_dir, processes=2, devices=2):
+    """What each process told, and how it ended."""
+    result = launch(
+        program,
+        args=args,
+        processes=processes,
+        devices_per_process=devices,
+        timeout_s=120,
+        survivors_s=None,
+        log_dir=log_dir,
+    )
+    assert not result.timed_out, result.summary()
+    told = []
+    for process in result.processes:
+        told.append({})
+        for line in re.findall("^TOLD (.*)$", process.text, re.MULTILINE):
+            told[-1] |= json.loads(line)
+    return told, result
+
+
+def assert_all_match(errors, pattern):
+    for error in errors:
+        assert error is not None and re.search(pattern, error), (error, pattern)
+
+
+@pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)])
+def test_killed(tmp_path, processes, devices):
+    """The connection's end tells, long before the deadline."""
+    told, result = run(
+        programs.killed, str(tmp_path), log_dir=tmp_path, processes=processes, devices=devices
+    )
+    lost = list(range(devices * programs.ODD, devices * (programs.ODD + 1)))
+    named = rf"rank\(s\) {', '.join(map(str, lost))} \(process {programs.ODD}\) died.*Cure: "
+    for rank, process in enumerate(result.processes):
+        if rank == programs.ODD:
+            assert process.returncode == -signal.SIGKILL
+            continue
+        assert process.returncode == 0, result.summary()
+        assert len(told[rank]["errors"]) == devices
+        assert_all_match(told[rank]["errors"], r"combine_(send|recv) .*" + named)
+        assert_all_match([told[rank]["check"]], named)
+        assert told[rank]["seconds"] < 10.0  # of a deadline of 60
+        assert told[rank]["close_seconds"] < 10.0
+
+
+def test_never_sends(tmp_path):
+    told, result = run(programs.never_sends, log_dir=tmp_path)
+    result.check()
+    waits = r"rank [01] waited 2\.\d s in dispatch_recv \(.*\) for rank 2: .*; for rank 3: "
+    assert_all_match(told[0]["errors"], waits)
+    assert told[0]["seconds"] < 4.0
+    assert_all_match([told[0]["check"], told[1]["check"]], waits)  # it is told, too
+
+
+def test_runs_another_program(tmp_path):
+    told, result = run(programs.runs_another_program, log_dir=tmp_path)
+    result.check()
+    # JAX numbers the launches of each program by itself, so nothing that comes from another program
+    # can be meant for this one: it lies there unread.
+    waits = (
+        r"rank (\d) waited 3\.\d s in dispatch_recv \(.*\) for rank (\d): nothing arrived; last "
+        r"from rank \2: dispatch number 0 .* of another run; .*Cure: "
+    )
+    for process in told:
+        assert len(process["errors"]) == 2
+        assert_all_match([*process["errors"], process["check"]], waits)
+        assert process["seconds"] < 5.0
+
+
+MISMATCHES = {
+    "line": r"expected dispatch number 0 .* in (\w+); .* got dispatch number 0 .* in (?!\1)\w+;",
+    "rows": "expected .* 6 rows per rank .* one of 3|expected .* 3 rows per rank .* one of 6",
+}
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_takes_another_branch(tmp_path, what):
+    told, result = run(programs.takes_another_branch, what, log_dir=tmp_path)
+    result.check()
+    for process in told:
+        errors = [*process["errors"], process["check"]]
+        assert len(errors) == 3
+        assert_all_match(errors, r"schedule mismatch: rank \d .* from rank \d.*Cure: ")
+        assert_all_match(errors, MISMATCHES[what])
+        assert process["seconds"] < 10.0
+
+
+def test_closes_too_early(tmp_path):
+    told, result = run(programs.closes_too_early, log_dir=tmp_path)
+    result.check()
+    named = (
+        r"rank\(s\) 2, 3 \(process 1\) closed its group, and rank [01] in dispatch_recv .* waits"
+    )
+    assert_all_match([*told[0]["errors"], told[0]["check"]], named)
+    assert told[0]["seconds"] < 10.0
+
+
+def test_exits_in_the_middle(tmp_path):
+    """Its end does not wait for the others, and they learn of it at once."""
+    told, result = run(programs.exits_in_the_middle, 2.0, log_dir=tmp_path)
+    result.check()
+    assert told[1] == {"exits": True}
+    named = r"rank\(s\) 2, 3 \(process 1\) closed its group, and rank [01] in combine_recv .* waits"
+    assert_all_match([*told[0]["errors"], told[0]["check"]], named)
+    assert told[0]["seconds"] < 10.0
+
+
+def test_another_config(tmp_path):
+    told, result = run(programs.another_config, log_dir=tmp_path)
+    result.check()
+    for me, process in enumerate(told):
+        hidden = {True: "hidden=16", False: "hidden=32"}
+        assert_all_match(
+            [process["error"]],
+            rf"process {1 - me} creates .*{hidden[me != 0]}.*process {me} creates .*"
+            rf"{hidden[me == 0]}.*same mesh, axis and config",
+        )
+
+
+def test_does_not_create(tmp_path):
+    told, result = run(programs.does_not_create, log_dir=tmp_path)
+    result.check()
+    assert_all_match(
+        [told[0]["error"]],
+        "process 0 waited 2 s for process 1 to create the same group.*collective",
+    )
+    assert told[0]["seconds"] < 4.0

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a group in several processes: the same bits as the oracle, whoever owns which."""
+
+import numpy as np
+import pytest
+
+import oracle
+from jax_smfree.testing import chaos
+from property.expectations import (
+    assert_dispatched,
+    assert_rounded,
+    assert_same_bits,
+    assert_summed_in_order,
+)
+from property.round_trip import Program, Shape
+from property.strategies import random_inputs
+from support import random_routing
+
+
+def processes(number, devices):
+    return pytest.mark.multihost(processes=number, devices_per_process=devices)
+
+
+SHAPES = [
+    pytest.param(Shape(2, 8, 3, 7, 16, "float32"), marks=processes(2, 1)),
+    pytest.param(Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), marks=processes(2, 2)),
+    pytest.param(Shape(4, 4, 4, 5, 8, "float16", capacity=9), marks=processes(4, 1)),
+    pytest.param(Shape(3, 6, 2, 5, 8, "float32", unused_tokens=4), marks=processes(3, 1)),
+    pytest.param(Shape(4, 8, 2, 50, 900, "bfloat16"), marks=processes(2, 2)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip(shape, world):
+    """Dispatch, combine and all gradients, with silent ranks, quiet movers and chaotic ones."""
+    program = Program(shape)
+    rng = np.random.default_rng(0)  # the same everywhere
+    with program.group:
+        for none_fraction in (0.0, 0.3, 1.0):
+            idx = random_routing(rng, shape.ranks * shape.tokens, shape.top_k, shape.experts)
+            idx[rng.random(idx.shape) < none_fraction] = -1
+            idx = idx.reshape(shape.ranks, shape.tokens, shape.top_k)
+            case = random_inputs(rng, shape, program.num_rows, idx)
+            routing = oracle.route(
+                idx, shape.experts, recv_capacity=shape.capacity, alignment=shape.alignment
+            )
+            first, on_other_lane_with_hooks = program(case)
+            assert_dispatched(shape, case, first.d, routing)
+            assert_rounded(shape, case, first, routing)
+            assert_summed_in_order(case, first, routing)
+            assert_same_bits(on_other_lane_with_hooks, first)
+            with chaos(program.group, seed=world.rank, max_delay_us=500):
+                assert_same_bits(program(case), [first, first])
+                world.barrier()  # what one process holds back, another one waits for
+        program.group.check()
+        world.barrier()

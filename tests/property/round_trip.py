@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dispatch and three combines, forward and backward, as one compiled program per static shape."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+import jax_smfree as smfree
+from support import ep_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a program is compiled for. Routing and values are free."""
+
+    ranks: int
+    experts: int
+    top_k: int
+    tokens: int
+    hidden: int
+    dtype: str
+    alignment: int = 1
+    capacity: int | None = None
+    overflow: str = "drop"
+    unused_tokens: int = 0  # max_tokens beyond those sent
+
+    def __str__(self) -> str:
+        name = f"R{self.ranks}-E{self.experts}-K{self.top_k}-T{self.tokens}-H{self.hidden}"
+        name += f"-{self.dtype}-align{self.alignment}"
+        return name if self.capacity is None else f"{name}-{self.overflow}{self.capacity}"
+
+    @property
+    def places(self) -> int:
+        """The most ranks that a row goes to."""
+        return min(self.top_k, self.ranks)
+
+    def config(self, **more: Any) -> smfree.EpConfig:
+        return smfree.EpConfig(
+            num_experts=self.experts,
+            top_k=self.top_k,
+            hidden=self.hidden,
+            max_tokens=self.tokens + self.unused_tokens,
+            dtype=jnp.dtype(self.dtype),
+            expert_alignment=self.alignment,
+            recv_capacity=self.capacity,
+            overflow=self.overflow,
+            **more,
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Inputs:
+    """Operands and cotangents of all ranks; every array has a leading rank axis.
+
+    The three ``y`` are results of the experts, for a combine with the weights of the dispatch, with
+    the weights given in ``weights``, and without weights.
+    """
+
+    topk_idx: np.ndarray  # [R, T, K]
+    x: np.ndarray  # [R, T, H]
+    topk_weights: np.ndarray  # [R, T, K]
+    ys: tuple[np.ndarray, np.ndarray, np.ndarray]  # [R, N, H]
+    weights: np.ndarray  # [R, N]
+    received_ct: np.ndarray  # [R, N, H]
+    received_weights_ct: np.ndarray  # [R, N]
+    out_cts: tuple[np.ndarray, np.ndarray, np.ndarray]  # [R, T, H]
+
+    def __repr__(self) -> str:
+        return f"Inputs(topk_idx={self.topk_idx.tolist()}, ...)"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["d", "outs", "x_ct", "topk_weights_ct", "y_cts", "weights_ct"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What one lane computed, as `Inputs`."""
+
+    d: smfree.DispatchResult
+    outs: tuple[Any, Any, Any]
+    x_ct: Any
+    topk_weights_ct: Any
+    y_cts: tuple[Any, Any, Any]
+    weights_ct: Any
+
+
+def native(token, inputs, x, topk_weights, ys, weights):
+    d, token = smfree.dispatch(token, x, inputs.topk_idx, topk_weights)
+    first, token = smfree.combine(token, d, ys[0])
+    second, token = smfree.combine(token, d, ys[1], weights)
+    third, token = smfree.combine(token, d, ys[2], None)
+    return d, (first, second, third)
+
+
+def hooks(token, inputs, x, topk_weights, ys, weights):
+    send = functools.partial(smfree.combine, return_recv_hook=True)
+    d, token = smfree.dispatch(token, x, inputs.topk_idx, topk_weights, return_recv_hook=True)()
+    first, token = send(token, d, ys[0])()
+    second, token = send(token, d, ys[1], weights)()
+    third, token = send(token, d, ys[2], None)()
+    return d, (first, second, third)
+
+
+MODES = (native, hooks)
+
+
+def everywhere(tree: Any) -> Any:
+    """The arrays of a program, whole in each of its processes, with the ranks in their order.
+
+    They travel as bytes: an all-gather of bfloat16 on the CPU changes the bits of NaNs.
+    """
+    if jax.process_count() == 1:
+        return tree
+    own = jax.tree.map(
+        lambda a: np.concatenate([shard.data for shard in a.addressable_shards]), tree
+    )
+    whole = multihost_utils.process_allgather(
+        jax.tree.map(lambda a: a.view(np.uint8), own), tiled=True
+    )
+    return jax.tree.map(lambda a, like: a.view(like.dtype), whole, own)
+
+
+class Program:
+    """Runs both modes at once, each on a lane of its own.
+
+    Attributes:
+      shape: the `Shape`.
+      group: the group; the caller closes it.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        mesh = ep_mesh(shape.ranks)
+        self.shape = shape
+        self.group = smfree.EpGroup.create(mesh, config=shape.config(num_lanes=len(MODES)))
+        spec = P("ep")
+        smap = jax.shard_map(self._local, mesh=mesh, in_specs=spec, out_specs=spec)
+        self._step = jax.jit(smap)
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.group.config.num_recv_rows(self.shape.tokens, self.shape.ranks)
+
+    def __call__(self, inputs: Inputs) -> list[Outputs]:
+        """What each mode computed on all ranks, as NumPy arrays."""
+        fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+        return jax.tree.map(np.asarray, everywhere(self._step(fields)))
+
+    def _local(self, fields: dict[str, Any]) -> list[Outputs]:
+        inputs = Inputs(**jax.tree.map(lambda a: a[0], fields))
+        results = [self._lane(lane, mode, inputs) for lane, mode in enumerate(MODES)]
+        return jax.tree.map(lambda a: a[None], results)
+
+    def _lane(self, lane: int, mode: Any, inputs: Inputs) -> Outputs:
+        def forward(*operands):
+            d, outs = mode(self.group.token(lane), inputs, *operands)
+            return (d.x, d.weights, outs), d
+
+        operands = (inputs.x, inputs.topk_weights, inputs.ys, inputs.weights)
+        (_, _, outs), pullback, d = jax.vjp(forward, *operands, has_aux=True)
+        cts = pullback((inputs.received_ct, inputs.received_weights_ct, inputs.out_cts))
+        return Outputs(d, outs, *cts)

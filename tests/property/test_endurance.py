@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many operations in a row, and many at once; every value is checked where it arrives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import jax_smfree as smfree
+from jax_smfree.testing import chaos, launch
+from property.self_checking import SelfChecking
+from support import ep_mesh
+
+
+def test_ten_thousand_operations_under_chaos(groups):
+    """On two lanes, with delays, reordering and pauses."""
+    exchange = SelfChecking(ranks=4, tokens=4, hidden=8, lanes=2)
+    rounds = 10_000 // (2 * exchange.lanes)
+    mesh = ep_mesh(exchange.ranks)
+    group = smfree.EpGroup.create(mesh, config=exchange.config())
+
+    def local():
+        def step(i, carry):
+            tokens, wrong = list(carry[0]), carry[1]
+            for lane in range(exchange.lanes):
+                number = exchange.lanes * i + lane
+                tokens[lane], d, wrong_here = exchange.wrong_results(tokens[lane], number)
+                wrong += wrong_here + exchange.wrong_rows(d, number)
+            return tokens, wrong
+
+        tokens = [group.token(lane) for lane in range(exchange.lanes)]
+        zero = jax.lax.pcast(jnp.int32(0), "ep", to="varying")
+        tokens, wrong = jax.lax.fori_loop(0, rounds, step, (tokens, zero))
+        return wrong[None], jnp.stack([token.array for token in tokens])[None]
+
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P("ep")))
+    with group, chaos(group, seed=7, max_delay_us=100, stall_probability=1e-4, stall_ms=3):
+        wrong, tokens = map(np.asarray, step())
+        group.check()
+        stats = group.stats()
+    np.testing.assert_array_equal(wrong, 0)
+    np.testing.assert_array_equal(tokens[..., 2], 2 * rounds)  # the number of the next operation
+    operations = exchange.lanes * rounds * exchange.ranks
+    for phase in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+        assert stats[f"{phase}_calls"] == operations
+    assert stats["messages_in_flight"] == stats["pending_receives"] == 0
+
+
+LAUNCHES = 10
+
+
+def many_at_once(cache):
+    """For another process: 24 operations that do not depend on one another, and their psums."""
+    jax.config.update("jax_compilation_cache_dir", cache)
+    exchange = SelfChecking(ranks=32, tokens=2, hidden=512, lanes=24)
+    mesh = ep_mesh(exchange.ranks)
+    group = smfree.EpGroup.create(mesh, config=exchange.config())
+
+    def local(first):
+        total = 0
+        for lane in range(exchange.lanes):
+            _, _, wrong = exchange.wrong_results(group.token(lane), first + lane)
+            total += jax.lax.psum(wrong, "ep")
+        return total[None]
+
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P()))
+    with group:
+        for i in range(LAUNCHES):
+            assert int(step(jnp.int32(i * exchange.lanes))[0]) == 0
+            print("launch", i, flush=True)
+        group.check()
+
+
+def test_24_operations_at_once_on_32_devices(tmp_path):
+    """With two cores XLA has fewer threads than there are receives, so none of them may block."""
+    for attempt in range(3):
+        result = launch(
+            many_at_once,
+            args=[str(tmp_path / "cache")],
+            processes=1,
+            devices_per_process=32,
+            timeout_s=180,
+            log_dir=tmp_path / str(attempt),
+        ).check()
+        assert result.processes[0].text.count("launch ") == LAUNCHES
