@@ -61,7 +61,8 @@ def _bars(axes: Axes, cases: list[Case]) -> None:
         axes.annotate("memcpy", (at + 0.2, floor), ha="center", va="bottom", fontsize=7)
     axes.set_xticks(range(len(cases)), [f"{case['ranks']}" for case in cases])
     axes.set(xlabel="ranks", ylabel="the four phases, ms per rank")
-    axes.legend(frameon=False, fontsize=7.5, reverse=True)
+    axes.legend(frameon=False, fontsize=7.5, reverse=True, ncols=2, loc="upper left")
+    axes.margins(y=0.2)
 
 
 def save(result: dict[str, Any], path: Path) -> None:

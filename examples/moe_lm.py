@@ -109,14 +109,16 @@ def forward(
         implementation=implementation,
     )
 
+    branch_scale = (2 * config.layers) ** -0.5  # keeps the sum of all branches of order 1
+
     def layer(carry: Any, scanned: Any) -> Any:
         token, h = carry
         params, bias = scanned
         x = _mix_with_previous(_norm(h, params.attention_norm))
-        h = h + _attention(params, x, config.heads)
+        h = h + branch_scale * _attention(params, x, config.heads)
         rows = _norm(h, params.moe_norm).reshape(-1, config.hidden)
         token, out, aux = moe(token, params.moe, rows, balance_bias=bias)
-        return (token, h + out.reshape(h.shape)), aux
+        return (token, h + branch_scale * out.reshape(h.shape)), aux
 
     h = params.embed[text] + params.positions[: text.shape[1]]
     (token, h), aux = jax.lax.scan(layer, (token, h), (params.layers, balance_bias))

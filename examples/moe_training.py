@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree import nn
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 BALANCE_RATE = 1e-2  # step of the routers' balance bias
 SAMPLE_BYTES = 192
 TEMPERATURE = 0.6
@@ -194,4 +194,6 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         LEARNING_RATE / 10, LEARNING_RATE, warmup, max(steps, warmup + 1), LEARNING_RATE / 10
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01)
+    )

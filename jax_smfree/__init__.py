@@ -10,8 +10,8 @@ nn                     MoE layers
 inspect                what a compiled program overlaps
 testing                tests over several processes
 
-Names are loaded on first use (``__init__.pyi`` lists them): ``jax_smfree.testing`` is a pytest plugin,
-and must not import JAX before the tests of other projects have configured it.
+Names are loaded on first use (``__init__.pyi`` lists them): ``jax_smfree.testing`` is a pytest
+plugin, and must not import JAX before the tests of other projects have configured it.
 """
 
 import importlib.util

@@ -105,7 +105,7 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
   if (to.values) std::fill_n(to.values, to.rows_capacity, 0.0f);
 
   const ReceivedRows received(to.recv_counts, config.num_ranks);
-  const Writes writes = WritesFor(received.count() * x_row_bytes * exchange.num_local());
+  const Writes writes = WritesFor(to.rows_capacity * x_row_bytes * exchange.num_local());
   const auto scatter_row = [&](int32_t source, int64_t i, std::byte* scaled) {
     const Message& message = messages[static_cast<size_t>(source)];
     const MessageLayout layout(message.header.rows, message.header.experts, message.header.slots,

@@ -80,9 +80,14 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t source, Recei
   });
   if (found != fifo.begin() && !IsReplay(expected.identity.derivation)) {
     const wire::MessageHeader& head = fifo.front().header;
-    return Mismatch(expected, head,
-                    "expected " + DescribeOperation(expected.identity) + " and got " +
-                        DescribeOperation(head.identity));
+    const std::string wanted = DescribeOperation(expected.identity);
+    std::string got = DescribeOperation(head.identity);
+    if (got == wanted) {  // the instances differ
+      got = "another call of that line (another branch of a cond, or a jitted function that is "
+            "called twice), of " + std::to_string(head.tokens) + " rows per rank instead of " +
+            std::to_string(expected.tokens) + ",";
+    }
+    return Mismatch(expected, head, "expected " + wanted + " and got " + got);
   }
   if (found == fifo.end()) return Match::kNone;
   Status shapes = CheckShapes(expected, found->header);

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jax_smfree._src import autodiff as _  # registers the rules of the primitives
+import jax_smfree._src.autodiff  # noqa: F401  (registers the rules of the primitives)
 from jax_smfree._src import checks, compat, targets
 from jax_smfree._src import primitives as p
 from jax_smfree._src.group import EpGroup

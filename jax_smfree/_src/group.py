@@ -90,8 +90,8 @@ class EpGroup:
                 f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
                 "rows are numbered by int32. Lower max_tokens or set recv_capacity."
             )
-        shape = dict(mesh.shape)
-        fingerprint = repr((tuple(shape.items()), axis, config))
+        ids = [device.id for device in mesh.devices.flat]
+        fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         ordinal = _created[fingerprint]
         _created[fingerprint] += 1
         group = cls(mesh, axis, config, fingerprint, ordinal)

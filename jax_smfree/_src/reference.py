@@ -160,9 +160,7 @@ def lay_out(
 
 def _exchange(blocks: Array, axis: str) -> Array:
     """``blocks[r]`` goes to rank r; returns what each rank sent here: [R, ...] -> [R, ...]."""
-    received: Array = jax.lax.all_to_all(  # type: ignore[no-untyped-call]
-        blocks, axis, split_axis=0, concat_axis=0
-    )
+    received: Array = jax.lax.all_to_all(blocks, axis, split_axis=0, concat_axis=0)
     return received
 
 

@@ -71,11 +71,9 @@ def init_moe(
 
 def moe_specs(params: MoeParams, axis: str) -> MoeParams:
     """The ``PartitionSpec`` of every parameter: experts over ``axis``, the rest replicated."""
-    replicated, split = PartitionSpec(), PartitionSpec(axis)  # type: ignore[no-untyped-call]
-    return dataclasses.replace(
-        jax.tree.map(lambda _: replicated, params),
-        experts=jax.tree.map(lambda _: split, params.experts),
-    )
+    replicated, split = PartitionSpec(), PartitionSpec(axis)
+    specs: MoeParams = jax.tree.map(lambda _: replicated, params)
+    return dataclasses.replace(specs, experts=jax.tree.map(lambda _: split, params.experts))
 
 
 def _init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

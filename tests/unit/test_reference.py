@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+import oracle
 from jax_smfree._src import reference
 from jax_smfree._src.config import EpConfig
 
