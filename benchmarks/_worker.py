@@ -56,8 +56,8 @@ def check(shape: Shape, inputs: Inputs, sides: dict[str, Any], arrays: tuple[Arr
 def measure(shape: Shape, mesh: Mesh, budget_s: float) -> dict[str, Any]:
     """Samples of every program, taken in turn: whatever disturbs the machine disturbs them all.
 
-    In its turn each runs twice, and the second time counts, as in a training loop. The first time it
-    pays for what the one before left: cold caches, and memory that went back to the host of a
+    In its turn each runs twice, and the second time counts, as in a training loop. The first time
+    it pays for what the one before left: cold caches, and memory that went back to the host of a
     virtual machine in the meantime. Every round starts with another one.
     """
     inputs = make_inputs(shape)

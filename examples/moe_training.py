@@ -22,7 +22,8 @@ import jax_smfree as smfree
 from jax_smfree import nn
 
 LEARNING_RATE = 6e-3
-BALANCE_RATE = 1e-2  # step of the routers' balance bias
+BALANCE_LOSS = 1e-2  # weight of the load-balancing loss, mean over the layers
+BALANCE_RATE = 5e-3  # step of the routers' balance bias
 SAMPLE_BYTES = 192
 TEMPERATURE = 0.6
 
@@ -115,7 +116,7 @@ class Training:
         )
 
     def _metrics_of(self, implementation: nn.Implementation) -> Any:
-        """``(params, balance_bias, text) -> (loss, Metrics)`` on global arrays."""
+        """``(params, balance_bias, text) -> (loss to minimise, Metrics)`` on global arrays."""
 
         def on_each_rank(params: moe_lm.Params, bias: Array, text: Array) -> Any:
             _, logits, aux = moe_lm.forward(
@@ -126,9 +127,10 @@ class Training:
                 config=self.config,
                 implementation=implementation,
             )
-            loss = jax.lax.pmean(moe_lm.loss(logits, text[:, 1:]), moe_lm.AXIS)
+            losses = moe_lm.loss(logits, text[:, 1:]), aux.load_balancing_loss.mean()
+            loss, balance_loss = jax.lax.pmean(losses, moe_lm.AXIS)
             load, num_dropped = jax.lax.psum((aux.load, aux.num_dropped.sum()), moe_lm.AXIS)
-            return loss, Metrics(loss, load, num_dropped)
+            return loss + BALANCE_LOSS * balance_loss, Metrics(loss, load, num_dropped)
 
         specs = moe_lm.specs(jax.eval_shape(self._init, 0).params)
         return jax.shard_map(

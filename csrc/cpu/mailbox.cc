@@ -83,9 +83,11 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t source, Recei
     const std::string wanted = DescribeOperation(expected.identity);
     std::string got = DescribeOperation(head.identity);
     if (got == wanted) {  // the instances differ
-      got = "another call of that line (another branch of a cond, or a jitted function that is "
-            "called twice), of " + std::to_string(head.tokens) + " rows per rank instead of " +
-            std::to_string(expected.tokens) + ",";
+      got =
+          "another call of that line (another branch of a cond, or a jitted function that is "
+          "called twice), of " +
+          std::to_string(head.tokens) + " rows per rank instead of " +
+          std::to_string(expected.tokens) + ",";
     }
     return Mismatch(expected, head, "expected " + wanted + " and got " + got);
   }
