@@ -172,6 +172,7 @@ def make_sampler(
             byte = jax.random.categorical(key, logits[:, -1] / TEMPERATURE)
             return (token, jnp.concatenate([window[:, 1:], byte[:, None]], axis=1)), byte[0]
 
+        text: Array
         _, text = jax.lax.scan(
             next_byte, (group.token(), prompt), jax.random.split(key, SAMPLE_BYTES)
         )

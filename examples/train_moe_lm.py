@@ -195,7 +195,8 @@ class Run:
         """Saves the pictures; raises if anything went wrong in the group."""
         self.group.check()
         stats = "\n".join(f"  {name:24}{n:>20,}" for name, n in self.group.stats().items())
-        self.say(f"copies of rows dropped in training: {self.num_dropped}")
+        share = self.num_dropped / sum(int(load.sum()) for load in self.loads)
+        self.say(f"dropped in training: {self.num_dropped} copies of rows ({100 * share:.2f} %)")
         self.say(f"the group in this process, forward and backward:\n{stats}")
         if jax.process_index() != 0:
             return

@@ -62,13 +62,6 @@ struct Setup {
   std::vector<Arrays> arrays;
 };
 
-void CheckFault(const Status& status, FaultKind kind, const std::vector<std::string>& words) {
-  CHECK_EQ(Name(status.kind()), std::string(Name(kind)));
-  for (const std::string& word : words) {
-    if (status.message().find(word) == std::string::npos) CHECK_EQ(status.message(), word);
-  }
-}
-
 Identity At(int64_t number, uint32_t call_site, int32_t lane = 0) {
   Identity identity = MakeIdentity(number, lane);
   identity.call_site = call_site;
@@ -118,6 +111,21 @@ TEST(ScheduleMismatchNamesBothSides) {
       "got dispatch number 3 (model.py:31 in moe; lane 0, forward) from rank 0"};
   CheckFault(setup.ReceiveOn(1, At(3, 2)).get(), FaultKind::kScheduleMismatch, words);
   CheckFault(setup.ReceiveOn(0, At(3, 1)).get(), FaultKind::kScheduleMismatch, words);
+}
+
+// The same line of the program compiled twice: in two branches, say.
+TEST(AnotherInstanceOfTheSameCall) {
+  Setup setup(Config(2));
+  setup.arrays[1] = Arrays(Config(2), 9);
+  std::mt19937 random(2);
+  FillInputs(Config(2), setup.arrays[1], Routing::kUniform, random, 1);
+  Identity here = MakeIdentity(0), there = MakeIdentity(0);
+  here.instance = 4;
+  there.instance = 5;
+  auto waiting = setup.ReceiveOn(0, here);
+  CHECK_OK(setup.SendOn(1, there));
+  CheckFault(waiting.get(), FaultKind::kScheduleMismatch,
+             {"another call of that line", "of 9 rows per rank instead of 10"});
 }
 
 TEST(OtherShapesAreAScheduleMismatch) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "csrc/cpu/backend.h"
+#include "tests/cpp/check.h"
 
 // A failed status shows its text.
 #define CHECK_OK(status) CHECK_EQ((status).message(), std::string())
@@ -135,6 +136,15 @@ inline void FillInputs(const GroupConfig& c, Arrays& a, Routing routing, std::mt
                         (routing == Routing::kOneExpert && k > 0);
       a.topk_idx[t * c.top_k + k] = none ? -1 : experts[k];
     }
+  }
+}
+
+// That a status is a fault of this kind, and that its text has these words.
+inline void CheckFault(const Status& status, FaultKind kind,
+                       const std::vector<std::string>& words) {
+  CHECK_EQ(Name(status.kind()), std::string(Name(kind)));
+  for (const std::string& word : words) {
+    if (status.message().find(word) == std::string::npos) CHECK_EQ(status.message(), word);
   }
 }
 
