@@ -76,7 +76,6 @@ def measure(shape: Shape, mesh: Mesh, budget_s: float) -> dict[str, Any]:
 
     with library.group:
         check(shape, inputs, {LIBRARY: library, **others}, arrays)
-        one_round(0)
         start = time.perf_counter()
         one_round(0)
         rounds = np.clip(budget_s / (time.perf_counter() - start), MIN_ROUNDS, MAX_ROUNDS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch and combine on the CPU: the four phases and the round trip, against other JAX ways.
 
-    python benchmarks/cpu.py                      about five minutes on 2 cores
+    python benchmarks/cpu.py                      some minutes, if the machine is idle
     python benchmarks/cpu.py --quick              that it works; the numbers mean little
     python benchmarks/cpu.py --plot cpu.png       with a picture
     python benchmarks/cpu.py --load R.json --plot cpu.png
@@ -30,18 +30,21 @@ from _cases import Shape
 
 HERE = Path(__file__).parent
 ROUTINGS = ((2, 8), (8, 64))
-MAX_COPIES = 65536  # copies of rows over all ranks: what fits into minutes and a few GiB
+# What fits into minutes and a few GiB: copies of rows over all ranks, and the rows that all ranks
+# together hold after an all_gather.
+MAX_COPIES, MAX_GATHERED = 65536, 65536
 
 
-def shapes(quick: bool) -> list[Shape]:
+def shapes(quick: bool, rows: list[int]) -> list[Shape]:
     if quick:
         return [Shape(ranks, 64, 2, 8, 128, "float32") for ranks in (1, 4)]
-    ranks, rows = (1, 2, 4, 8), (256, 1024, 4096)
+    ranks = (1, 2, 4, 8)
     grid = [
         Shape(r, t, k, e, 1024, dtype)
         for r, t, (k, e) in itertools.product(ranks, rows, ROUTINGS)
         for dtype in ("float32", "bfloat16")
-        if r * t * k <= MAX_COPIES and (dtype == "float32" or t == 1024)
+        if r * t * k <= MAX_COPIES and r * r * t <= MAX_GATHERED
+        if dtype == "float32" or t == 1024
     ]
     return grid + [Shape(4, 1024, k, e, 1024, "float32", processes=2) for k, e in ROUTINGS]
 
@@ -92,7 +95,10 @@ def default_output(machine: dict[str, Any]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two tiny shapes, nothing is saved")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds of samples per shape")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[256, 1024, 4096], help="rows per rank"
+    )
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of samples per shape")
     parser.add_argument("--output", type=Path, help="JSON; default results/cpu-<processor>.json")
     parser.add_argument("--plot", type=Path, help="PNG (needs matplotlib)")
     parser.add_argument("--load", type=Path, help="shows an earlier JSON instead of measuring")
@@ -100,7 +106,7 @@ def main() -> None:
     if options.load:
         result = json.loads(options.load.read_text())
     else:
-        result = measure(shapes(options.quick), 0.5 if options.quick else options.budget)
+        result = measure(shapes(options.quick, options.rows), 0.5 if options.quick else options.budget)
         output = options.output or (None if options.quick else default_output(result["machine"]))
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,16 +24,23 @@ def test_a_few_steps(flags: list[str], tmp_path: pathlib.Path) -> None:
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_text_is_the_same_every_time_and_nothing_is_held_out_and_trained_on(
-    monkeypatch: pytest.MonkeyPatch,
+def test_text_is_in_a_fixed_order_and_split_by_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import stdlib_text
 
-    one, other = stdlib_text.load(), stdlib_text.load()
-    assert (one.train == other.train).all()
-    assert (one.batch(7, 2, 65) == other.batch(7, 2, 65)).all()
-    assert (one.batch(7, 2, 65) != one.batch(8, 2, 65)).any()
-    (held_out,) = one.held_out_batches(1, sequences=4, length=200)
-    train = one.train.tobytes()
-    assert sum(bytes(row.tolist()) in train for row in held_out) == 0
+    for number in reversed(range(40)):
+        (tmp_path / f"file{number:02}.py").write_bytes(bytes([number]) * 50)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_bytes(bytes([255]))
+    monkeypatch.setattr(stdlib_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+
+    corpus = stdlib_text.load()
+    assert corpus.held_out.tolist() == [0] * 50 + [20] * 50
+    assert sorted({*corpus.train.tolist()}) == [n for n in range(40) if n % 20]
+    assert (corpus.train[1:] >= corpus.train[:-1]).all()
+    assert (corpus.batch(7, 2, 65) == corpus.batch(7, 2, 65)).all()
+    assert (corpus.batch(7, 2, 65) != corpus.batch(8, 2, 65)).any()
+    (windows,) = corpus.held_out_batches(1, sequences=4, length=30)
+    assert set(windows.flat) <= {0, 20}

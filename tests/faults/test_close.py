@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closing a group, leaving the process and Ctrl-C end what waits, at once."""
 
+import os
 import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jax_smfree as smfree
-from faults.running import CONFIG, compiled, error_of, round_trip, run
+from faults.running import CONFIG, assert_works, compiled, error_of, round_trip, run
 from jax_smfree.testing import launch
 from support import ep_mesh, make_problem
 
@@ -73,6 +75,35 @@ def test_a_closed_group(faulty):
     # What it said and counted can still be asked.
     group.check()
     assert group.stats()["dispatch_send_calls"] == group.num_ranks
+
+
+def held():
+    """What the operating system gave to this process: descriptors, mappings, threads."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "shared mappings": sum("memfd" in line for line in maps),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
+
+
+def test_groups_that_come_and_go():
+    """Created, used, closed: nothing stays."""
+
+    def come_and_go():
+        with smfree.EpGroup.create(ep_mesh(4), config=smfree.EpConfig(**CONFIG)) as group:
+            assert_works(group)
+
+    for _ in range(3):
+        come_and_go()
+    before = held()
+    for _ in range(20):
+        come_and_go()
+    after = held()
+    # Threads that complete receives come and go with the load.
+    assert after["threads"] <= before["threads"] + 8
+    del before["threads"], after["threads"]
+    assert after == before
 
 
 def a_group_that_waits():

@@ -2,6 +2,9 @@
 """An MoE block over several processes, forward and backward, against the reference."""
 
 import functools
+import os
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from jax.sharding import Mesh
 
 import jax_smfree as smfree
 from jax_smfree._src import reference
+from jax_smfree.testing import chaos
 from support import assert_trees_close, block, make_problem, reference_of
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
@@ -59,8 +63,12 @@ def test_gradients(groups, world, kind):
     # What a process runs on its own devices does not disturb the count of common launches.
     for i in range(3 * world.rank):
         jax.jit(lambda x, i=i: jnp.sin(x) + i)(jnp.float32(i)).block_until_ready()
-    for _ in range(3):
-        jax.tree.map(np.testing.assert_array_equal, step(), actual)
+    jax.tree.map(np.testing.assert_array_equal, step(), actual)
+    for seed in range(3):
+        world.barrier()
+        with chaos(group, seed=10 * seed + world.rank, max_delay_us=1000):
+            jax.tree.map(np.testing.assert_array_equal, step(), actual)
+            world.barrier()  # what one process holds back, another one waits for
     world.barrier()  # a group is closed when nobody needs it any more
 
 
@@ -85,3 +93,39 @@ def test_two_groups_at_once(groups, world):
     expected = both(reference, (reference_of(across).token, reference_of(within).token))
     assert_trees_close(actual, expected)
     world.barrier()
+
+
+@pytest.mark.multihost(processes=2, devices_per_process=2)
+def test_groups_that_come_and_go(world):
+    """Created, used, closed, in both processes: no memory, descriptor or mapping stays."""
+    mesh = MESHES["ep"](np.array(jax.devices()))
+    problem = make_problem(mesh)
+
+    def come_and_go():
+        with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+            smap = jax.shard_map(
+                lambda *arrays: block(smfree, group.token(), *arrays)[1],
+                mesh=mesh,
+                in_specs=problem.specs,
+                out_specs=problem.rows,
+            )
+            step = jax.jit(smap).lower(*problem.arrays).compile()
+            for _ in range(20):
+                jax.block_until_ready(step(*problem.arrays))
+            world.barrier()
+            # Rows are given back by their readers, in the other process.
+            deadline = time.monotonic() + 10
+            while group.memory_report()["arena_bytes_in_use"] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert group.memory_report()["arena_bytes_in_use"] == 0
+            world.barrier()
+
+    def held():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return len(os.listdir("/proc/self/fd")), sum("memfd" in line for line in maps)
+
+    come_and_go()
+    before = held()
+    for _ in range(5):
+        come_and_go()
+    assert held() == before

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many operations in a row, and many at once; every value is checked where it arrives."""
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
 from jax_smfree.testing import chaos, launch
 from property.self_checking import SelfChecking
-from support import ep_mesh
+from support import block, ep_mesh, make_problem
 
 
 def test_ten_thousand_operations_under_chaos(groups):
@@ -40,12 +42,15 @@ def test_ten_thousand_operations_under_chaos(groups):
         wrong, tokens = map(np.asarray, step())
         group.check()
         stats = settled_stats(group)
+        memory = group.memory_report()
     np.testing.assert_array_equal(wrong, 0)
     np.testing.assert_array_equal(tokens[..., 2], 2 * rounds)  # the number of the next operation
     operations = exchange.lanes * rounds * exchange.ranks
     for phase in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
         assert stats[f"{phase}_calls"] == operations
     assert stats["messages_in_flight"] == stats["pending_receives"] == 0
+    assert memory["arena_bytes_in_use"] == 0
+    assert memory["arena_bytes_high_water"] < 1 << 20
 
 
 def settled_stats(group):
@@ -54,6 +59,37 @@ def settled_stats(group):
     while (stats := group.stats())["messages_in_flight"] and time.monotonic() < deadline:
         time.sleep(0.01)
     return stats
+
+
+@pytest.mark.parametrize("structure", ["unrolled", "scanned"])
+def test_replayed_layers_under_chaos(groups, structure):
+    """Gradients of rematerialised layers, which XLA may replay side by side, on two lanes."""
+    mesh = ep_mesh(4)
+    sizes = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 6, "dtype": jnp.float32}
+    group = groups(mesh, **sizes, num_lanes=2)
+    problem = make_problem(mesh)
+    layer = jax.checkpoint(functools.partial(block, smfree))
+
+    def local(x, *arrays):
+        tokens, xs = [group.token(lane) for lane in range(2)], [x, 1 - x]
+
+        def both(carry, _=None):
+            results = [layer(token, x, *arrays) for token, x in zip(*carry, strict=True)]
+            return [list(part) for part in zip(*results, strict=True)], None
+
+        if structure == "scanned":
+            (_, xs), _ = jax.lax.scan(both, [tokens, xs], length=4)
+        else:
+            for _ in range(4):
+                (tokens, xs), _ = both([tokens, xs])
+        return jnp.sum(jnp.concatenate(xs) ** 2)[None]
+
+    smap = jax.shard_map(local, mesh=mesh, in_specs=problem.specs, out_specs=problem.rows)
+    step = jax.jit(jax.grad(lambda *arrays: jnp.sum(smap(*arrays)), argnums=(0, 2, 3)))
+    expected = jax.tree.map(np.asarray, step(*problem.arrays))
+    for seed in range(20):
+        with chaos(group, seed=seed, max_delay_us=500, stall_probability=1e-3, stall_ms=2):
+            jax.tree.map(np.testing.assert_array_equal, step(*problem.arrays), expected)
 
 
 LAUNCHES = 10

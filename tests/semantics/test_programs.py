@@ -3,6 +3,7 @@
 
 import functools
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -89,6 +90,27 @@ def test_several_programs_in_flight(setting):
     ]
     for result in results:
         assert_same(result, expected)
+
+
+def test_threads_that_run_programs(setting):
+    """Every thread gets its own results, though all run the same program."""
+    group, problem = setting
+    step = jax.jit(layer_of(group, problem))
+    wrong = []
+
+    def run(factor):
+        x = problem.x * factor
+        expected = np.asarray(step(group.token(), x, *problem.arrays[1:])[1])
+        for _ in range(30):
+            out = np.asarray(step(group.token(), x, *problem.arrays[1:])[1])
+            wrong.append(not np.array_equal(out, expected))
+
+    threads = [threading.Thread(target=run, args=[factor]) for factor in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 90 and not any(wrong)
 
 
 def test_token_in_flight_crosses_jit_boundaries(setting):
