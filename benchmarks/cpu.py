@@ -106,7 +106,9 @@ def main() -> None:
     if options.load:
         result = json.loads(options.load.read_text())
     else:
-        result = measure(shapes(options.quick, options.rows), 0.5 if options.quick else options.budget)
+        result = measure(
+            shapes(options.quick, options.rows), 0.5 if options.quick else options.budget
+        )
         output = options.output or (None if options.quick else default_output(result["machine"]))
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
