@@ -44,6 +44,7 @@ class EpGroup:
         digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
         self._native: list[_native.Group] = []
+        self._final_stats: dict[str, int] = {}
         self._closed = False
 
     @classmethod
@@ -231,7 +232,7 @@ class EpGroup:
 
     def stats(self) -> dict[str, int]:
         """Counters since creation, summed over the ranks of this process."""
-        return self._sum("stats")
+        return self._sum("stats") if self._native else dict(self._final_stats)
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the group holds in this process."""
@@ -255,6 +256,9 @@ class EpGroup:
         self._closed = True
         for native in self._native:
             native.close()
+        # Compiled programs keep this object alive; memory and descriptors go now, counters stay.
+        self._final_stats = self.stats()
+        self._native.clear()
 
     def __enter__(self) -> EpGroup:
         return self

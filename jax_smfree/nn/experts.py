@@ -41,7 +41,7 @@ def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> 
 
     All group sizes must be multiples of ``block_rows``: create the group with
     ``EpConfig(expert_alignment=block_rows)``. On a CPU, where XLA multiplies every row with every
-    expert for ``ragged_dot``, this is the faster one from about four experts per rank on.
+    expert for ``ragged_dot``, this is the faster one from two experts per rank on.
 
     Memory: a copy of the weights for each block, so blocks should not be small.
 
