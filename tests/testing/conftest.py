@@ -50,8 +50,9 @@ def plugin_args():
 
 
 @pytest.fixture(autouse=True)
-def subprocess_variables(monkeypatch):
+def subprocesses(monkeypatch, tmp_path):
     """Lets other processes import the package that this one tests, and write long lines."""
+    monkeypatch.chdir(tmp_path)  # away from the sources, which `python -c` and `-m` would import
     package = str(Path(jax_smfree.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", package, prepend=os.pathsep)
     monkeypatch.setenv("COLUMNS", "200")  # pytest cuts its summary to the width
