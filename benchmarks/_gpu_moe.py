@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole MoE layer, forward and backward: over the library, and over JAX's collectives.
+
+Both sides have the same router, experts, shared expert, capacity and grouped matmul. That is one
+product per expert over a fixed number of rows, ``EpConfig.expert_alignment``, which no expert
+exceeds: the fastest that XLA has, forward and backward, where the load is even.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _cases import AXIS
+from _gpu_cases import Case, GpuShape, Scale
+from _gpu_library import opened
+from _gpu_timing import Json, batch_times, summary
+from _jax_ways import _route
+from jax import Array, lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_smfree import nn
+
+# Gradients are rounded to bfloat16 at other places, and where two experts tie for the last place of
+# a row, one program may take the one and the other the other.
+MAX_RELATIVE_ERROR = 5e-2
+SPARE_ROWS = 16  # of an expert, for such ties
+Layer = Callable[[nn.MoeParams, Array], Array]
+
+
+def equal_groups(x: Array, w: Array, group_sizes: Array) -> Array:
+    """A grouped matmul for groups of the same size, N over their number."""
+    groups = x.reshape(w.shape[0], -1, x.shape[1])
+    return jnp.einsum("grh,ghf->grf", groups, w).reshape(x.shape[0], -1)
+
+
+def gathered_layer(shape: GpuShape, block: int, params: nn.MoeParams, x: Array) -> Array:
+    """``nn.moe_layer`` with all_gather and gather, scatter-add and psum_scatter."""
+    routes = nn.route(x, params.router, shape.top_k)
+    routing = _route(shape, routes.topk_idx)
+    # From rows without gaps to ``block`` rows for each expert.
+    start = jnp.cumsum(routing.group_sizes) - routing.group_sizes
+    place = jnp.arange(block)[None, :]
+    copy = routing.copy_of_row[jnp.minimum(start[:, None] + place, shape.capacity - 1)]
+    filled = (place < routing.group_sizes[:, None]).ravel()
+    copy = jnp.where(filled, copy.ravel(), 0)
+    row = jnp.where(filled, copy // shape.top_k, shape.ranks * shape.rows)  # out of bounds: none
+
+    everything = lax.all_gather(x, AXIS, tiled=True)
+    picked = everything.at[row].get(mode="fill", fill_value=0)
+    shared = nn.mlp(x, params.shared)
+    sizes = jnp.full_like(routing.group_sizes, block)
+    y = nn.grouped_mlp(picked, sizes, params.experts, grouped_matmul=equal_groups)
+    weights = lax.all_gather(routes.topk_weights, AXIS).reshape(-1)[copy]
+    out = jnp.zeros((shape.ranks * shape.rows, shape.hidden), jnp.float32)
+    out = out.at[row].add(weights[:, None] * y.astype(jnp.float32), mode="drop")
+    return lax.psum_scatter(out.astype(x.dtype), AXIS, tiled=True) + shared
+
+
+class _Model:
+    """Parameters on the devices, and what a step over a layer is."""
+
+    def __init__(self, case: Case, width: int) -> None:
+        self._case = case
+        init = functools.partial(
+            nn.init_moe,
+            hidden=case.shape.hidden,
+            num_experts=case.shape.experts,
+            expert_width=width,
+            shared_width=width,
+            dtype=jnp.dtype(case.shape.dtype),
+        )
+        key = jax.random.key(3)
+        self._specs = nn.moe_specs(jax.eval_shape(init, key), AXIS)
+        shardings = jax.tree.map(lambda spec: NamedSharding(case.mesh, spec), self._specs)
+        self.params = jax.jit(init, out_shardings=shardings)(key)
+
+    def compiled(self, f: Callable[..., Any]) -> Callable[[], Any]:
+        specs = (self._specs, P(AXIS))
+        program = jax.jit(
+            jax.shard_map(
+                f, mesh=self._case.mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False
+            )
+        )
+        executable = program.lower(self.params, self._case.x).compile()
+        return functools.partial(executable, self.params, self._case.x)
+
+    def step(self, layer: Layer) -> Callable[[], Any]:
+        """Output and all gradients; those of what is replicated are not summed over the ranks."""
+
+        def forward_backward(params: nn.MoeParams, x: Array) -> Any:
+            out, pull = jax.vjp(layer, params, x)
+            return out, *pull(x)
+
+        return self.compiled(forward_backward)
+
+    def loads(self) -> np.ndarray:
+        """[R, E]: rows that each rank has for each expert."""
+        shape = self._case.shape
+
+        def load(params: nn.MoeParams, x: Array) -> Array:
+            routes = nn.route(x, params.router, shape.top_k)
+            return nn.expert_load(routes.topk_idx, shape.experts)
+
+        return np.asarray(self.compiled(load)()).reshape(shape.ranks, shape.experts)
+
+
+def _compare(mine: Any, theirs: Any) -> float:
+    """The largest difference of any output or gradient, relative to its norm."""
+
+    @jax.jit
+    def error(x: Array, y: Array) -> Array:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.sqrt(((x - y) ** 2).sum() / (y**2).sum())
+
+    errors = jax.tree.map(error, mine, theirs)
+    return max(map(float, jax.tree.leaves(errors)))
+
+
+def measure(into: Json, case: Case, scale: Scale, **options: Any) -> None:
+    model = _Model(case, scale.expert_width)
+    load = model.loads().sum(axis=0)
+    if load.min() == 0:
+        raise ValueError("an expert without rows would have a group of another size")
+    shape = case.shape
+    local = shape.local_experts
+    block = -(-(int(load.max()) + SPARE_ROWS) // 128) * 128
+    fullest = int(load.reshape(shape.ranks, local).sum(axis=1).max())
+    into.update(expert_width=scale.expert_width, rows_per_expert=block, mean_load=load.mean())
+    options = {"expert_alignment": block, "recv_capacity": local * block, **options}
+    with opened(case, scale, differentiable=True, **options) as library:
+
+        def ours(params: nn.MoeParams, x: Array) -> Array:
+            token = library.group.token()
+            return nn.moe_layer(token, params, x, grouped_matmul=equal_groups)[1]
+
+        routed = dataclasses.replace(shape, needed=fullest + SPARE_ROWS)
+        layers: dict[str, Layer] = {
+            "jax_smfree": ours,
+            "all_gather": functools.partial(gathered_layer, routed, block),
+        }
+        steps = {name: model.step(layer) for name, layer in layers.items()}
+        into["relative_error"] = _compare(*(step() for step in steps.values()))
+        library.group.check()
+        if not into["relative_error"] <= MAX_RELATIVE_ERROR:
+            raise AssertionError(f"the two layers differ by {into['relative_error']}")
+        calls = max(2, scale.calls // 4)
+        for name, step in steps.items():
+            into[name] = summary(batch_times(step, calls, scale.batches))
+        into["speed_up"] = round(into["all_gather"]["p50"] / into["jax_smfree"]["p50"], 3)
+        if library.tracer:
+            recordings = library.record(steps["jax_smfree"])
+            for name, mirrored in (("forward", False), ("backward", True)):
+                times = [r.total_us(mirrored) for r in recordings]
+                into[f"{name}_phases"] = summary(times)

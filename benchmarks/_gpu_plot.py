@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results as pictures: whole calls and phases, and what ran when."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from _gpu_table import CALLS, DEFAULT, find, overlap_entries, overlap_mover
+from _gpu_timing import Json
+from _gpu_trace import KERNELS
+from matplotlib.axes import Axes
+
+COLOURS = dict(zip(KERNELS, ("#1f5fa8", "#5b92cf", "#2e8b74", "#7cc2ae"), strict=True))
+OURS, WIRE, GEMM = "#1f5fa8", "#c44e2b", "#d9d9d9"
+PEER_COLOURS = ("#c44e2b", "#e08f3c", "#8a5fa8", "#a9a9a9")
+# The ranks' clocks are taken for one if they agree this well on when a program began.
+MAX_SKEW_NS = 1_000_000
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _whole_calls(axes: Axes, result: Json, call: str) -> None:
+    """A group of bars per shape; the whiskers are the 10th and 90th percentile."""
+    shapes = list(result["shapes"].values())
+    peers = list(dict.fromkeys(name for shape in shapes for name in shape["peers"]))
+    bars = [("jax_smfree", OURS, [find(s, "movers", DEFAULT, "native", call) for s in shapes])]
+    for name, colour in zip(peers, PEER_COLOURS, strict=False):
+        bars.append((name, colour, [find(s, "peers", name, call) for s in shapes]))
+    width = 0.8 / len(bars)
+    for at, (name, colour, times) in enumerate(bars):
+        for group, each in enumerate(times):
+            if each:
+                middle = each["p50"] / 1e3
+                spread = [[middle - each["p10"] / 1e3], [each["p90"] / 1e3 - middle]]
+                x = group + (at - (len(bars) - 1) / 2) * width
+                axes.bar(x, middle, width * 0.92, yerr=spread, color=colour, ecolor="#333333")
+                axes.annotate(f"{middle:.2f}", (x, middle), ha="center", va="bottom", fontsize=6)
+        axes.bar(0, 0, color=colour, label=name)
+    axes.set(yscale="log", title=call.replace("_", " "), ylabel="ms")
+    axes.set_xticks(range(len(shapes)), list(result["shapes"]), fontsize=7, rotation=12)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.grid(axis="y", color="#e3e3e3", lw=0.7)
+    _bare(axes)
+
+
+def _phases(axes: Axes, result: Json) -> None:
+    """Each phase beside what its bytes take at the copy rate."""
+    shapes = result["shapes"]
+    for at, shape in enumerate(shapes.values()):
+        top = floor = 0.0
+        for phase in KERNELS:
+            found = find(shape, "movers", DEFAULT, "phases", phase)
+            if found:
+                label = phase.replace("_", " ") if at == 0 else None
+                axes.bar(at - 0.2, found["p50"], 0.38, top, color=COLOURS[phase], label=label)
+                least = found["floor_us"]
+                axes.bar(at + 0.2, least, 0.34, floor, color=COLOURS[phase], alpha=0.35)
+                top, floor = top + found["p50"], floor + least
+    axes.set(title="phases on the SMs, and a copy of their bytes (pale)", ylabel="µs")
+    axes.set_xticks(range(len(shapes)), list(shapes), fontsize=7, rotation=12)
+    if axes.patches:
+        axes.legend(frameon=False, fontsize=7.5, reverse=True)
+    _bare(axes)
+
+
+def _overlap(axes: Axes, result: Json) -> None:
+    """Of the first shape: GEMMs alone, the phases, and what else communication adds."""
+    shape = next(iter(result["shapes"].values()))
+    entries = [(kind, e) for kind in ("dispatch", "both") for e in overlap_entries(shape, kind)]
+    parts = (("alone_us", GEMM, "GEMMs alone"), ("phases_us", OURS, "phases"))
+    for at, (_, entry) in enumerate(entries):
+        top = 0.0
+        for key, colour, label in parts:
+            height = entry.get(key, 0.0) / 1e3
+            axes.bar(at, height, 0.6, top, color=colour, label=label if at == 0 else None)
+            top += height
+        together = entry["together"]["p50"] / 1e3
+        axes.hlines(
+            together, at - 0.38, at + 0.38, color=WIRE, label="together" * (at == 0) or None
+        )
+    axes.set_xticks(range(len(entries)), [f"{k}\n{e['gemms']}" for k, e in entries], fontsize=7.5)
+    axes.set(title="GEMMs around dispatch, and around both", ylabel="ms", xlabel="GEMMs each")
+    if entries:
+        axes.legend(frameon=False, fontsize=7.5)
+    _bare(axes)
+
+
+def _timeline(axes: Axes, title: str, timeline: Json) -> None:
+    """Phases of every rank as thick bars, transfers to each peer as thin ones below them."""
+    phases, wire = timeline["phases"], timeline["wire"]
+    ranks = sorted({p["rank"] for p in phases})
+    begin = {r: min(p["begin_ns"] for p in phases if p["rank"] == r) for r in ranks}
+    one_clock = max(begin.values()) - min(begin.values()) < MAX_SKEW_NS
+    zero = {r: min(begin.values()) if one_clock else begin[r] for r in ranks}
+
+    def span(record: Json) -> tuple[float, float]:
+        start = (record["begin_ns"] - zero[record["rank"]]) / 1e6
+        return start, (record["end_ns"] - record["begin_ns"]) / 1e6
+
+    for rank in ranks:
+        mine = sorted((p for p in phases if p["rank"] == rank), key=lambda p: p["begin_ns"])
+        for before, after in itertools.pairwise(mine):
+            gap = (
+                (before["end_ns"] - zero[rank]) / 1e6,
+                (after["begin_ns"] - before["end_ns"]) / 1e6,
+            )
+            axes.broken_barh([gap], (rank + 0.1, 0.36), color=GEMM)
+        for phase in mine:
+            axes.broken_barh([span(phase)], (rank + 0.1, 0.36), color=COLOURS[phase["phase"]])
+    for record in wire:
+        lane = record["rank"] + 0.5 + 0.42 * record["peer"] / len(ranks)
+        axes.broken_barh([span(record)], (lane, 0.36 / len(ranks)), color=WIRE)
+    axes.set_yticks([rank + 0.5 for rank in ranks], [f"rank {rank}" for rank in ranks])
+    axes.invert_yaxis()
+    clock = "" if one_clock else "; each rank from its own begin"
+    axes.set(title=title + clock, xlabel="ms")
+    _bare(axes)
+
+
+def save(result: Json, path: Path) -> list[Path]:
+    """Writes PNGs beside ``path``; returns them."""
+    if not result["shapes"]:
+        return []
+    machine = result["machine"]
+    title = (
+        f"Expert-parallel dispatch and combine on {result['ranks']} × {machine['device']} "
+        f"(bfloat16, jax {machine['jax']}, {machine['date'][:10]})"
+    )
+    figure, grid = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
+    for axes, call in zip(grid[0], CALLS, strict=True):
+        _whole_calls(axes, result, call)
+    grid[0][0].legend(frameon=False, fontsize=7.5)
+    _phases(grid[1][0], result)
+    _overlap(grid[1][1], result)
+    grid[1][2].set_visible(False)
+    figure.suptitle(title, fontsize=12)
+    written = [path.with_suffix(".png")]
+    figure.savefig(written[0], dpi=130)
+    plt.close(figure)
+
+    shape = next(iter(result["shapes"].values()))
+    timelines: dict[str, Any] = {
+        "native mode": find(shape, "movers", DEFAULT, "native", "timeline"),
+        "GEMMs between the phases": find(
+            shape, "movers", overlap_mover(shape), "overlap", "timeline"
+        ),
+    }
+    timelines = {name: timeline for name, timeline in timelines.items() if timeline}
+    if timelines:
+        figure, rows = plt.subplots(
+            len(timelines),
+            1,
+            figsize=(13, 3.6 * len(timelines)),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, (name, timeline) in zip(rows[:, 0], timelines.items(), strict=True):
+            _timeline(axes, f"{next(iter(result['shapes']))}, {name}", timeline)
+        labels = {**{k.replace("_", " "): c for k, c in COLOURS.items()}, "compute": GEMM}
+        handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (*labels.values(), WIRE)]
+        figure.legend(handles, [*labels, "transfer to a peer"], ncols=6, loc="outside lower center")
+        written.append(path.with_name(f"{path.stem}-timeline.png"))
+        figure.savefig(written[1], dpi=130)
+        plt.close(figure)
+    return written

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward pass with enough compute to hide behind: what is left of communication."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from _gpu_cases import Case, Scale
+from _gpu_library import opened
+from _gpu_timing import Gemms, Json, prepare, summary, timed
+from jax import Array, lax
+
+import jax_smfree as smfree
+
+GEMMS = 2  # around each of dispatch and combine
+_chain = functools.partial(Gemms.chain, GEMMS)
+
+
+def _communicating(
+    group: smfree.EpGroup, topk_idx: Array, x: Array, topk_weights: Array, a: Array, w: Array
+) -> tuple[Array, Array]:
+    token = smfree.dispatch_send(group.token(), x, topk_idx, topk_weights)
+    token, a = smfree.overlap(token, _chain, a, w)
+    d, token = smfree.dispatch_recv(token)
+    token = smfree.combine_send(token, d, d.x)
+    token, a = smfree.overlap(token, _chain, a, w)
+    out, _ = smfree.combine_recv(token)
+    return out, a
+
+
+def _computing(a: Array, w: Array) -> Array:
+    """The same compute, between barriers at the same places."""
+    for _ in range(2):
+        a, w_here = lax.optimization_barrier((a, w))
+        a = lax.optimization_barrier(_chain(a, w_here))
+    return a
+
+
+def measure(into: Json, case: Case, scale: Scale, gemms: Gemms, **options: Any) -> None:
+    with opened(case, scale, differentiable=True, **options) as library:
+
+        def together(x: Array, topk_idx: Array, topk_weights: Array, a: Array, w: Array) -> Any:
+            layer = functools.partial(_communicating, library.group, topk_idx)
+            results, pull = jax.vjp(layer, x, topk_weights, a, w)
+            return results, pull((x, a))
+
+        def alone(a: Array, w: Array) -> Any:
+            result, pull = jax.vjp(_computing, a, w)
+            return result, pull(a)
+
+        runs = prepare(case.mesh, {"alone": (alone, gemms.a, gemms.w)})
+        runs |= prepare(case.mesh, {"together": (together, *case.inputs, gemms.a, gemms.w)})
+        for name, run in runs.items():
+            into[name] = timed(run, scale)
+        left = into["together"]["p50"] - into["alone"]["p50"]
+        into["left_per_direction_us"] = round(left / 2, 2)
+        if library.tracer:
+            recordings = library.record(runs["together"])
+            for name, mirrored in (("forward", False), ("backward", True)):
+                into[f"{name}_phases"] = summary([r.total_us(mirrored) for r in recordings])
