@@ -1,14 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices for every test, unless a launcher has decided otherwise."""
+"""The option ``--backend``, and what the tests of one backend only are marked with."""
 
 import os
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+_MARKS = {"cpu_only": "cpu", "cuda_only": "cuda"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what the ranks are: eight virtual CPU devices, or the GPUs of this host",
+    )
+
+
+def pytest_configure(config):
+    """Sets what JAX reads when it is imported, which no conftest.py may do before.
+
+    What a launcher has decided stays. CPU devices exist beside GPUs too, to compare with.
+    """
+    flags = {"--xla_force_host_platform_device_count": "8"}
+    if config.getoption("--backend") == "cuda":
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        # Results are compared with those of other programs: TensorFloat-32 would differ in the
+        # third digit, and matmuls that are tuned by their time from one compilation to the next.
+        os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+        flags["--xla_gpu_autotune_level"] = "0"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    given = os.environ.get("XLA_FLAGS", "")
+    more = [f"{name}={value}" for name, value in flags.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
+    for mark, backend in _MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: the test is about the {backend} backend")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark, backend in _MARKS.items():
+            if item.get_closest_marker(mark) and config.getoption("--backend") != backend:
+                reason = f"about the {backend} backend: --backend {backend}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

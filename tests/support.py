@@ -1,36 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems, meshes and the MoE block that the tests share."""
+"""Backends, meshes, problems and the MoE block that the tests share."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_smfree._src import reference
+from jax_smfree.testing import chaos
 
 
-def ep_mesh(ranks: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:ranks]), ("ep",))
+def backend() -> str:
+    """``"cpu"`` or ``"cuda"``, as ``--backend`` says, in the processes that tests start too."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def devices(number: int, platform: str | None = None) -> np.ndarray:
+    """The first ``number`` devices, by default of the backend under test; skips if it has fewer."""
+    found = jax.devices(platform)
+    if len(found) < number:
+        pytest.skip(f"needs {number} devices, found {len(found)} of {found[0].device_kind}")
+    return np.array(found[:number])
+
+
+def as_many(at_most: int, at_least: int = 1) -> int:
+    """The number of ranks for a test to which it does not matter; ``at_most`` on the CPU.
+
+    On GPUs as many as there are: 1, 2, 4 or 8, so that experts divide over them.
+    """
+    devices(at_least)
+    return max(n for n in (1, 2, 4, 8) if n <= min(at_most, len(jax.devices())))
+
+
+def ep_mesh(ranks: int, platform: str | None = None) -> Mesh:
+    return Mesh(devices(ranks, platform), ("ep",))
 
 
 def mesh_of(kind: str) -> Mesh:
     """Meshes that the semantics must not depend on: further axes, their order, explicit axes."""
-    devices = np.array(jax.devices()[:8])
+    number = as_many(8)
+    data = 2 if number >= 4 else 1
+    grid = devices(number).reshape(data, -1)
     match kind:
         case "ep":
-            return Mesh(devices[:4], ("ep",))
+            return ep_mesh(as_many(4))
         case "data,ep":
-            return Mesh(devices.reshape(2, 4), ("data", "ep"))
+            return Mesh(grid, ("data", "ep"))
         case "ep,data":
-            return Mesh(devices.reshape(4, 2), ("ep", "data"))
+            return Mesh(grid.reshape(-1, data), ("ep", "data"))
         case "explicit":
-            types = (AxisType.Explicit, AxisType.Explicit)
-            return Mesh(devices.reshape(2, 4), ("data", "ep"), axis_types=types)
+            return Mesh(grid, ("data", "ep"), axis_types=(AxisType.Explicit, AxisType.Explicit))
     raise ValueError(kind)
+
+
+def chaos_on_cpu(group: Any, **options: Any) -> Any:
+    """`chaos` where the mover is a thread of ours; a GPU's copy engines take no orders."""
+    return chaos(group, **options) if backend() == "cpu" else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

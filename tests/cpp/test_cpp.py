@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "pytest-cpp"  # kept, so that the next run compiles what has changed only
 PRESET = "release"

@@ -4,6 +4,10 @@
 import pathlib
 import re
 
+import pytest
+
+pytestmark = pytest.mark.cpu_only
+
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "moe_layer.md"
 
 

@@ -6,15 +6,17 @@ import time
 import numpy as np
 import pytest
 
-from faults.running import CONFIG, RANKS, compiled, round_trip
+from faults.running import CONFIG, compiled, round_trip
 from jax_smfree.testing import chaos
 from support import ep_mesh, make_problem
+
+pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture
 def timed(groups):
     """``(group, run)``; ``run()`` returns the seconds and the result of a compiled round trip."""
-    group = groups(ep_mesh(RANKS), **CONFIG)
+    group = groups(ep_mesh(4), **CONFIG)
     problem = make_problem(group.mesh)
     step = compiled(group, round_trip, problem)
 

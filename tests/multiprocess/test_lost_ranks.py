@@ -10,7 +10,7 @@ import pytest
 from jax_smfree.testing import launch
 from multiprocess import programs
 
-pytestmark = pytest.mark.usefixtures("no_leftovers")
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("no_leftovers")]
 
 
 def run(program, *args, log_dir, processes=2, devices=2):

@@ -18,6 +18,8 @@ from jax_smfree._src import reference
 from jax_smfree.testing import chaos
 from support import assert_trees_close, block, make_problem, reference_of
 
+pytestmark = pytest.mark.cpu_only
+
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 LAYERS = 2
 

@@ -16,6 +16,8 @@ from property.round_trip import Program, Shape
 from property.strategies import random_inputs
 from support import random_routing
 
+pytestmark = pytest.mark.cpu_only
+
 
 def processes(number, devices):
     return pytest.mark.multihost(processes=number, devices_per_process=devices)

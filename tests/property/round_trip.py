@@ -129,15 +129,15 @@ def everywhere(tree: Any) -> Any:
 
 
 class Program:
-    """Runs both modes at once, each on a lane of its own.
+    """Runs both modes at once, each on a lane of its own; by default on the backend under test.
 
     Attributes:
       shape: the `Shape`.
       group: the group; the caller closes it.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        mesh = ep_mesh(shape.ranks)
+    def __init__(self, shape: Shape, platform: str | None = None) -> None:
+        mesh = ep_mesh(shape.ranks, platform)
         self.shape = shape
         self.group = smfree.EpGroup.create(mesh, config=shape.config(num_lanes=len(MODES)))
         spec = P("ep")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations too large for the caches, which the CPU backend writes in another way.
+"""Operations too large for the caches, which backends may write in another way.
 
 Columns do not know of each other. So a few columns of a large operation must have the same bits as
 an operation on these columns alone, which test_round_trip.py compares with the oracle.

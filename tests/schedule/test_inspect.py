@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree import inspect
 
+pytestmark = pytest.mark.cpu_only
+
 FORWARD = (
     "backend_config={call_site = 7 : i64, derivation = 0 : i64, group = 1 : i64, lane = 1 : i64}"
 )

@@ -8,6 +8,8 @@ import pytest
 
 from jax_smfree import inspect
 
+pytestmark = pytest.mark.cpu_only
+
 FORWARD, GRADIENT, REPLAY = "forward", "gradient", "replay"
 
 

@@ -14,10 +14,9 @@ import pytest
 
 import jax_smfree as smfree
 from jax_smfree.testing import chaos, launch
-from support import block, ep_mesh, make_problem
+from support import as_many, backend, block, ep_mesh, make_problem
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
-RANKS = 4
 
 
 def layer_of(group, problem):
@@ -43,7 +42,7 @@ def gradients_of(group, problem):
 
 @pytest.fixture
 def setting(groups):
-    mesh = ep_mesh(RANKS)
+    mesh = ep_mesh(as_many(4))
     return groups(mesh, **CONFIG), make_problem(mesh)
 
 
@@ -145,9 +144,9 @@ def test_token_in_flight_crosses_jit_boundaries(setting):
 # ---- in other processes --------------------------------------------------------------------------
 
 
-def in_new_process(program, *args, log_dir, devices=RANKS, timeout_s=120):
+def in_new_process(program, *args, log_dir):
     return launch(
-        program, args=args, processes=1, devices_per_process=devices, timeout_s=timeout_s,
+        program, args=args, processes=1, devices_per_process=as_many(4), platform=backend(),
         log_dir=log_dir,
     ).check()  # fmt: skip
 
@@ -164,7 +163,7 @@ def busy_fraction():
 
 def idle_and_waiting():
     """For another process: nothing runs; then all ranks wait for a mover that stands still."""
-    mesh = ep_mesh(RANKS)
+    mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh)
     with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
         step = jax.jit(layer_of(group, problem))
@@ -172,12 +171,13 @@ def idle_and_waiting():
         print(json.dumps(busy_fraction()))
         with chaos(group, stall_probability=1.0, stall_ms=4000):
             out = step(group.token(), *problem.arrays)
-            while group.stats()["pending_receives"] < RANKS:
+            while group.stats()["pending_receives"] < group.num_ranks:
                 time.sleep(0.01)
             print(json.dumps(busy_fraction()))
             jax.block_until_ready(out)
 
 
+@pytest.mark.cpu_only
 def test_idle_ranks_use_no_cpu(tmp_path):
     (process,) = in_new_process(idle_and_waiting, log_dir=tmp_path).processes
     idle, waiting = map(json.loads, process.text.splitlines()[-2:])
@@ -191,7 +191,7 @@ def run_with_cache(cache, result):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     events = []
-    mesh = ep_mesh(RANKS)
+    mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh)
     with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
         jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -222,7 +222,7 @@ def test_compilation_cache_across_processes(tmp_path):
 
 def export_program(path, result):
     """For another process: writes a serialised program, and what it computes."""
-    mesh = ep_mesh(RANKS)
+    mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh)
     with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
         step = jax.jit(gradients_of(group, problem))
@@ -237,7 +237,7 @@ def export_program(path, result):
 
 def run_exported(path, result):
     """For another process: knows the configuration and the arrays, but no line of the model."""
-    mesh = ep_mesh(RANKS)
+    mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh)
     exported = jax.export.deserialize(bytearray(Path(path).read_bytes()))
     with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)):

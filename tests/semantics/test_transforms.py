@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree._src import reference
 from support import (
+    as_many,
     assert_trees_close,
     block,
     ep_mesh,
@@ -118,7 +119,7 @@ def test_meshes(groups, kind, check_vma):
 
 @functools.cache
 def expected_gradients(structure):
-    problem = make_problem(ep_mesh(4))
+    problem = make_problem(ep_mesh(as_many(4)))
     group = reference.Group("ep", smfree.EpConfig(**CONFIG))
     model = functools.partial(STRUCTURES[structure], wrap=plain)
     return value_and_grads(reference, group.token, problem, model)
@@ -127,7 +128,7 @@ def expected_gradients(structure):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients(groups, structure, mode):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     model = functools.partial(STRUCTURES[structure], wrap=MODES[mode])
     actual = value_and_grads(smfree, group.token, make_problem(mesh), model)
@@ -136,7 +137,7 @@ def test_gradients(groups, structure, mode):
 
 def test_checkpoint_names(groups):
     """A policy that saves d.x by name keeps it; the routing is kept anyway."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
 
     def named(ops, token, x, idx, weights, kernel):
@@ -153,7 +154,7 @@ def test_checkpoint_names(groups):
 
 def test_two_micro_batches_on_two_lanes(groups):
     """One jitted layer, traced once per lane, with both in flight at once."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG, num_lanes=2)
     layer = jax.jit(functools.partial(block, smfree))
 
@@ -241,7 +242,7 @@ def test_layers_with_their_own_shard_map(groups):
 
 
 def test_token_is_carried_between_calls(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
     spec = group.token_spec
@@ -260,12 +261,12 @@ def test_token_is_carried_between_calls(groups):
     for _ in range(5):
         token, again = step(token, *problem.arrays)
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(np.asarray(token.array).reshape(4, -1)[:, 2], 12)
+    np.testing.assert_array_equal(np.asarray(token.array).reshape(mesh.size, -1)[:, 2], 12)
 
 
 def test_eager_shard_map(groups):
     """Without jit every primitive is a program of its own; the recv finds its send all the same."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 
@@ -279,7 +280,7 @@ def test_eager_shard_map(groups):
 
 
 def test_forward_and_second_order_derivatives(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
     model = functools.partial(block)
@@ -303,7 +304,7 @@ def test_forward_and_second_order_derivatives(groups):
 
 def test_gradient_of_the_weights_alone_sends_less(groups):
     """What nobody asks for is not sent: no orphan, and no message for an unused gradient."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
     loss = loss_fn(smfree, group.token, problem, block)
@@ -324,7 +325,7 @@ def test_gradient_of_the_weights_alone_sends_less(groups):
 @pytest.mark.parametrize("lanes", [6, 24])
 def test_many_independent_operations(groups, lanes):
     """More operations in flight than XLA has threads: nothing may block a thread (FFI futures)."""
-    mesh = ep_mesh(8)
+    mesh = ep_mesh(as_many(8))
     config = CONFIG | {"hidden": 512, "max_tokens": 64}
     group = groups(mesh, **config, num_lanes=lanes)
     problem = make_problem(mesh, tokens=64, hidden=512)
@@ -344,7 +345,7 @@ def test_many_independent_operations(groups, lanes):
 
 
 def test_vmap_is_refused(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 
@@ -358,7 +359,7 @@ def test_vmap_is_refused(groups):
 
 
 def test_not_differentiable_group(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG, differentiable=False)
     problem = make_problem(mesh)
     loss = loss_fn(smfree, group.token, problem, block)
@@ -368,7 +369,7 @@ def test_not_differentiable_group(groups):
 
 
 def test_native_mode_and_hooks_are_the_same(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 
@@ -397,7 +398,7 @@ def test_native_mode_and_hooks_are_the_same(groups):
 
 def test_weights_of_combine(groups):
     """None is a plain sum; given weights replace those of the dispatch."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 

@@ -10,6 +10,8 @@ import pytest
 from jax_smfree.testing import World, initialize
 from jax_smfree.testing.environment import detect, rank_environment
 
+pytestmark = pytest.mark.cpu_only
+
 
 def jax_variables(rank):
     return {

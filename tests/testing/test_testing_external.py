@@ -9,6 +9,7 @@ import sys
 import pytest
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import pytest
 
 from jax_smfree.testing import LaunchError, launch
 
+pytestmark = pytest.mark.cpu_only
+
 SLEEP = "import time; time.sleep(1000)"
 RANK = "import os; rank = int(os.environ['JAX_PROCESS_ID']); "
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.cpu_only
 
 
 def test_outcomes(pytester, run_pytest, sample):

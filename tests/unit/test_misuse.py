@@ -5,21 +5,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
-from support import ep_mesh, make_problem
+from support import as_many, devices, ep_mesh, make_problem
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 
 
 @pytest.fixture
 def trace(groups):
-    """Traces ``body(group, x, idx, weights)`` in a shard_map over four ranks."""
-    mesh = ep_mesh(4)
+    """Traces ``body(group, x, idx, weights)`` in a shard_map over some ranks."""
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG, num_lanes=2)
     problem = make_problem(mesh)
 
@@ -103,14 +102,14 @@ def test_misuse(trace, name, check_vma):
 
 
 def test_outside_of_shard_map(groups):
-    group = groups(ep_mesh(4), **CONFIG)
+    group = groups(ep_mesh(as_many(4)), **CONFIG)
     x = jnp.zeros((8, 16))
     with pytest.raises(ValueError, match="no shard_map"):
         smfree.dispatch_send(group.token(), x, jnp.zeros((8, 2), jnp.int32))
 
 
 def test_axis_not_manual(groups):
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "ep"))
+    mesh = Mesh(devices(as_many(8, at_least=2)).reshape(2, -1), ("data", "ep"))
     group = groups(mesh, **CONFIG)
 
     @functools.partial(
@@ -120,11 +119,11 @@ def test_axis_not_manual(groups):
         return smfree.dispatch(group.token(), x, jnp.zeros((8, 2), jnp.int32))[0].x
 
     with pytest.raises(ValueError, match=r"axes \['data'\] manual"):
-        jax.jit(body)(jnp.zeros((32, 16)))
+        jax.jit(body)(jnp.zeros((8 * mesh.shape["ep"], 16)))
 
 
 def test_closed_group_while_tracing_and_after(groups):
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 
@@ -146,15 +145,16 @@ def test_closed_group_while_tracing_and_after(groups):
 
 def test_a_group_is_a_context_manager():
     config = smfree.EpConfig(**CONFIG)
-    with smfree.EpGroup.create(ep_mesh(2), config=config) as group:
+    ranks = as_many(2)
+    with smfree.EpGroup.create(ep_mesh(ranks), config=config) as group:
         assert not group.closed
-        assert "num_ranks=2" in repr(group)
+        assert f"num_ranks={ranks}" in repr(group)
     assert group.closed
 
 
 def test_typestate_crosses_jit_and_scan(groups):
     """State, lane and group are static data of the pytree: a wrong one is another type."""
-    mesh = ep_mesh(4)
+    mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh)
 

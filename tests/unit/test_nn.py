@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_smfree as smfree
 from jax_smfree import nn
+from support import as_many, ep_mesh
 
 NUM_RANKS, NUM_EXPERTS, TOP_K = 4, 8, 2
 HIDDEN, WIDTH, TOKENS = 16, 24, 12
@@ -21,7 +22,7 @@ P = PartitionSpec
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()[:NUM_RANKS]), ("ep",))
+    return ep_mesh(as_many(NUM_RANKS))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def make_params(*, shared: bool = True) -> nn.MoeParams:
 
 
 def make_rows(seed: int = 1) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (NUM_RANKS * TOKENS, HIDDEN))
+    return jax.random.normal(jax.random.key(seed), (as_many(NUM_RANKS) * TOKENS, HIDDEN))
 
 
 def dense_layer(params: nn.MoeParams, x: jax.Array, bias: jax.Array | None = None) -> Any:

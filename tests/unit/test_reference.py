@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import oracle
 from jax_smfree._src import reference
 from jax_smfree._src.config import EpConfig
+from support import ep_mesh
 
 NUM_RANKS = 4
 AXIS = "ep"
@@ -78,7 +79,7 @@ CASES = [
 
 def per_rank(function: Any, *, check_vma: bool = True) -> Any:
     """Runs ``function`` on every rank; arrays have a leading rank axis outside."""
-    mesh = Mesh(np.array(jax.devices()[:NUM_RANKS]), (AXIS,))
+    mesh = ep_mesh(NUM_RANKS)
 
     def body(*args: Any) -> Any:
         out = function(*jax.tree.map(lambda a: a[0], args))
