@@ -6,13 +6,15 @@ moe_layer                        router, experts, and a shared expert while the 
 moe_two_batches                  two micro-batches that hide each other's movement
 route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
 expert_load, update_balance_bias
-grouped_mlp, mlp, block_matmul   the compute of the experts
+grouped_mlp, mlp                 the compute of the experts
+grouped_matmul, block_matmul     what they multiply with
 ReferenceGroup                   in place of an EpGroup, for ``implementation="reference"``
 """
 
 from jax_smfree._src.reference import Group as ReferenceGroup
-from jax_smfree.nn.experts import GroupedMatmul, block_matmul, grouped_mlp, mlp
+from jax_smfree.nn.experts import grouped_mlp, mlp
 from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
 from jax_smfree.nn.micro_batches import moe_two_batches
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
@@ -34,6 +36,7 @@ __all__ = [
     "SwigluParams",
     "block_matmul",
     "expert_load",
+    "grouped_matmul",
     "grouped_mlp",
     "init_moe",
     "init_swiglu",

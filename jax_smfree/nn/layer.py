@@ -8,7 +8,8 @@ import jax
 from jax import Array
 
 from jax_smfree.nn import operations, router
-from jax_smfree.nn.experts import GroupedMatmul, grouped_mlp, mlp
+from jax_smfree.nn.experts import grouped_mlp, mlp
+from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
 
@@ -35,7 +36,7 @@ def moe_layer(
     x: Array,
     *,
     balance_bias: Array | None = None,
-    grouped_matmul: GroupedMatmul = jax.lax.ragged_dot,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
     implementation: Implementation = "smfree",
 ) -> tuple[Any, Array, MoeAux]:
     """Routed experts plus, if there is one, the shared expert, which runs while the rows move.

@@ -21,12 +21,12 @@ and nothing for the combine.
 import functools
 from typing import Any
 
-import jax
 from jax import Array
 
 from jax_smfree.nn import operations, router
-from jax_smfree.nn.experts import GroupedMatmul, grouped_mlp, mlp
+from jax_smfree.nn.experts import grouped_mlp, mlp
 from jax_smfree.nn.layer import MoeAux
+from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
 
@@ -37,7 +37,7 @@ def moe_two_batches(
     xs: tuple[Array, Array],
     *,
     balance_bias: Array | None = None,
-    grouped_matmul: GroupedMatmul = jax.lax.ragged_dot,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
     implementation: Implementation = "smfree",
 ) -> tuple[tuple[Any, Any], tuple[Array, Array], tuple[MoeAux, MoeAux]]:
     """`moe_layer` for two micro-batches at once: the same values, more overlap.

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matmuls of groups of rows, each with a matrix of its own."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_smfree._src import compat
+
+# (x [N, H], w [G, H, F], group_sizes int32 [G]) -> [N, F], as jax.lax.ragged_dot: the first
+# group_sizes[0] rows times w[0], and so on. Rows past sum(group_sizes) may be anything.
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+
+_HOPPER = re.compile(r"NVIDIA G?H(20|100|200|800)\b")
+
+
+def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
+    """The first ``group_sizes[0]`` rows times ``w[0]``, the next ones times ``w[1]``, and so on.
+
+    Shapes: ``x`` [N, H], ``w`` [G, H, F], ``group_sizes`` int32 [G] -> [N, F]. Rows past
+    ``sum(group_sizes)`` are not computed: those of the result may be anything, NaN included, and
+    those of ``x`` reach no other row, neither forward nor backward.
+    Differentiation: of ``x`` and ``w``, once, in reverse mode; again grouped matmuls.
+
+    On a Hopper GPU, for bfloat16 and float16 with H and F multiples of 64, these are the kernels
+    of `jax_smfree.nn.hopper`; anything else is ``jax.lax.ragged_dot``. Inside ``jax.shard_map``
+    the mesh says which device it is, outside the default device does.
+    """
+    num_sms = _sms_of_hopper()
+    if num_sms is None or not _suits_hopper(x, w):
+        return jax.lax.ragged_dot(x, w, group_sizes)
+    axes = tuple({*compat.varying_axes(x), *compat.varying_axes(w)})
+    x, w, group_sizes = (compat.varying(v, axes) for v in (x, w, group_sizes))
+    return _on_hopper(x, w, group_sizes, num_sms)
+
+
+def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> Array:
+    """A grouped matmul as a batch of equal matmuls, one for every ``block_rows`` rows.
+
+    All group sizes must be multiples of ``block_rows``: create the group with
+    ``EpConfig(expert_alignment=block_rows)``. On a CPU, where XLA multiplies every row with every
+    expert for ``ragged_dot``, this is the faster one from two experts per rank on.
+
+    Memory: a copy of the weights for each block, so blocks should not be small.
+
+    Raises:
+      ValueError: if N is not a multiple of ``block_rows``.
+    """
+    if x.shape[0] % block_rows:
+        raise ValueError(
+            f"block_matmul: got {x.shape[0]} rows, expected a multiple of block_rows={block_rows}. "
+            "Set EpConfig.expert_alignment to block_rows and recv_capacity to a multiple of it."
+        )
+    blocks = x.reshape(-1, block_rows, x.shape[1])
+    first_rows = jnp.arange(blocks.shape[0], dtype=jnp.int32) * block_rows
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), first_rows, side="right")
+    group = jnp.minimum(group, w.shape[0] - 1)  # blocks of the empty tail: any expert will do
+    out = jnp.einsum("brh,bhf->brf", blocks, w[group])
+    return out.reshape(x.shape[0], w.shape[2])
+
+
+def _sms_of_hopper() -> int | None:
+    """How many SMs the GPU has that this is for; ``None`` if it is no Hopper."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kind, num_sms = device.device_kind, device.num_cores
+    else:
+        default = jax.devices()[0]
+        kind, num_sms = default.device_kind, getattr(default, "core_count", None)
+    return num_sms if _HOPPER.match(kind) else None
+
+
+def _suits_hopper(x: Array, w: Array) -> bool:
+    multiples = x.shape[1] % 64 == 0 and w.shape[2] % 64 == 0
+    return multiples and x.dtype == w.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _on_hopper(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Array:
+    from jax_smfree.nn import hopper  # not before a Hopper is there: Pallas takes long to import
+
+    return _varying_as(x, hopper.grouped_matmul(x, w, group_sizes, num_sms=num_sms))
+
+
+def _forward(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Any:
+    return _on_hopper(x, w, group_sizes, num_sms), (x, w, group_sizes)
+
+
+def _backward(num_sms: int, residuals: Any, dy: Array) -> Any:
+    from jax_smfree.nn import hopper
+
+    x, w, group_sizes = residuals
+    dy = _zeros_after_the_groups(dy, group_sizes, hopper.OUTER_TILES.depth)
+    dx = hopper.grouped_matmul(dy, w, group_sizes, num_sms=num_sms, transpose=True)
+    dw = hopper.grouped_outer_product(x, dy, group_sizes, num_sms=num_sms)
+    return _varying_as(x, dx), _varying_as(w, dw), None
+
+
+_on_hopper.defvjp(_forward, _backward)
+
+
+def _varying_as(like: Array, value: Array) -> Array:
+    """Kernels forget over which axes of a ``shard_map`` their operands vary."""
+    return compat.varying(value, compat.varying_axes(like))
+
+
+def _zeros_after_the_groups(y: Array, group_sizes: Array, count: int) -> Array:
+    """``y`` with zeros in the ``count`` rows after the groups, written in place if XLA can."""
+    count = min(count, y.shape[0])
+    end = jnp.sum(group_sizes)
+    first = jnp.minimum(end, y.shape[0] - count)
+    rows = jax.lax.dynamic_slice_in_dim(y, first, count)
+    in_a_group = first + jnp.arange(count) < end
+    rows = jnp.where(in_a_group[:, None], rows, 0)
+    return jax.lax.dynamic_update_slice_in_dim(y, rows, first, 0)
