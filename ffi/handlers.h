@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The FFI handlers, one or more per phase. The custom call of SmfreeDispatchSend is
+// The FFI handlers, one or more per phase and platform. The custom call of Smfree…DispatchSend is
 // "smfree_dispatch_send", and so on; operands and results stand in jax_smfree/_src/primitives.py.
 #ifndef SMFREE_FFI_HANDLERS_H_
 #define SMFREE_FFI_HANDLERS_H_
@@ -9,15 +9,24 @@
 
 namespace smfree {
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeDispatchSend);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeDispatchSendCached);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeDispatchRecv);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeDispatchRecvCached);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeDispatchRecvWeighted);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCombineSend);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCombineSendWeighted);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCombineRecv);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeNewSendInstance);  // instantiate stage of the sends
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuDispatchSend);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuDispatchSendCached);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuDispatchRecv);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuDispatchRecvCached);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuDispatchRecvWeighted);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuCombineSend);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuCombineSendWeighted);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuCombineRecv);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCpuNewSendInstance);  // instantiate stage of the sends
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaDispatchSend);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaDispatchSendCached);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaDispatchRecv);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaDispatchRecvCached);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaDispatchRecvWeighted);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaCombineSend);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaCombineSendWeighted);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SmfreeCudaCombineRecv);
 
 }  // namespace smfree
 

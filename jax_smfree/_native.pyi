@@ -3,7 +3,7 @@
 
 from typing import Any
 
-class Group:
+class CpuGroup:
     def __init__(
         self,
         *,
@@ -39,6 +39,33 @@ class Group:
         stall_ms: int,
     ) -> None: ...
 
+class CudaGroup:
+    """Only where `has_cuda`."""
+
+    def __init__(
+        self,
+        *,
+        group_id: int,
+        devices: list[int],
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        dtype: str,
+        recv_capacity: int,
+        expert_alignment: int,
+        num_lanes: int,
+        drop_overflow: bool,
+        timeout_s: float,
+        differentiable: bool,
+        sm_push_bytes: int,
+    ) -> None: ...
+    def close(self) -> None: ...
+    def check(self) -> str | None: ...
+    def stats(self) -> dict[str, int]: ...
+    def memory_report(self) -> dict[str, int]: ...
+    def trace(self) -> list[dict[str, Any]]: ...
+
 class LayoutConfig:
     def __init__(
         self,
@@ -55,8 +82,11 @@ class LayoutConfig:
         hierarchical: bool,
     ) -> None: ...
 
-def ffi_targets() -> dict[str, Any]: ...
-def ffi_types() -> dict[str, tuple[Any, Any]]: ...
+has_cuda: bool
+
+def cpu_targets() -> dict[str, Any]: ...
+def cpu_types() -> dict[str, tuple[Any, Any]]: ...
+def cuda_targets() -> dict[str, Any]: ...
 def register_call_site(call_site: int, name: str) -> None: ...
 def rdma_size_hint(layout_config: LayoutConfig) -> int: ...
 def nvl_size_hint(layout_config: LayoutConfig) -> int: ...

@@ -29,29 +29,11 @@
 #include <string>
 #include <vector>
 
+#include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
 #include "csrc/protocol/status.h"
 
 namespace smfree::cpu {
-
-enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
-constexpr int64_t ItemBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-
-enum class Overflow : int32_t { kError = 0, kDrop = 1 };
-
-struct GroupConfig {
-  int32_t num_ranks = 1;
-  int32_t num_experts = 1;
-  int32_t top_k = 1;
-  int32_t num_lanes = 1;
-  int32_t expert_alignment = 1;
-  int64_t hidden = 1;
-  int64_t max_tokens = 1;
-  int64_t recv_capacity = 0;  // rows; 0 = the worst case
-  DType dtype = DType::kF32;
-  Overflow overflow = Overflow::kError;
-  double timeout_s = 60.0;
-};
 
 // Makes the mover a bad one, for tests. Messages of one stream from one rank to another always stay
 // in order, because that is what every mover guarantees.
@@ -131,12 +113,6 @@ std::shared_ptr<Group> FindGroup(int64_t group_id, int32_t replica);
 // Closes every group of the process. Runs at process exit too; call it earlier where something that
 // waits for receives is torn down before that (an XLA client).
 void CloseAllGroups();
-
-// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
-int64_t RowsCapacity(const GroupConfig& config, int64_t tokens);
-
-// The name that errors use for a call site, such as "model.py:31 in moe".
-void RegisterCallSite(uint32_t call_site, std::string name);
 
 // What every phase needs. Identity::operation is set by the phase.
 struct Call {

@@ -18,7 +18,7 @@
 
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/completion_pool.h"
-#include "csrc/cpu/describe.h"
+#include "csrc/protocol/describe.h"
 #include "csrc/cpu/handle.h"
 #include "csrc/cpu/outbox.h"
 #include "csrc/cpu/rows.h"

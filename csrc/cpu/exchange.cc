@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "csrc/cpu/completion_pool.h"
-#include "csrc/cpu/describe.h"
+#include "csrc/protocol/describe.h"
 
 namespace smfree::cpu {
 namespace {

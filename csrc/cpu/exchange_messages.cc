@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "csrc/cpu/completion_pool.h"
-#include "csrc/cpu/describe.h"
+#include "csrc/protocol/describe.h"
 #include "csrc/cpu/exchange.h"
 
 namespace smfree::cpu {

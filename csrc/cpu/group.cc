@@ -73,12 +73,6 @@ Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& proces
 
 }  // namespace
 
-int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
-  if (config.recv_capacity > 0) return config.recv_capacity;
-  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
-                     config.expert_alignment);
-}
-
 StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica,
                                                const GroupConfig& config,
                                                std::vector<int32_t> process_of_rank,

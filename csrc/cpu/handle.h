@@ -14,11 +14,6 @@
 
 namespace smfree::cpu {
 
-// Places per row.
-inline int32_t PlacesPerRow(const GroupConfig& config) {
-  return config.top_k < config.num_ranks ? config.top_k : config.num_ranks;
-}
-
 // Whether `places` [T,P] and `send_counts` [R] are what dispatch_send makes of some routing.
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
                    const int32_t* send_counts);

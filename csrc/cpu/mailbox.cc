@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <utility>
 
-#include "csrc/cpu/describe.h"
+#include "csrc/protocol/describe.h"
 
 namespace smfree::cpu {
 namespace {

@@ -32,6 +32,14 @@ SMFREE_HD constexpr int32_t LaneIndex(int32_t lane, bool mirrored, int32_t num_l
   return mirrored ? num_lanes + lane : lane;
 }
 
+// A tangent is in flight together with its primal, so each tangent changes the side; a transpose
+// and a replay take the place of what they are made from.
+SMFREE_HD constexpr bool IsMirrored(int32_t derivation) {
+  bool mirrored = false;
+  for (; derivation > 0; derivation /= 4) mirrored ^= derivation % 4 == 1;
+  return mirrored;
+}
+
 // Lanes that have buffers: a differentiable group has each lane twice.
 SMFREE_HD constexpr int32_t LaneCount(int32_t num_lanes, bool differentiable) {
   return differentiable ? 2 * num_lanes : num_lanes;

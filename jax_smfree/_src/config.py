@@ -34,6 +34,9 @@ class EpConfig:
       overflow: when more rows arrive than ``recv_capacity``: ``"error"`` poisons the outputs with
         NaN and raises in ``group.check()``; ``"drop"`` drops in a fixed order (the last experts,
         and in an expert the last rows, go first) and counts ``d.num_dropped``.
+      sm_push_bytes: on GPUs, operations that send up to so many bytes of rows to a peer store them
+        there from the pack kernel, which is faster for small ones; larger ones go by copy engine,
+        which leaves the SMs to the compute. ``None`` is the measured crossover; 0 is never.
       differentiable: whether the group takes part in differentiation, which needs buffers of its
         own for the operations of the backward pass.
 
@@ -52,6 +55,7 @@ class EpConfig:
     ranks_per_node: int | None = None
     timeout_s: float = 60.0
     overflow: Literal["error", "drop"] = "error"
+    sm_push_bytes: int | None = None
     differentiable: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +81,11 @@ class EpConfig:
             raise ValueError(
                 f"EpConfig: got timeout_s={self.timeout_s!r}, expected a positive, finite number "
                 "of seconds: every wait has a deadline."
+            )
+        push = self.sm_push_bytes
+        if push is not None and (not isinstance(push, (int, np.integer)) or push < 0):
+            raise ValueError(
+                f"EpConfig: got sm_push_bytes={push!r}, expected None or a number of bytes."
             )
         if self.overflow not in ("error", "drop"):
             raise ValueError(

@@ -21,6 +21,11 @@ from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
+# The default of EpConfig.sm_push_bytes: see docs/performance.md.
+SM_PUSH_BYTES = 2 << 20
+
+_CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
+
 _created: collections.Counter[str] = collections.Counter()
 _met: collections.Counter[str] = collections.Counter()
 _open: weakref.WeakSet[EpGroup] = weakref.WeakSet()
@@ -43,7 +48,7 @@ class EpGroup:
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self._native: list[_native.Group] = []
+        self._native: list[_native.CpuGroup | _native.CudaGroup] = []
         self._final_stats: dict[str, int] = {}
         self._closed = False
 
@@ -52,8 +57,9 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of CPU devices of one host (in one process or several). A mesh of devices that one
-            can only compile for (``jax.experimental.topologies``) makes a group that only compiles.
+          mesh: of GPUs of one process that reach one another's memory, or of CPU devices of one
+            host (in one process or several). A mesh of devices that one can only compile for
+            (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -61,7 +67,7 @@ class EpGroup:
           ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
             over the ranks, devices without a backend.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
-            another mesh or config.
+            another mesh or config; when a GPU has too little free memory, or cannot reach another.
         """
         if not isinstance(mesh, Mesh):
             raise TypeError(
@@ -98,29 +104,76 @@ class EpGroup:
         group = cls(mesh, axis, config, fingerprint, ordinal)
 
         device = mesh.devices.flat[0]
+        platform = "cpu" if device.platform == "cpu" else "CUDA"
+        targets.register(platform)
         if compat.is_compile_only(device):
-            targets.register("cpu" if device.platform == "cpu" else "CUDA")
             return group
-        if device.platform != "cpu":
-            raise ValueError(
-                f"EpGroup.create: got a mesh of {device.platform} devices, expected CPU devices: "
-                "this build has the CPU backend only. Run with JAX_PLATFORMS=cpu."
-            )
-        targets.register("cpu")
         try:
-            group._connect(fingerprint)
+            if platform == "cpu":
+                group._connect(fingerprint)
+            else:
+                group._allocate()
         except BaseException:
             group.close()
             raise
         _open.add(group)
         return group
 
+    def _replicas(self) -> list[list[jax.Device]]:
+        """The devices of each group along the axis, by the coordinates of the other axes."""
+        axis = self.mesh.axis_names.index(self.axis)
+        replicas = np.moveaxis(self.mesh.devices, axis, -1).reshape(-1, self.num_ranks)
+        return [list(devices) for devices in replicas]
+
+    def _sizes(self) -> dict[str, Any]:
+        """The part of the config that every backend is told."""
+        config = self.config
+        return {
+            "num_experts": config.num_experts,
+            "top_k": config.top_k,
+            "hidden": config.hidden,
+            "max_tokens": config.max_tokens,
+            "dtype": config.dtype.name,
+            "recv_capacity": config.recv_capacity or 0,
+            "expert_alignment": config.expert_alignment,
+            "num_lanes": config.num_lanes,
+            "drop_overflow": config.overflow == "drop",
+            "timeout_s": config.timeout_s,
+        }
+
+    def _allocate(self) -> None:
+        """Creates the native group of every replica on the GPUs of this process."""
+        if not _native.has_cuda:
+            raise SmfreeError(
+                "EpGroup.create: got a mesh of GPUs, and this installation of jax_smfree was built "
+                "without CUDA. Install it where nvcc is on PATH: pip install --no-binary "
+                "jax_smfree jax_smfree; or run with JAX_PLATFORMS=cpu."
+            )
+        processes = {device.process_index for device in self.mesh.devices.flat}
+        if processes != {jax.process_index()}:
+            raise SmfreeError(
+                f"EpGroup.create: got a mesh of GPUs of processes {sorted(processes)}, expected "
+                "those of one process: this build connects the GPUs of a process. Start one "
+                "process for all GPUs of the host."
+            )
+        push = self.config.sm_push_bytes
+        for devices in self._replicas():
+            try:
+                native = _native.CudaGroup(
+                    group_id=self.group_id,
+                    devices=[device.local_hardware_id for device in devices],
+                    differentiable=self.config.differentiable,
+                    sm_push_bytes=SM_PUSH_BYTES if push is None else push,
+                    **self._sizes(),
+                )
+            except RuntimeError as error:
+                raise SmfreeError(f"EpGroup.create: {error}") from error
+            self._native.append(native)
+
     def _connect(self, fingerprint: str) -> None:
         """Creates the native group of every replica that has ranks in this process."""
         me = jax.process_index()
-        axis = self.mesh.axis_names.index(self.axis)
-        replicas = np.moveaxis(self.mesh.devices, axis, -1).reshape(-1, self.num_ranks)
-        for replica, devices in enumerate(replicas):
+        for replica, devices in enumerate(self._replicas()):
             process_of_rank = [d.process_index for d in devices]
             if me not in process_of_rank:
                 continue
@@ -132,22 +185,13 @@ class EpGroup:
             secret = ""
             if len(processes) > 1:
                 secret = self._introduce(key, fingerprint, processes, me)
-            native = _native.Group(
+            native = _native.CpuGroup(
                 group_id=self.group_id,
                 replica=replica,
                 process_of_rank=[processes.index(p) for p in process_of_rank],
                 process=processes.index(me),
                 secret=secret,
-                num_experts=self.config.num_experts,
-                top_k=self.config.top_k,
-                hidden=self.config.hidden,
-                max_tokens=self.config.max_tokens,
-                dtype=self.config.dtype.name,
-                recv_capacity=self.config.recv_capacity or 0,
-                expert_alignment=self.config.expert_alignment,
-                num_lanes=self.config.num_lanes,
-                drop_overflow=self.config.overflow == "drop",
-                timeout_s=self.config.timeout_s,
+                **self._sizes(),
             )
             self._native.append(native)
             if len(processes) > 1:
@@ -237,6 +281,21 @@ class EpGroup:
     def memory_report(self) -> dict[str, int]:
         """Bytes that the group holds in this process."""
         return self._sum("memory_report")
+
+    def trace(self) -> list[dict[str, Any]]:
+        """The most recent phases on the GPUs of this process, in the order of their begin.
+
+        Each is a dict of ``rank``, ``lane``, ``mirrored`` (an operation of the backward pass),
+        ``number`` (of the operation on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns``
+        and ``end_ns`` (device time of its first and last block), ``bytes_read`` and
+        ``bytes_written`` (the fewest that it can move). Up to 512 per GPU; none on CPUs.
+        """
+        return [
+            {**entry, "replica": replica}
+            for replica, native in enumerate(self._native)
+            if isinstance(native, _CUDA_GROUP)
+            for entry in native.trace()
+        ]
 
     def _sum(self, method: str) -> dict[str, int]:
         total: collections.Counter[str] = collections.Counter()

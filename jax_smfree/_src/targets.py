@@ -18,7 +18,7 @@ _SITE = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") +
 
 _call_sites: dict[int, str] = {}
 
-TARGETS: tuple[str, ...] = tuple(_native.ffi_targets())
+TARGETS: tuple[str, ...] = tuple(_native.cpu_targets())
 """Names of the custom calls that a compiled program contains."""
 
 
@@ -29,14 +29,18 @@ def register(platform: str) -> None:
     Called when a group is created, not on import: before a backend is up, jaxlib registers queued
     handlers ahead of the types that they use, and refuses them.
 
-    Until the CUDA handlers are built, a program for CUDA can be compiled but not run; `EpGroup`
-    sees to that.
+    A build without CUDA registers the CPU's for CUDA: a program can then be compiled for a GPU, to
+    look at its schedule, and not run; `EpGroup` sees to that.
     """
-    for name, (type_id, type_info) in _native.ffi_types().items():
+    if platform == "CUDA" and _native.has_cuda:
+        handlers, types = _native.cuda_targets(), {}
+    else:
+        handlers, types = _native.cpu_targets(), _native.cpu_types()
+    for name, (type_id, type_info) in types.items():
         jax.ffi.register_ffi_type(
             name, {"type_id": type_id, "type_info": type_info}, platform=platform
         )
-    for name, handler in _native.ffi_targets().items():
+    for name, handler in handlers.items():
         jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 

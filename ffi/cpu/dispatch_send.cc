@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "ffi/cpu/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/decode.h"
 
 namespace smfree {
 namespace {
@@ -45,7 +45,7 @@ ffi::Error DispatchSendCached(TokenArg token, PositionArg position, ffi::AnyBuff
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchSend, DispatchSend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuDispatchSend, DispatchSend,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position
@@ -59,7 +59,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchSend, DispatchSend,
                                   .Ctx<ffi::RunId>()
                                   .Attrs<Attributes>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchSendCached, DispatchSendCached,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuDispatchSendCached, DispatchSendCached,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Words for errors.
-#ifndef SMFREE_CSRC_CPU_DESCRIBE_H_
-#define SMFREE_CSRC_CPU_DESCRIBE_H_
+#ifndef SMFREE_CSRC_PROTOCOL_DESCRIBE_H_
+#define SMFREE_CSRC_PROTOCOL_DESCRIBE_H_
 
 #include <cstdint>
 #include <string>
@@ -10,7 +10,10 @@
 
 #include "csrc/protocol/identity.h"
 
-namespace smfree::cpu {
+namespace smfree {
+
+// The name that errors use for a call site, such as "model.py:31 in moe".
+void RegisterCallSite(uint32_t call_site, std::string name);
 
 // "forward", or the transforms of a derivation in the order of their application, such as
 // "transpose" or "replay of transpose".
@@ -28,6 +31,6 @@ std::string DescribeCall(const char* phase, int32_t rank, const Identity& identi
 // "0, 2, 3"
 std::string JoinNumbers(const std::vector<int32_t>& numbers);
 
-}  // namespace smfree::cpu
+}  // namespace smfree
 
-#endif  // SMFREE_CSRC_CPU_DESCRIBE_H_
+#endif  // SMFREE_CSRC_PROTOCOL_DESCRIBE_H_

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "ffi/decode.h"
+#include "ffi/cpu/decode.h"
 
 #include <atomic>
-#include <string>
 #include <utility>
 
 namespace smfree {
@@ -25,14 +24,10 @@ StatusOr<Decoded> Begin(const TokenArg& token, const PositionArg& position,
   Decoded operation;
   operation.group = cpu::FindGroup(attributes.group, replica);
   if (operation.group == nullptr) {
-    return Status(FaultKind::kClosed,
-                  "the EpGroup of this program is closed, or was never created in this process. "
-                  "Create it with the same mesh, axis and config, and keep it open while programs "
-                  "that use it run.");
+    return NoSuchGroup();
   }
-  StatusOr<Token> read = Token::Read(token.typed_data());
-  if (!read.ok()) return read.status();
-  operation.token = read.value();
+  operation.token = Token::Read(token.typed_data());
+  if (!operation.token.used_once()) return Status(FaultKind::kTwoInFlight, kTokenUsedTwice);
   operation.call.rank = rank;
   operation.call.tokens = tokens;
   operation.call.identity.lane = static_cast<int32_t>(attributes.lane);
@@ -67,37 +62,11 @@ StatusOr<Decoded> BeginRecv(const TokenArg& token, const PositionArg& position,
 
 void WriteInFlight(const Decoded& operation, TokenRet& token) {
   const Identity& identity = operation.call.identity;
-  Token{false, identity.number, identity.run_id, identity.instance}.Write(token->typed_data());
+  Token{1.0f, identity.number, identity.run_id, identity.instance}.Write(token->typed_data());
 }
 
 void WriteReady(const Decoded& operation, TokenRet& token) {
-  Token{false, (operation.token.number + 1) % Token::kLimit, 0, 0}.Write(token->typed_data());
-}
-
-Status CheckRows(const cpu::GroupConfig& config, const ffi::AnyBuffer& rows) {
-  const ffi::DataType expected = config.dtype == cpu::DType::kF32    ? ffi::F32
-                                 : config.dtype == cpu::DType::kBF16 ? ffi::BF16
-                                                                     : ffi::F16;
-  const auto shape = rows.dimensions();
-  if (shape.size() == 2 && shape[1] == config.hidden && rows.element_type() == expected) return {};
-  return Status(FaultKind::kInvalidArgument,
-                "a row operand does not have the group's hidden size and dtype; the program was "
-                "compiled for another EpConfig. Compile it again.");
-}
-
-ffi::Error ToError(const Status& status) {
-  const auto code = [&] {
-    switch (status.kind()) {
-      case FaultKind::kInvalidArgument:
-      case FaultKind::kInvalidRouting: return ffi::ErrorCode::kInvalidArgument;
-      case FaultKind::kDeadline: return ffi::ErrorCode::kDeadlineExceeded;
-      case FaultKind::kOutOfMemory: return ffi::ErrorCode::kResourceExhausted;
-      case FaultKind::kTwoInFlight:
-      case FaultKind::kClosed: return ffi::ErrorCode::kFailedPrecondition;
-      default: return ffi::ErrorCode::kAborted;
-    }
-  }();
-  return status.ok() ? ffi::Error::Success() : ffi::Error(code, "jax_smfree: " + status.message());
+  Token{1.0f, (operation.token.number + 1) % Token::kLimit, 0, 0}.Write(token->typed_data());
 }
 
 ffi::Future Receive(const std::function<void(cpu::Done)>& start) {
@@ -119,5 +88,5 @@ ffi::Future Done(const Status& status) {
 
 }  // namespace smfree
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeNewSendInstance, smfree::NewSendInstance,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuNewSendInstance, smfree::NewSendInstance,
                               xla::ffi::Ffi::BindInstantiate());

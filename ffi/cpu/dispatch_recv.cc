@@ -2,8 +2,8 @@
 #include <cstring>
 #include <utility>
 
+#include "ffi/cpu/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/decode.h"
 
 namespace smfree {
 namespace {
@@ -38,7 +38,7 @@ ffi::Future DispatchRecvCached(TokenArg token, PositionArg position, Ints rows, 
   auto& [group, call, incoming] = operation.value();
   if (Status status = CheckRows(group->config(), *x); !status.ok()) return Done(status);
   WriteReady(operation.value(), token_out);
-  if (incoming.zero) {  // nothing was sent: the cotangent is zero
+  if (incoming.zero()) {  // nothing was sent: the cotangent is zero
     std::memset(x->untyped_data(), 0, x->size_bytes());
     std::memset(values->typed_data(), 0, values->size_bytes());
     return Done({});
@@ -62,7 +62,7 @@ ffi::Future DispatchRecvWeighted(TokenArg token, PositionArg position, ffi::AnyB
   auto& [group, call, incoming] = operation.value();
   if (Status status = CheckRows(group->config(), *x); !status.ok()) return Done(status);
   WriteReady(operation.value(), token_out);
-  if (incoming.zero) {
+  if (incoming.zero()) {
     std::memset(x->untyped_data(), 0, x->size_bytes());
     std::memset(values->typed_data(), 0, values->size_bytes());
     return Done({});
@@ -81,7 +81,7 @@ ffi::Future DispatchRecvWeighted(TokenArg token, PositionArg position, ffi::AnyB
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchRecv, DispatchRecv,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuDispatchRecv, DispatchRecv,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position
@@ -94,7 +94,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchRecv, DispatchRecv,
                                   .Ret<Ints>()             // recv_counts
                                   .Attrs<Attributes>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchRecvCached, DispatchRecvCached,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuDispatchRecvCached, DispatchRecvCached,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position
@@ -105,7 +105,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchRecvCached, DispatchRecvCached,
                                   .Ret<Floats>()           // values
                                   .Attrs<Attributes>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeDispatchRecvWeighted, DispatchRecvWeighted,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuDispatchRecvWeighted, DispatchRecvWeighted,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "ffi/cpu/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/decode.h"
 
 namespace smfree {
 namespace {
@@ -42,7 +42,7 @@ ffi::Error CombineSendWeighted(TokenArg token, PositionArg position, ffi::AnyBuf
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCombineSend, CombineSend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuCombineSend, CombineSend,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position
@@ -55,7 +55,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCombineSend, CombineSend,
                                   .Ctx<ffi::RunId>()
                                   .Attrs<Attributes>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCombineSendWeighted, CombineSendWeighted,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuCombineSendWeighted, CombineSendWeighted,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position

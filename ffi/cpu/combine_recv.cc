@@ -2,8 +2,8 @@
 #include <cstring>
 #include <utility>
 
+#include "ffi/cpu/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/decode.h"
 
 namespace smfree {
 namespace {
@@ -16,7 +16,7 @@ ffi::Future CombineRecv(TokenArg token, PositionArg position, Ints places, Ints 
   auto& [group, call, incoming] = operation.value();
   if (Status status = CheckRows(group->config(), *out); !status.ok()) return Done(status);
   WriteReady(operation.value(), token_out);
-  if (incoming.zero) {  // nothing was sent: the cotangent is zero
+  if (incoming.zero()) {  // nothing was sent: the cotangent is zero
     std::memset(out->untyped_data(), 0, out->size_bytes());
     std::memset(slots->typed_data(), 0, slots->size_bytes());
     return Done({});
@@ -32,7 +32,7 @@ ffi::Future CombineRecv(TokenArg token, PositionArg position, Ints places, Ints 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCombineRecv, CombineRecv,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SmfreeCpuCombineRecv, CombineRecv,
                               ffi::Ffi::Bind()
                                   .Arg<TokenArg>()         // token
                                   .Arg<PositionArg>()      // position

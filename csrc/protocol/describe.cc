@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cpu/describe.h"
+#include "csrc/protocol/describe.h"
 
 #include <cstdio>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
 
-#include "csrc/cpu/backend.h"
-
-namespace smfree::cpu {
+namespace smfree {
 namespace {
 
 struct CallSites {
@@ -17,7 +15,7 @@ struct CallSites {
 };
 
 CallSites& AllCallSites() {
-  static CallSites& sites = *new CallSites;  // leaked: see threads.h
+  static CallSites& sites = *new CallSites;  // leaked: it outlives every thread
   return sites;
 }
 
@@ -74,4 +72,4 @@ std::string JoinNumbers(const std::vector<int32_t>& numbers) {
   return text;
 }
 
-}  // namespace smfree::cpu
+}  // namespace smfree

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA backend: an expert-parallel group whose ranks are the GPUs of one process, and the
+// phases that exchange rows between them. No XLA, no Python.
+//
+// Every phase only launches kernels on the given stream: no allocation, no host synchronisation, no
+// counter on the host, so that it can be captured into a CUDA graph and replayed. What the arrays
+// hold is said in csrc/cpu/backend.h; results are the same, bit for bit (but for the sums over
+// `hidden` in dispatch_recv_weighted).
+//
+// Faults of a phase that runs on the device end in NaN outputs and in Group::Check; from then on
+// the phases return the fault.
+#ifndef SMFREE_CSRC_CUDA_BACKEND_H_
+#define SMFREE_CSRC_CUDA_BACKEND_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "csrc/protocol/group_config.h"
+#include "csrc/protocol/identity.h"
+#include "csrc/protocol/status.h"
+
+namespace smfree::cuda {
+
+enum class Phase : int32_t { kDispatchSend = 0, kDispatchRecv, kCombineSend, kCombineRecv };
+constexpr int32_t kPhases = 4;
+constexpr const char* Name(Phase phase) {
+  constexpr const char* kNames[] = {"dispatch_send", "dispatch_recv", "combine_send",
+                                    "combine_recv"};
+  return kNames[static_cast<int32_t>(phase)];
+}
+
+struct PhaseStats {
+  int64_t calls = 0;
+  int64_t rows = 0;     // rows of the wire, those that stay on the rank counted in
+  int64_t bytes = 0;    // bytes of these rows
+  int64_t wait_ns = 0;  // receives only: from the start of the phase to the last chunk waited for
+};
+
+struct Stats {
+  PhaseStats phases[kPhases];
+  int64_t rows_dropped = 0;
+};
+
+struct Memory {
+  int64_t device_bytes = 0;  // symmetric regions and signals
+  int64_t scratch_bytes = 0;
+  int64_t pinned_bytes = 0;  // host: descriptors and fault records
+};
+
+// One phase of one rank as it ran: device time in ns (%globaltimer), from the begin of its first
+// block to the end of its last one, and the bytes it has to move at least.
+struct PhaseRecord {
+  int32_t rank, lane, mirrored;
+  Phase phase;
+  int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
+};
+
+struct GroupOptions : GroupConfig {
+  // Messages of operations that send up to so many bytes of rows per peer are stored to the peer by
+  // the pack kernel; larger ones go by copy engine.
+  int64_t sm_push_bytes = 0;
+};
+
+class Rank;
+struct GroupState;
+
+// The ranks of one group, one per device of this process.
+class Group {
+ public:
+  // `devices[r]` is the CUDA ordinal of rank r. Allocates everything that the phases will need, and
+  // loads all kernels.
+  static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, const GroupOptions& options,
+                                                 const std::vector<int32_t>& devices);
+  ~Group();  // closes
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  // Ends waits on the devices with an error, waits for the devices and gives all memory back.
+  // Idempotent.
+  void Close();
+  // The first fault of the group, which stays; or else an overflow since the last Check.
+  Status Check();
+  Stats stats() const;
+  Memory memory() const;
+  // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
+  std::vector<PhaseRecord> Trace() const;
+
+  const GroupConfig& config() const;
+
+ private:
+  friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
+  explicit Group(std::unique_ptr<GroupState> state);
+  std::unique_ptr<GroupState> state_;
+};
+
+// The rank of that group on `device`, or nullptr. It lives while the group does: hold the pointer.
+std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
+const GroupConfig& ConfigOf(const Rank& rank);
+
+void CloseAllGroups();
+
+// What every phase needs. All pointers are to device memory.
+struct Call {
+  int32_t lane = 0;
+  int32_t derivation = 0;
+  uint32_t call_site = 0;
+  int64_t tokens = 0;                 // T
+  const float* token = nullptr;       // [Token::kSize]
+  const int32_t* position = nullptr;  // {rank, replica}
+  float* token_out = nullptr;         // [Token::kSize]
+};
+
+struct DispatchSendArgs : Call {
+  const void* x = nullptr;              // [T,H]
+  const int32_t* topk_idx = nullptr;    // [T,K], -1 = no expert
+  const float* topk_weights = nullptr;  // [T,K]
+  int32_t* places = nullptr;            // out [T,P]
+  int32_t* send_counts = nullptr;       // out [R]
+};
+Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t stream);
+
+struct DispatchSendCachedArgs : Call {
+  const void* x = nullptr;               // [T,H]
+  const float* slots = nullptr;          // [T,K] or null
+  const int32_t* places = nullptr;       // [T,P]
+  const int32_t* send_counts = nullptr;  // [R]
+};
+Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream);
+
+struct DispatchRecvArgs : Call {
+  int64_t rows_capacity = 0;       // N
+  void* x = nullptr;               // out [N,H]
+  float* weights = nullptr;        // out [N]
+  int32_t* group_sizes = nullptr;  // out [El]
+  int32_t* num_dropped = nullptr;  // out []
+  int32_t* rows = nullptr;         // out [R,T,K]
+  int32_t* recv_counts = nullptr;  // out [R]
+};
+Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream);
+
+// With y and w: x[n] = w[n] * r and values[n] = <y[n], r>, r the received row. Without: x[n] = r,
+// values[n] = its slot.
+struct DispatchRecvCachedArgs : Call {
+  int64_t rows_capacity = 0;             // N
+  const int32_t* rows = nullptr;         // [R,T,K]
+  const int32_t* recv_counts = nullptr;  // [R]
+  const void* y = nullptr;               // [N,H] or null
+  const float* w = nullptr;              // [N] or null
+  void* x = nullptr;                     // out [N,H]
+  float* values = nullptr;               // out [N] or null
+};
+Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream);
+
+struct CombineSendArgs : Call {
+  int64_t rows_capacity = 0;             // N
+  const void* y = nullptr;               // [N,H]
+  const float* w = nullptr;              // [N] or null: ones
+  const float* values = nullptr;         // [N] or null: no slots
+  const int32_t* rows = nullptr;         // [R,T,K]
+  const int32_t* recv_counts = nullptr;  // [R]
+};
+Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream);
+
+struct CombineRecvArgs : Call {
+  const int32_t* places = nullptr;       // [T,P]
+  const int32_t* send_counts = nullptr;  // [R]
+  void* out = nullptr;                   // out [T,H]
+  float* slots = nullptr;                // out [T,K] or null
+};
+Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream);
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_BACKEND_H_

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// combine_recv: for each row t, over its places d * T + i, ascending in d:
+//
+//   out[t]   = sum of row i of the message from d        float32, rounded once
+//   slots[t] = sum of its slots                          float32
+//
+// Gather  S7 – S10  a warp per piece of a row t, in the order of t, which is the order in which the
+//                   rows of every message arrive: waits for the chunks that it needs.
+//
+// Byte floor: sum(send_counts) * row_bytes read, T * row_bytes written.
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/rows.cuh"
+
+namespace smfree::cuda {
+namespace {
+
+struct GatherArrays {
+  const int32_t* places;
+  const int32_t* send_counts;
+  char* out;
+  float* slots;  // may be null
+};
+
+// slots[t] = value for every slot.
+__device__ void FillSlots(const Context& c, const GatherArrays& a, int32_t t, float value) {
+  for (int32_t k = threadIdx.x % kWarp; a.slots && k < c.top_k; k += kWarp) {
+    a.slots[int64_t{t} * c.top_k + k] = value;
+  }
+}
+
+template <typename T, typename Word>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    Gather(const Context c, const GatherArrays a) {
+  __shared__ int32_t num_rows[kMaxRanks], num_chunks[kMaxRanks];
+  __shared__ int32_t arrived[kWarps][kMaxRanks];  // chunks that this warp has seen
+  __shared__ Term terms[kWarps][kMaxTopK];
+  __shared__ const float* values[kWarps][kMaxTopK];
+  const float nan = __int_as_float(0x7fc00000);
+  const bool nothing_sent = Token::Read(c.token).zero();
+  NoteBegin(c);
+  const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
+  const bool ok =
+      begun.ok && OpenMessages(c, begun.number, a.send_counts, num_rows, num_chunks);
+
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  for (int32_t s = lane; s < kMaxRanks; s += kWarp) arrived[warp][s] = 0;
+  __syncwarp();
+  for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
+       unit < c.tokens * c.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
+    const int32_t t = unit / c.pieces;
+    const int32_t piece = unit % c.pieces;
+    const Words words(c.x_row_bytes, sizeof(Word), piece, c.pieces);
+    char* const out = a.out + t * c.x_row_bytes;
+    const int32_t place =
+        ok && lane < c.places_per_row ? a.places[int64_t{t} * c.places_per_row + lane] : -1;
+    bool here = ok;
+    if (place >= 0) {
+      const int32_t source = place / c.tokens;
+      const int32_t row = place % c.tokens;
+      if (source >= c.num_ranks || row >= num_rows[source]) {
+        Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place, 0});
+        here = false;
+      } else {
+        const Chunks chunks(num_rows[source], num_chunks[source]);
+        const int32_t chunk = chunks.Of(row);
+        const int32_t wanted = chunk + 1 == chunks.count ? kAllChunks : chunk + 1;
+        if (arrived[warp][source] < wanted) {
+          here = WaitForChunks(c, begun.number, source, wanted);
+          if (here) arrived[warp][source] = wanted;
+        }
+        const char* const message =
+            MessageFrom(c, begun.number, source) + c.layout.header_bytes;
+        const MessageLayout layout = LayoutOf(c, num_rows[source]);
+        terms[warp][lane] = {message + layout.rows_offset + row * c.layout.row_bytes, 1.0f};
+        values[warp][lane] = reinterpret_cast<const float*>(message + layout.slots_offset) +
+                             int64_t{row} * c.top_k;
+      }
+    }
+    const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
+    here = __all_sync(~0u, here);
+    __syncwarp();  // what one lane has waited for, all may read
+    if (nothing_sent) {
+      FillRow(words, out, Zeros<Word>());
+      FillSlots(c, a, t, 0.0f);
+    } else if (!here) {  // a row is right, or NaN
+      FillRow(words, out, NaNs<T, Word>());
+      FillSlots(c, a, t, nan);
+    } else {
+      SumRows<T, Word>(words, out, terms[warp], count);
+      for (int32_t k = lane; a.slots && piece == 0 && k < c.top_k; k += kWarp) {
+        float sum = 0.0f;
+        for (int32_t p = 0; p < count; ++p) sum = __fadd_rn(sum, __ldcg(values[warp][p] + k));
+        a.slots[int64_t{t} * c.top_k + k] = sum;
+      }
+    }
+    __syncwarp();
+  }
+  if (!IsLastBlock(c) || threadIdx.x != 0) return;
+  int64_t wire_rows = 0;
+  for (int32_t s = 0; ok && s < c.num_ranks; ++s) wire_rows += num_rows[s];
+  EndPhase(c, begun, ok && !Faulted(c), wire_rows, wire_rows * c.x_row_bytes,
+           c.tokens * c.x_row_bytes);
+}
+
+auto GatherFor(DType dtype, int32_t word_bytes) {
+  const bool wide = word_bytes == 16;
+  switch (dtype) {
+    case DType::kF32: return wide ? Gather<float, uint4> : Gather<float, uint32_t>;
+    case DType::kBF16: return wide ? Gather<__nv_bfloat16, uint4> : Gather<__nv_bfloat16, uint16_t>;
+    default: return wide ? Gather<__half, uint4> : Gather<__half, uint16_t>;
+  }
+}
+
+}  // namespace
+
+cudaError_t LoadCombineRecv() {
+  for (const DType dtype : kDTypes) {
+    const cudaError_t error =
+        LoadKernels({Kernel(GatherFor(dtype, 16)), Kernel(GatherFor(dtype, 4))});
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+void LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
+                       const Launch& launch) {
+  const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
+                            args.slots};
+  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0,
+                                   launch.stream>>>(c, arrays);
+}
+
+}  // namespace smfree::cuda

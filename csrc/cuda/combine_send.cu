@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// combine_send: to source s, for its i-th row here, with n = rows[s,i,k]:
+//
+//   message to s, row i = sum over k ascending of w[n] * y[n]     float32, rounded once
+//   slots: values[n], or 0 without n
+//
+// LayOut  S1, S2  headers and slots.
+// Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum.
+//
+// Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/rows.cuh"
+
+namespace smfree::cuda {
+namespace {
+
+__global__ void LayOut(const Context c, const CombineSendArgs a) {
+  NoteBegin(c);
+  const Begun begun = BeginSendPhase(c);
+  if (!begun.ok) return;
+  if (blockIdx.x == 0) {
+    for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
+      const int32_t rows = a.recv_counts[peer];
+      if (rows < 0 || rows > c.tokens) {
+        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows, 0});
+      } else {
+        WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rows);
+      }
+    }
+  }
+  const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t slots_per_peer = int64_t{c.tokens} * c.top_k;
+  for (int64_t at = thread; at < c.num_ranks * slots_per_peer; at += threads) {
+    const auto peer = static_cast<int32_t>(at / slots_per_peer);
+    const int64_t slot = at % slots_per_peer;
+    const int32_t rows = a.recv_counts[peer];
+    if (slot / c.top_k >= rows || rows > c.tokens) continue;
+    const int32_t n = a.rows[at];
+    if (n < -1 || n >= a.rows_capacity) {
+      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity, n, 0});
+    } else if (c.slots) {
+      char* const message = MessageTo(c, begun.number, peer) + c.layout.header_bytes;
+      auto* const slots = reinterpret_cast<float*>(message + LayoutOf(c, rows).slots_offset);
+      slots[slot] = n < 0 ? 0.0f : a.values[n];
+    }
+  }
+}
+
+template <typename T, typename Word>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    Pack(const Context c, const CombineSendArgs a) {
+  __shared__ Segments segments;
+  __shared__ Outgoing outgoing[kMaxRanks];
+  __shared__ int32_t num_rows[kMaxRanks], num_chunks[kMaxRanks];
+  __shared__ Term terms[kWarps][kMaxTopK];
+  const Begun begun = BeginSendPhase(c);
+  if (begun.ok) {
+    for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
+      num_rows[peer] = a.recv_counts[peer];
+      num_chunks[peer] = c.chunks;
+      outgoing[peer] = OutgoingTo(c, begun.number, peer, num_rows[peer]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) segments.Build(c, num_rows, num_chunks, /*own_first=*/false);
+    HandOverEmpty(c, begun.number, outgoing);
+    __syncthreads();
+
+    const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    unsigned long long copies_read = 0;
+    ForEachRow(segments, c.pieces, [&](const Segment& segment, int32_t row, int32_t piece) {
+      const int32_t peer = segment.source;
+      const int64_t first_slot = (int64_t{peer} * c.tokens + row) * c.top_k;
+      const int32_t n = lane < c.top_k ? a.rows[first_slot + lane] : -1;
+      const uint32_t mask = __ballot_sync(~0u, n >= 0);
+      if (n >= 0) {
+        terms[warp][__popc(mask & ((1u << lane) - 1))] = {
+            static_cast<const char*>(a.y) + n * c.x_row_bytes, a.w ? a.w[n] : 1.0f};
+      }
+      __syncwarp();
+      SumRows<T, Word>(Words(c.x_row_bytes, sizeof(Word), piece, c.pieces),
+                       outgoing[peer].rows + row * c.layout.row_bytes, terms[warp], __popc(mask));
+      if (piece == 0) copies_read += __popc(mask);
+      __syncwarp();  // the row is written, and the terms read, by all lanes
+      if (lane == 0) CountPiece(c, begun.number, peer, outgoing[peer].chunks, row);
+      __syncwarp();
+    });
+    if (lane == 0 && copies_read) atomicAdd(&c.scratch->copies, copies_read);
+  }
+  if (!IsLastBlock(c) || threadIdx.x != 0) return;
+  int64_t wire_rows = 0;
+  for (int32_t peer = 0; peer < c.num_ranks; ++peer) wire_rows += a.recv_counts[peer];
+  EndPhase(c, begun, begun.ok && !Faulted(c), wire_rows,
+           static_cast<int64_t>(c.scratch->copies) * c.x_row_bytes, wire_rows * c.x_row_bytes);
+}
+
+auto PackFor(DType dtype, int32_t word_bytes) {
+  const bool wide = word_bytes == 16;
+  switch (dtype) {
+    case DType::kF32: return wide ? Pack<float, uint4> : Pack<float, uint32_t>;
+    case DType::kBF16: return wide ? Pack<__nv_bfloat16, uint4> : Pack<__nv_bfloat16, uint16_t>;
+    default: return wide ? Pack<__half, uint4> : Pack<__half, uint16_t>;
+  }
+}
+
+}  // namespace
+
+cudaError_t LoadCombineSend() {
+  cudaError_t error = LoadKernels({Kernel(LayOut)});
+  for (const DType dtype : kDTypes) {
+    if (error != cudaSuccess) return error;
+    error = LoadKernels({Kernel(PackFor(dtype, 16)), Kernel(PackFor(dtype, 4))});
+  }
+  return error;
+}
+
+void LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+                       const Launch& launch) {
+  LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
+           launch.stream>>>(c, args);
+  const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
+  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
+}
+
+}  // namespace smfree::cuda

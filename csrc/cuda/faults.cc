@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <string>
+
+#include "csrc/cuda/group.h"
+#include "csrc/protocol/describe.h"
+#include "csrc/protocol/token.h"
+
+namespace smfree::cuda {
+namespace {
+
+Identity IdentityOf(const FaultRecord& fault) {
+  Identity identity;
+  identity.number = fault.number;
+  identity.lane = fault.lane;
+  identity.derivation = fault.derivation;
+  identity.call_site = fault.call_site;
+  const bool dispatch =
+      fault.phase == Phase::kDispatchSend || fault.phase == Phase::kDispatchRecv;
+  identity.operation = dispatch ? Operation::kDispatch : Operation::kCombine;
+  return identity;
+}
+
+std::string InvalidArgument(const FaultRecord& fault) {
+  const std::string seen = std::to_string(fault.seen);
+  if (fault.row < 0 && fault.peer < 0 && fault.expected == fault.seen) return kTokenUsedTwice;
+  if (fault.row < 0 && fault.peer < 0) {
+    return "the program runs as rank " + seen + " on the device of rank " +
+           std::to_string(fault.expected) +
+           ", or its handle has place " + seen +
+           ". Cure: run the program on the mesh of the group, and pass handles unchanged.";
+  }
+  return "the handle is broken: it says " + seen + " where less than " +
+         std::to_string(fault.expected) + " is possible (" +
+         (fault.peer >= 0 ? "rank " + std::to_string(fault.peer)
+                          : "row " + std::to_string(fault.row)) +
+         "). Cure: pass the handle of the dispatch unchanged, and only to the rank that got it.";
+}
+
+std::string Mismatch(const FaultRecord& fault) {
+  Identity seen = IdentityOf(fault);
+  seen.call_site = fault.seen_call_site;
+  const std::string peer = "rank " + std::to_string(fault.peer);
+  if (fault.seen_call_site != fault.call_site) {
+    return peer + " sent " + DescribeOperation(seen) +
+           " instead. Cure: run the same program on all ranks.";
+  }
+  return peer + " sent the operation with " + std::to_string(fault.seen) + " rows, expected " +
+         std::to_string(fault.expected) +
+         ", or in another direction of differentiation. Cure: run the same program with the same "
+         "shapes on all ranks.";
+}
+
+std::string What(const FaultRecord& fault, double timeout_s) {
+  switch (fault.kind) {
+    case FaultKind::kDeadline:
+      return "waited " + std::to_string(timeout_s) + " s for rank " + std::to_string(fault.peer) +
+             ", whose last operation here is number " + std::to_string(fault.seen) + " of " +
+             std::to_string(fault.expected) +
+             ". Cure: see what that rank does instead; every rank must run the same program. If it "
+             "is only slow, raise timeout_s.";
+    case FaultKind::kScheduleMismatch: return Mismatch(fault);
+    case FaultKind::kTwoInFlight:
+      return "two operations in flight on one lane: number " + std::to_string(fault.expected) +
+             " was sent, and number " + std::to_string(fault.seen) +
+             " is the last that was received here. Cure: receive it first, with the token that "
+             "its send returned, or use another lane.";
+    case FaultKind::kInvalidRouting:
+      return "row " + std::to_string(fault.row) + " names expert " + std::to_string(fault.seen) +
+             " of " + std::to_string(fault.expected) +
+             (fault.seen >= 0 && fault.seen < fault.expected ? " twice" : "") +
+             ". Cure: name each expert of a row once, -1 for none.";
+    default: return InvalidArgument(fault);
+  }
+}
+
+}  // namespace
+
+Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s) {
+  return Status(fault.kind, std::string(Name(fault.kind)) + ": " +
+                                DescribeCall(Name(fault.phase), rank, IdentityOf(fault)) + ": " +
+                                What(fault, timeout_s));
+}
+
+Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank) {
+  Identity identity;
+  identity.number = overflow.number;
+  identity.lane = overflow.lane;
+  identity.derivation = overflow.derivation;
+  identity.call_site = overflow.call_site;
+  return Status(FaultKind::kOverflow,
+                DescribeCall(Name(Phase::kDispatchRecv), rank, identity) + ": " +
+                    std::to_string(overflow.dropped) + " rows exceed recv_capacity " +
+                    std::to_string(overflow.capacity) +
+                    "; the outputs are NaN. Cure: raise recv_capacity, or take overflow='drop'.");
+}
+
+}  // namespace smfree::cuda

@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Group of backend.h: allocation, faults, closing, and the registry of open groups.
+#include "csrc/cuda/group.h"
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "csrc/protocol/signals.h"
+
+namespace smfree::cuda {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<int64_t, std::vector<std::shared_ptr<Group>>> groups;  // replicas share an id
+};
+
+Registry& TheRegistry() {
+  static Registry& registry = *new Registry;  // leaked: handlers may run while the process exits
+  return registry;
+}
+
+LayoutConfig LayoutConfigOf(const GroupConfig& config) {
+  return {config.num_ranks,
+          config.num_ranks,
+          config.num_experts,
+          config.top_k,
+          config.num_lanes,
+          static_cast<int32_t>(ItemBytes(config.dtype)),
+          config.hidden,
+          config.max_tokens,
+          config.differentiable,
+          /*hierarchical=*/false};
+}
+
+Status CheckOptions(const GroupOptions& options, const std::vector<int32_t>& devices) {
+  std::string wrong;
+  if (static_cast<int32_t>(devices.size()) != options.num_ranks) {
+    wrong = std::to_string(devices.size()) + " devices for " + std::to_string(options.num_ranks) +
+            " ranks";
+  } else if (options.num_ranks > kMaxRanks) {
+    wrong = std::to_string(options.num_ranks) + " ranks in one process, expected at most " +
+            std::to_string(kMaxRanks);
+  } else if (options.top_k > kMaxTopK) {
+    wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
+            std::to_string(kMaxTopK) + " on GPUs";
+  } else if (!CopyCode(options.max_tokens).Fits(options.num_experts / options.num_ranks)) {
+    wrong = "max_tokens " + std::to_string(options.max_tokens) + " times experts per rank " +
+            std::to_string(options.num_experts / options.num_ranks) +
+            " does not fit 31 bits. Lower max_tokens";
+  }
+  return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
+}
+
+}  // namespace
+
+LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
+  const int64_t bins = config.num_experts + config.num_ranks;
+  counts_offset = AlignUp(sizeof(LaneScratch), kAlignment);
+  flags_offset =
+      counts_offset + AlignUp(kMaxRouteBlocks * bins * int64_t{sizeof(int32_t)}, kAlignment);
+  tags_offset = flags_offset + AlignUp(kMaxRouteBlocks * int64_t{sizeof(uint64_t)}, kAlignment);
+  bytes = tags_offset + AlignUp(RowsCapacity(config, config.max_tokens) * int64_t{sizeof(uint32_t)},
+                                kAlignment);
+}
+
+Context Rank::ContextFor(int32_t lane_index) const {
+  const GroupOptions& options = group->options;
+  const LaneScratchLayout layout(options);
+  char* const lane = scratch.as<char>() + lane_index * layout.bytes;
+  Context c{};
+  c.layout = group->layout;
+  c.code = CopyCode(options.max_tokens);
+  c.rank = rank;
+  c.num_ranks = options.num_ranks;
+  c.num_experts = options.num_experts;
+  c.top_k = options.top_k;
+  c.places_per_row = PlacesPerRow(options);
+  c.expert_alignment = options.expert_alignment;
+  c.drop_overflow = options.overflow == Overflow::kDrop;
+  c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
+  c.memory = memory.as<char>();
+  c.memories = peer_table.as<char*>();
+  c.state = state.as<RankState>();
+  c.scratch = reinterpret_cast<LaneScratch*>(lane);
+  c.route_counts = reinterpret_cast<int32_t*>(lane + layout.counts_offset);
+  c.route_flags = reinterpret_cast<uint64_t*>(lane + layout.flags_offset);
+  c.row_tags = reinterpret_cast<uint32_t*>(lane + layout.tags_offset);
+  c.queue = queue.as<Descriptor>();
+  c.queue_mask = group->queue_mask;
+  c.host = host.as<HostPage>();
+  c.group_failed = group->failed.as<uint32_t>();
+  c.hidden = options.hidden;
+  c.x_row_bytes = options.hidden * ItemBytes(options.dtype);
+  c.lane_index = lane_index;
+  return c;
+}
+
+Status GroupState::AllocateRank(Rank& rank) {
+  const DeviceScope scope(rank.device);
+  cudaDeviceProp properties;
+  Status status =
+      CudaStatus(cudaGetDeviceProperties(&properties, rank.device), "cudaGetDeviceProperties");
+  if (!status.ok()) return status;
+  rank.num_sms = properties.multiProcessorCount;
+  const size_t route_bytes =
+      RouteSharedBytes(options.max_tokens, options.num_experts, options.num_ranks);
+  const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
+  if (std::max(route_bytes, place_bytes) > properties.sharedMemPerBlockOptin) {
+    return Status(FaultKind::kInvalidArgument,
+                  "the routing of max_tokens " + std::to_string(options.max_tokens) +
+                      " rows to " + std::to_string(options.num_experts) + " experts needs " +
+                      std::to_string(route_bytes) + " bytes of shared memory, GPU " +
+                      std::to_string(rank.device) + " has " +
+                      std::to_string(properties.sharedMemPerBlockOptin) +
+                      ". Cure: lower max_tokens, and send larger batches in several operations.");
+  }
+  const int64_t lanes = LaneCount(options.num_lanes, options.differentiable);
+  const auto on_device = [&](Allocation& allocation, int64_t bytes) {
+    auto made = Allocation::OnDevice(rank.device, static_cast<size_t>(bytes));
+    if (!made.ok()) return made.status();
+    allocation = std::move(made.value());
+    return Status();
+  };
+  const auto on_host = [&](Allocation& allocation, int64_t bytes) {
+    auto made = Allocation::OnHost(static_cast<size_t>(bytes));
+    if (!made.ok()) return made.status();
+    allocation = std::move(made.value());
+    return Status();
+  };
+  status = on_device(rank.memory, layout.TotalBytes());
+  if (status.ok()) status = on_device(rank.state, sizeof(RankState));
+  if (status.ok()) status = on_device(rank.scratch, lanes * LaneScratchLayout(options).bytes);
+  if (status.ok()) status = on_device(rank.peer_table, kMaxRanks * int64_t{sizeof(char*)});
+  if (status.ok()) {
+    status = on_host(rank.queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
+  }
+  if (status.ok()) status = on_host(rank.host, sizeof(HostPage));
+  if (status.ok()) status = CudaStatus(LoadDispatchSend(route_bytes), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadCombineRecv(), "loading kernels");
+  return status;
+}
+
+Status GroupState::Allocate(const std::vector<int32_t>& devices) {
+  layout = Layout::Make(LayoutConfigOf(options));
+  // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
+  const int64_t most = int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 *
+                       options.num_ranks * kMaxChunks;
+  uint64_t entries = 64;
+  while (entries < static_cast<uint64_t>(most)) entries *= 2;
+  queue_mask = entries - 1;
+
+  Status status = EnablePeerAccess(devices);
+  if (!status.ok()) return status;
+  auto made = Allocation::OnHost(sizeof(uint32_t));
+  if (!made.ok()) return made.status();
+  failed = std::move(made.value());
+  for (size_t r = 0; r < devices.size(); ++r) {
+    ranks.push_back(std::make_unique<Rank>());
+    ranks[r]->rank = static_cast<int32_t>(r);
+    ranks[r]->device = devices[r];
+    ranks[r]->group = this;
+    status = AllocateRank(*ranks[r]);
+    if (!status.ok()) return status;
+  }
+  std::vector<char*> memories;
+  for (const auto& rank : ranks) memories.push_back(rank->memory.as<char>());
+  for (const auto& rank : ranks) {
+    const DeviceScope scope(rank->device);
+    status = CudaStatus(cudaMemcpy(rank->peer_table.as<char*>(), memories.data(),
+                                   memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
+                        "cudaMemcpy");
+    // The signals are zero on all ranks before the first send of any of them.
+    if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (!status.ok()) return status;
+  }
+  return StartMovers();
+}
+
+Status GroupState::StartMovers() {
+  if (ranks.size() == 1) return {};
+  std::vector<char*> memories;
+  for (const auto& rank : ranks) memories.push_back(rank->memory.as<char>());
+  for (const auto& rank : ranks) {
+    auto mover = Mover::Start({rank->device, rank->rank, layout, memories,
+                               rank->queue.as<Descriptor>(), queue_mask,
+                               [this](Status fault) { Fail(std::move(fault)); }});
+    if (!mover.ok()) return mover.status();
+    rank->mover = std::move(mover.value());
+  }
+  return {};
+}
+
+bool GroupState::Failed() const {
+  return __atomic_load_n(failed.as<uint32_t>(), __ATOMIC_ACQUIRE) != 0;
+}
+
+void GroupState::Fail(Status fault) {
+  {
+    const std::lock_guard<std::mutex> lock(fault_mutex);
+    if (host_fault.ok()) host_fault = std::move(fault);
+  }
+  __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
+}
+
+Status GroupState::FirstFault() const {
+  const FaultRecord* first = nullptr;
+  int32_t first_rank = 0;
+  for (const auto& rank : ranks) {
+    const FaultRecord& fault = rank->host.as<HostPage>()->fault;
+    if (__atomic_load_n(&fault.ready, __ATOMIC_ACQUIRE) == 0) continue;
+    if (first != nullptr && fault.time_ns >= first->time_ns) continue;
+    first = &fault;
+    first_rank = rank->rank;
+  }
+  if (first != nullptr) return DescribeFault(*first, first_rank, options.timeout_s);
+  const std::lock_guard<std::mutex> lock(fault_mutex);
+  return host_fault;
+}
+
+Status GroupState::TakeOverflow() {
+  for (const auto& rank : ranks) {
+    OverflowRecord& overflow = rank->host.as<HostPage>()->overflow;
+    if (__atomic_exchange_n(&overflow.ready, 0u, __ATOMIC_ACQ_REL) == 0) continue;
+    return DescribeOverflow(overflow, rank->rank);
+  }
+  return {};
+}
+
+Group::Group(std::unique_ptr<GroupState> state) : state_(std::move(state)) {}
+Group::~Group() { Close(); }
+
+StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, const GroupOptions& options,
+                                               const std::vector<int32_t>& devices) {
+  Status status = CheckOptions(options, devices);
+  if (!status.ok()) return status;
+  auto state = std::make_unique<GroupState>();
+  state->group_id = group_id;
+  state->options = options;
+  status = state->Allocate(devices);
+  if (!status.ok()) return status;
+  std::shared_ptr<Group> group(new Group(std::move(state)));
+  Registry& registry = TheRegistry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.groups[group_id].push_back(group);
+  return group;
+}
+
+void Group::Close() {
+  std::shared_ptr<Group> removed;  // may be the last reference but the caller's
+  {
+    Registry& registry = TheRegistry();
+    const std::lock_guard<std::mutex> lock(registry.mutex);
+    const auto entry = registry.groups.find(state_->group_id);
+    if (entry != registry.groups.end()) {
+      auto& replicas = entry->second;
+      const auto it = std::find_if(replicas.begin(), replicas.end(),
+                                   [this](const auto& group) { return group.get() == this; });
+      if (it != replicas.end()) {
+        removed = std::move(*it);
+        replicas.erase(it);
+      }
+      if (replicas.empty()) registry.groups.erase(entry);
+    }
+  }
+  {
+    const std::unique_lock<std::shared_mutex> lock(state_->open_mutex);
+    if (std::exchange(state_->closed, true)) return;
+  }
+  for (const auto& rank : state_->ranks) {
+    const DeviceScope scope(rank->device);
+    (void)cudaDeviceSynchronize();  // what was launched ends, at its deadline at the latest
+  }
+  // All movers before any memory: they write to one another's.
+  for (const auto& rank : state_->ranks) rank->mover.reset();
+  for (const auto& rank : state_->ranks) {
+    rank->memory = {};
+    rank->scratch = {};
+    rank->peer_table = {};
+    rank->queue = {};
+  }
+}
+
+Status Group::Check() {
+  Status fault = state_->Failed() ? state_->FirstFault() : Status();
+  return fault.ok() ? state_->TakeOverflow() : fault;
+}
+
+const GroupConfig& Group::config() const { return state_->options; }
+
+Memory Group::memory() const {
+  Memory memory;
+  memory.pinned_bytes = static_cast<int64_t>(state_->failed.bytes());
+  for (const auto& rank : state_->ranks) {
+    memory.device_bytes += static_cast<int64_t>(rank->memory.bytes());
+    memory.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
+                                                 rank->peer_table.bytes());
+    memory.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
+  }
+  return memory;
+}
+
+namespace {
+
+// The state of a rank as its device has it now, without waiting for kernels.
+RankState ReadState(const Rank& rank) {
+  static_assert(std::is_trivially_copyable_v<RankState>);
+  const DeviceScope scope(rank.device);
+  RankState copy{};
+  cudaStream_t stream = nullptr;
+  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return copy;
+  (void)cudaMemcpyAsync(&copy, rank.state.as<RankState>(), sizeof(copy), cudaMemcpyDeviceToHost,
+                        stream);
+  (void)cudaStreamSynchronize(stream);
+  (void)cudaStreamDestroy(stream);
+  return copy;
+}
+
+}  // namespace
+
+Stats Group::stats() const {
+  Stats stats;
+  for (const auto& rank : state_->ranks) {
+    const RankState state = ReadState(*rank);
+    stats.rows_dropped += state.rows_dropped;
+    for (int32_t phase = 0; phase < kPhases; ++phase) {
+      stats.phases[phase].calls += state.phases[phase].calls;
+      stats.phases[phase].rows += state.phases[phase].rows;
+      stats.phases[phase].bytes += state.phases[phase].bytes;
+      stats.phases[phase].wait_ns += state.phases[phase].wait_ns;
+    }
+  }
+  return stats;
+}
+
+std::vector<PhaseRecord> Group::Trace() const {
+  std::vector<PhaseRecord> records;
+  const int32_t lanes = state_->options.num_lanes;
+  for (const auto& rank : state_->ranks) {
+    const RankState state = ReadState(*rank);
+    const uint32_t count = std::min<uint32_t>(state.traced, kTraceEntries);
+    for (uint32_t i = 0; i < count; ++i) {
+      const TraceEntry& entry = state.trace[i];
+      records.push_back({rank->rank, entry.lane_index % lanes, entry.lane_index / lanes,
+                         entry.phase, entry.number, entry.begin_ns, entry.end_ns, entry.bytes_read,
+                         entry.bytes_written});
+    }
+  }
+  std::sort(records.begin(), records.end(), [](const PhaseRecord& a, const PhaseRecord& b) {
+    return a.begin_ns < b.begin_ns;
+  });
+  return records;
+}
+
+std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
+  Registry& registry = TheRegistry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  const auto entry = registry.groups.find(group_id);
+  if (entry == registry.groups.end()) return nullptr;
+  for (const std::shared_ptr<Group>& group : entry->second) {
+    for (const auto& rank : group->state_->ranks) {
+      if (rank->device == device) return std::shared_ptr<Rank>(group, rank.get());
+    }
+  }
+  return nullptr;
+}
+
+const GroupConfig& ConfigOf(const Rank& rank) { return rank.group->options; }
+
+void CloseAllGroups() {
+  Registry& registry = TheRegistry();
+  for (;;) {
+    std::shared_ptr<Group> group;
+    {
+      const std::lock_guard<std::mutex> lock(registry.mutex);
+      if (registry.groups.empty()) return;
+      group = registry.groups.begin()->second.front();
+    }
+    group->Close();
+  }
+}
+
+}  // namespace smfree::cuda

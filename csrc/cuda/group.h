@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The state of a group on the host: its ranks, their memory and movers, and its faults.
+#ifndef SMFREE_CSRC_CUDA_GROUP_H_
+#define SMFREE_CSRC_CUDA_GROUP_H_
+
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <vector>
+
+#include "csrc/cuda/backend.h"
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/memory_local.h"
+#include "csrc/cuda/mover.h"
+
+namespace smfree::cuda {
+
+class Rank {
+ public:
+  int32_t rank = 0;
+  int32_t device = 0;
+  int32_t num_sms = 0;
+  GroupState* group = nullptr;
+
+  Allocation memory;        // symmetric: signals and regions
+  Allocation state;         // RankState
+  Allocation scratch;       // [lane index], see lane_scratch_bytes
+  Allocation peer_table;    // [R] pointers to the memories
+  Allocation queue;         // pinned
+  Allocation host;          // pinned HostPage
+  std::unique_ptr<Mover> mover;
+
+  // The part of the context that is the same in every call of `lane_index`.
+  Context ContextFor(int32_t lane_index) const;
+};
+
+struct GroupState {
+  int64_t group_id = 0;
+  GroupOptions options;
+  Layout layout{};
+  uint64_t queue_mask = 0;
+  Allocation failed;  // pinned uint32: some rank has reported a fault
+  std::vector<std::unique_ptr<Rank>> ranks;
+
+  // Held shared while a phase is launched, exclusively while the group closes.
+  std::shared_mutex open_mutex;
+  bool closed = false;
+
+  mutable std::mutex fault_mutex;
+  Status host_fault;  // of a mover, or kClosed
+
+  bool Failed() const;
+  void Fail(Status fault);
+  // The first fault, of a device or of the host.
+  Status FirstFault() const;
+  Status TakeOverflow();
+
+  Status Allocate(const std::vector<int32_t>& devices);
+  Status AllocateRank(Rank& rank);
+  Status StartMovers();
+};
+
+// Of a LaneScratch with its counts, flags and tags, each aligned to kAlignment.
+struct LaneScratchLayout {
+  int64_t counts_offset, flags_offset, tags_offset, bytes;
+  explicit LaneScratchLayout(const GroupConfig& config);
+};
+
+// Words for what a device has recorded.
+Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s);
+Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank);
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_GROUP_H_

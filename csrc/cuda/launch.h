@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Between the phases (host functions that know the group) and their kernels: one function per phase
+// that loads its kernels and one that launches them.
+#ifndef SMFREE_CSRC_CUDA_LAUNCH_H_
+#define SMFREE_CSRC_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+#include "csrc/cuda/state.h"
+
+namespace smfree::cuda {
+
+constexpr int32_t kRouteRows = 256;       // of a block of dispatch_send's Route, at least
+constexpr int32_t kMaxRouteBlocks = 32;   // resident on any GPU; else more rows per block
+constexpr int32_t kMaxRouteThreads = 1024;
+
+struct Launch {
+  cudaStream_t stream;
+  int32_t max_blocks;  // that are resident at once
+
+  // For a kernel with a warp per item and kThreads = 512 threads.
+  int32_t BlocksFor(int64_t warps) const { return Blocks(warps, 16); }
+  // With a thread per item.
+  int32_t BlocksForItems(int64_t items) const { return Blocks(items, 512); }
+
+ private:
+  int32_t Blocks(int64_t items, int64_t per_block) const {
+    return static_cast<int32_t>(
+        std::clamp<int64_t>((items + per_block - 1) / per_block, 1, max_blocks));
+  }
+};
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+
+// The word in which rows are read and written: 16 bytes, or one element.
+inline int32_t WordBytes(const Context& c) {
+  return c.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(c.x_row_bytes / c.hidden);
+}
+
+// A kernel has to be on the device before its first launch: loading it then could wait for the
+// whole device, and with it for a recv that waits for a peer.
+struct Kernel {
+  const void* function;
+  size_t shared_bytes;
+  template <typename... Args>
+  explicit Kernel(void (*kernel)(Args...), size_t dynamic_shared_bytes = 0)
+      : function(reinterpret_cast<const void*>(kernel)), shared_bytes(dynamic_shared_bytes) {}
+};
+inline cudaError_t LoadKernels(std::initializer_list<Kernel> kernels) {
+  for (const Kernel& kernel : kernels) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+    if (error == cudaSuccess && kernel.shared_bytes > 0) {
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(kernel.shared_bytes));
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+size_t RouteSharedBytes(int64_t tokens, int32_t num_experts, int32_t num_ranks);
+size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks);
+
+cudaError_t LoadDispatchSend(size_t route_shared_bytes);
+cudaError_t LoadDispatchRecv(size_t place_shared_bytes);
+cudaError_t LoadCombineSend();
+cudaError_t LoadCombineRecv();
+
+void LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch);
+void LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
+                              const Launch& launch);
+void LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
+                        const Launch& launch);
+void LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
+                              const Launch& launch);
+void LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+                       const Launch& launch);
+void LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
+                       const Launch& launch);
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_LAUNCH_H_

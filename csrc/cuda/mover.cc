@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cuda/mover.h"
+
+#include <cuda.h>
+#include <sys/prctl.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "csrc/cuda/memory_local.h"
+#include "csrc/protocol/signals.h"
+
+namespace smfree::cuda {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// cuStreamWriteValue64, without linking libcuda: the module must load where there is no driver.
+decltype(&cuStreamWriteValue64) StreamWriteValue() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuStreamWriteValue64", &function,
+                                                             12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<decltype(&cuStreamWriteValue64)>(function);
+}
+
+// How long to sleep after having found nothing for `idle`: not at all while operations follow one
+// another, then a growing fraction of the time that has gone by, so that a first operation after a
+// pause is late by a hundredth of the pause, at most a millisecond.
+std::chrono::microseconds NapAfter(Clock::duration idle) {
+  using std::chrono::microseconds;
+  const auto us = std::chrono::duration_cast<microseconds>(idle).count();
+  if (us < 2000) return microseconds(0);
+  return microseconds(us < 100'000 ? us / 100 : 1000);
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
+  if (StreamWriteValue() == nullptr) {
+    return Status(FaultKind::kSystem,
+                  "the CUDA driver has no cuStreamWriteValue64. Cure: driver 525 or newer.");
+  }
+  std::unique_ptr<Mover> mover(new Mover(std::move(wiring)));
+  const DeviceScope scope(mover->wiring_.device);
+  int least = 0, greatest = 0;
+  Status status = CudaStatus(cudaDeviceGetStreamPriorityRange(&least, &greatest),
+                             "cudaDeviceGetStreamPriorityRange");
+  for (size_t peer = 0; status.ok() && peer < mover->wiring_.memories.size(); ++peer) {
+    cudaStream_t stream = nullptr;
+    status = CudaStatus(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest),
+                        "cudaStreamCreateWithPriority");
+    if (status.ok()) mover->streams_.push_back(stream);
+  }
+  if (!status.ok()) return status;
+  mover->thread_ = std::thread([self = mover.get()] { self->Run(); });
+  return mover;
+}
+
+Mover::~Mover() {
+  stop_.store(true);
+  if (thread_.joinable()) thread_.join();
+  const DeviceScope scope(wiring_.device);
+  for (const cudaStream_t stream : streams_) {
+    (void)cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+  }
+}
+
+void Mover::Run() {
+  (void)cudaSetDevice(wiring_.device);
+  // XLA may be capturing a graph on another thread: nothing that is done here takes part in it.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // naps are accurate to a microsecond
+  (void)prctl(PR_SET_NAME, "smfree-mover");
+
+  uint64_t next = 0;
+  Clock::time_point last_work = Clock::now();
+  for (uint32_t turn = 0;; ++turn) {
+    const Descriptor& chunk = wiring_.queue[next & wiring_.queue_mask];
+    if (load_acquire_system(&chunk.ticket) == next + 1) {
+      const cudaError_t error = Move(chunk);
+      if (error != cudaSuccess) {
+        return wiring_.on_error(CudaStatus(error, "the copy to a peer failed"));
+      }
+      ++next;
+      last_work = Clock::now();
+      continue;
+    }
+    if (turn % 64 != 0) continue;
+    if (stop_.load(std::memory_order_relaxed)) return;
+    if (awake_.exchange(false, std::memory_order_relaxed)) last_work = Clock::now();
+    const auto nap = NapAfter(Clock::now() - last_work);
+    if (nap.count() > 0) std::this_thread::sleep_for(nap);
+  }
+}
+
+cudaError_t Mover::Move(const Descriptor& chunk) {
+  static const auto write_value = StreamWriteValue();
+  const Layout& layout = wiring_.layout;
+  const int64_t number = NumberOf(chunk.signal);
+  char* const here = wiring_.memories[static_cast<size_t>(wiring_.rank)];
+  char* const there = wiring_.memories[static_cast<size_t>(chunk.peer)];
+  const cudaStream_t stream = streams_[static_cast<size_t>(chunk.peer)];
+  const char* const from =
+      here + layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
+  char* const to =
+      there + layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
+  const cudaError_t error = cudaMemcpyAsync(to, from, static_cast<size_t>(chunk.bytes),
+                                            cudaMemcpyDefault, stream);
+  if (error != cudaSuccess) return error;
+  // The default flag orders the store behind the copy, system wide.
+  char* const signal =
+      there + layout.SignalOffset(kWire, chunk.lane_index, number, wiring_.rank);
+  const CUresult result = write_value(stream, reinterpret_cast<CUdeviceptr>(signal), chunk.signal,
+                                      CU_STREAM_WRITE_VALUE_DEFAULT);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
+}
+
+}  // namespace smfree::cuda

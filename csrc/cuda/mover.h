@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The copy-engine mover of one rank: a proxy thread that takes the descriptors which the pack
+// kernels write to pinned memory, and for each enqueues on the peer's stream the copy (S5) and,
+// behind it, the store of the `arrived` signal (S6). No SM takes part.
+//
+// One stream per peer keeps the chunks of a message in order, and lets the copies to different
+// peers run side by side.
+//
+// The thread looks for descriptors all the time while there is work, and ever less often while
+// there is none: kernels that are replayed from a CUDA graph have no other way to wake it.
+#ifndef SMFREE_CSRC_CUDA_MOVER_H_
+#define SMFREE_CSRC_CUDA_MOVER_H_
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "csrc/cuda/state.h"
+#include "csrc/protocol/status.h"
+
+namespace smfree::cuda {
+
+class Mover {
+ public:
+  struct Wiring {
+    int32_t device;
+    int32_t rank;
+    Layout layout;
+    std::vector<char*> memories;  // of all ranks
+    const Descriptor* queue;
+    uint64_t queue_mask;
+    std::function<void(Status)> on_error;  // from the proxy thread, at most once
+  };
+
+  // Starts the thread when there are peers.
+  static StatusOr<std::unique_ptr<Mover>> Start(Wiring wiring);
+  // Copies what is in the queue, waits for the copies and ends the thread.
+  ~Mover();
+
+  // A hint that descriptors will come soon.
+  void Wake() { awake_.store(true, std::memory_order_relaxed); }
+
+ private:
+  explicit Mover(Wiring wiring) : wiring_(std::move(wiring)) {}
+  void Run();
+  cudaError_t Move(const Descriptor& chunk);
+
+  Wiring wiring_;
+  std::vector<cudaStream_t> streams_;  // by peer
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> awake_{false};
+  std::thread thread_;
+};
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_MOVER_H_

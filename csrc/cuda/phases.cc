@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The phases of backend.h: what a caller may ask for, and how the work is cut.
+#include <algorithm>
+#include <string>
+
+#include "csrc/cuda/group.h"
+#include "csrc/protocol/describe.h"
+
+namespace smfree::cuda {
+namespace {
+
+// A chunk is large enough for the copy engine to run at full rate, and small enough that the wire
+// starts soon and the last unpack is short. See docs/performance.md.
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
+// Rows are cut into pieces until there are so many units of work for every resident warp, so that
+// no warp is late at the end.
+constexpr int64_t kUnitsPerWarp = 2;
+constexpr int32_t kMaxPieces = 8;
+
+// A phase under way. Holds the group open until its kernels are launched.
+struct Launching {
+  std::shared_lock<std::shared_mutex> open;
+  Context context;
+  Launch launch;
+};
+
+StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation operation,
+                          bool has_experts, bool has_slots, cudaStream_t stream) {
+  GroupState& group = *rank.group;
+  const GroupOptions& options = group.options;
+  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
+  Identity identity;
+  identity.lane = call.lane;
+  identity.derivation = call.derivation;
+  identity.call_site = call.call_site;
+  identity.operation = operation;
+  const auto refuse = [&](FaultKind kind, const std::string& why) {
+    return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
+  };
+  if (group.closed) {
+    const Status status = refuse(FaultKind::kClosed,
+                                 ": the group is closed. Cure: close it after the last operation.");
+    group.Fail(status);  // ends the waits of ranks whose part was launched before
+    return status;
+  }
+  if (group.Failed()) {
+    const Status fault = group.FirstFault();
+    if (!fault.ok()) {
+      return refuse(fault.kind(),
+                    " cannot go on, the group has failed before: " + fault.message());
+    }
+  }
+  const bool mirrored = IsMirrored(call.derivation);
+  if (mirrored && !options.differentiable) {
+    return refuse(FaultKind::kInvalidArgument,
+                  ": the group has no buffers for the backward pass. Cure: "
+                  "EpConfig(differentiable=True).");
+  }
+  if (call.tokens < 1 || call.tokens > options.max_tokens || call.lane < 0 ||
+      call.lane >= options.num_lanes) {
+    return refuse(FaultKind::kInvalidArgument,
+                  ": got " + std::to_string(call.tokens) + " rows on lane " +
+                      std::to_string(call.lane) + ", expected up to " +
+                      std::to_string(options.max_tokens) + " and lanes below " +
+                      std::to_string(options.num_lanes) +
+                      "; the program was compiled for another EpConfig. Compile it again.");
+  }
+
+  Context& c = work.context;
+  c = rank.ContextFor(LaneIndex(call.lane, mirrored, options.num_lanes));
+  c.phase = phase;
+  c.operation = operation;
+  c.lane = call.lane;
+  c.derivation = call.derivation;
+  c.call_site = call.call_site;
+  c.tokens = static_cast<int32_t>(call.tokens);
+  c.experts = has_experts ? options.top_k : 0;
+  c.slots = has_slots ? options.top_k : 0;
+  const int64_t message_bytes = call.tokens * c.layout.row_bytes;
+  c.push = message_bytes <= options.sm_push_bytes;
+  c.chunks = c.push ? 1
+                    : static_cast<int32_t>(std::clamp<int64_t>(
+                          (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, kMaxChunks));
+  const int64_t warps = int64_t{rank.num_sms} * 2 * 16;
+  c.pieces = 1;
+  while (c.pieces < kMaxPieces && call.tokens * c.pieces < kUnitsPerWarp * warps) c.pieces *= 2;
+  c.position = call.position;
+  c.token = call.token;
+  c.token_out = call.token_out;
+  work.launch = {stream, rank.num_sms * 2};
+  if (rank.mover) rank.mover->Wake();
+  return work;
+}
+
+Status End() { return CudaStatus(cudaGetLastError(), "a kernel could not be launched"); }
+
+}  // namespace
+
+Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t stream) {
+  auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
+                    /*has_slots=*/true, stream);
+  if (!work.ok()) return work.status();
+  LaunchDispatchSend(work.value().context, args, work.value().launch);
+  return End();
+}
+
+Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream) {
+  auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
+                    /*has_slots=*/args.slots != nullptr, stream);
+  if (!work.ok()) return work.status();
+  LaunchDispatchSendCached(work.value().context, args, work.value().launch);
+  return End();
+}
+
+Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream) {
+  auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
+                    /*has_slots=*/true, stream);
+  if (!work.ok()) return work.status();
+  LaunchDispatchRecv(work.value().context, rank.group->options.dtype, args, work.value().launch);
+  return End();
+}
+
+Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream) {
+  const bool weighted = args.w != nullptr;
+  auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/false,
+                    /*has_slots=*/args.values != nullptr && !weighted, stream);
+  if (!work.ok()) return work.status();
+  if (weighted) work.value().context.pieces = 1;  // a warp sums over the whole row
+  LaunchDispatchRecvCached(work.value().context, rank.group->options.dtype, args,
+                           work.value().launch);
+  return End();
+}
+
+Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream) {
+  auto work = Begin(rank, args, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
+                    /*has_slots=*/args.values != nullptr, stream);
+  if (!work.ok()) return work.status();
+  LaunchCombineSend(work.value().context, rank.group->options.dtype, args, work.value().launch);
+  return End();
+}
+
+Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream) {
+  auto work = Begin(rank, args, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
+                    /*has_slots=*/args.slots != nullptr, stream);
+  if (!work.ok()) return work.status();
+  LaunchCombineRecv(work.value().context, rank.group->options.dtype, args, work.value().launch);
+  return End();
+}
+
+}  // namespace smfree::cuda

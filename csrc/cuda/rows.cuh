@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A warp's work on rows. A row is read in words of Word bytes: 16 where the rows of the program's
+// arrays are multiples of that, else one element. Arithmetic is in float32, in a fixed order,
+// without fused multiply-add, rounded once: the same bits as csrc/cpu/rows.h.
+//
+// Rows of a message are written while the kernel runs, by another device or the copy engine: they
+// are read through L2 (ld.cg), never through the read-only path.
+#ifndef SMFREE_CSRC_CUDA_ROWS_CUH_
+#define SMFREE_CSRC_CUDA_ROWS_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "csrc/cuda/device.cuh"
+
+namespace smfree::cuda {
+
+constexpr int32_t kUnroll = 4;     // words in flight per lane
+constexpr int32_t kSumUnroll = 2;  // the same where each word has float32 sums as well
+
+__device__ inline float ToFloat(float v) { return v; }
+__device__ inline float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float ToFloat(__half v) { return __half2float(v); }
+template <typename T>
+__device__ T FromFloat(float v);
+template <>
+__device__ inline float FromFloat<float>(float v) { return v; }
+template <>
+__device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <>
+__device__ inline __half FromFloat<__half>(float v) { return __float2half_rn(v); }
+
+// The elements of a word.
+template <typename T, typename Word>
+union Elements {
+  static constexpr int32_t kCount = sizeof(Word) / sizeof(T);
+  Word word;
+  T element[kCount];
+  __device__ Elements() {}
+};
+
+// The words of a row that this lane works on: of piece `piece` of `pieces`.
+struct Words {
+  int32_t begin, end;
+  __device__ Words(int64_t row_bytes, int32_t word_bytes, int32_t piece, int32_t pieces) {
+    const auto words = static_cast<int32_t>(row_bytes / word_bytes);
+    begin = static_cast<int32_t>(int64_t{words} * piece / pieces) +
+            static_cast<int32_t>(threadIdx.x % kWarp);
+    end = static_cast<int32_t>(int64_t{words} * (piece + 1) / pieces);
+  }
+};
+
+// Each row of to[0 … count) = row.
+template <typename Word>
+__device__ void CopyRow(const Words& words, const char* row, char* const* to, int32_t count) {
+  for (int32_t v = words.begin; v < words.end; v += kUnroll * kWarp) {
+    Word in[kUnroll];
+#pragma unroll
+    for (int32_t u = 0; u < kUnroll; ++u) {
+      const int32_t at = v + u * kWarp;
+      if (at < words.end) in[u] = __ldcg(reinterpret_cast<const Word*>(row) + at);
+    }
+    for (int32_t i = 0; i < count; ++i) {
+#pragma unroll
+      for (int32_t u = 0; u < kUnroll; ++u) {
+        const int32_t at = v + u * kWarp;
+        if (at < words.end) reinterpret_cast<Word*>(to[i])[at] = in[u];
+      }
+    }
+  }
+}
+
+template <typename Word>
+__device__ void FillRow(const Words& words, char* row, Word value) {
+  for (int32_t v = words.begin; v < words.end; v += kWarp) reinterpret_cast<Word*>(row)[v] = value;
+}
+
+// A word of NaNs.
+template <typename T, typename Word>
+__device__ Word NaNs() {
+  Elements<T, Word> nan;
+  for (int32_t e = 0; e < nan.kCount; ++e) nan.element[e] = FromFloat<T>(__int_as_float(0x7fc00000));
+  return nan.word;
+}
+
+template <typename Word>
+__device__ Word Zeros() {
+  return Word{};
+}
+
+struct Term {
+  const char* row;
+  float weight;
+};
+
+// out = sum of weight * row over the terms in their order; zero without terms.
+template <typename T, typename Word>
+__device__ void SumRows(const Words& words, char* out, const Term* terms, int32_t count) {
+  using E = Elements<T, Word>;
+  if (count == 0) return FillRow(words, out, Zeros<Word>());
+  for (int32_t v = words.begin; v < words.end; v += kSumUnroll * kWarp) {
+    float sum[kSumUnroll][E::kCount];
+    for (int32_t i = 0; i < count; ++i) {
+      const auto* const row = reinterpret_cast<const Word*>(terms[i].row);
+      const float weight = terms[i].weight;
+      E in[kSumUnroll];
+#pragma unroll
+      for (int32_t u = 0; u < kSumUnroll; ++u) {
+        const int32_t at = v + u * kWarp;
+        if (at < words.end) in[u].word = __ldcg(row + at);
+      }
+#pragma unroll
+      for (int32_t u = 0; u < kSumUnroll; ++u) {
+#pragma unroll
+        for (int32_t e = 0; e < E::kCount; ++e) {
+          const float term = __fmul_rn(ToFloat(in[u].element[e]), weight);
+          sum[u][e] = i == 0 ? term : __fadd_rn(sum[u][e], term);
+        }
+      }
+    }
+#pragma unroll
+    for (int32_t u = 0; u < kSumUnroll; ++u) {
+      const int32_t at = v + u * kWarp;
+      E rounded;
+#pragma unroll
+      for (int32_t e = 0; e < E::kCount; ++e) rounded.element[e] = FromFloat<T>(sum[u][e]);
+      if (at < words.end) reinterpret_cast<Word*>(out)[at] = rounded.word;
+    }
+  }
+}
+
+// out = weight * row; returns <y, row> to all lanes: partial sums per lane, then a butterfly.
+template <typename T, typename Word>
+__device__ float ScaleRowAndDot(const Words& words, char* out, const char* row, const char* y,
+                                float weight) {
+  using E = Elements<T, Word>;
+  float dot = 0.0f;
+  for (int32_t v = words.begin; v < words.end; v += kSumUnroll * kWarp) {
+    E in[kSumUnroll], other[kSumUnroll];
+#pragma unroll
+    for (int32_t u = 0; u < kSumUnroll; ++u) {
+      const int32_t at = v + u * kWarp;
+      if (at >= words.end) continue;
+      in[u].word = __ldcg(reinterpret_cast<const Word*>(row) + at);
+      other[u].word = __ldcg(reinterpret_cast<const Word*>(y) + at);
+    }
+#pragma unroll
+    for (int32_t u = 0; u < kSumUnroll; ++u) {
+      const int32_t at = v + u * kWarp;
+      if (at >= words.end) continue;
+      E scaled;
+#pragma unroll
+      for (int32_t e = 0; e < E::kCount; ++e) {
+        const float value = ToFloat(in[u].element[e]);
+        dot = __fadd_rn(dot, __fmul_rn(ToFloat(other[u].element[e]), value));
+        scaled.element[e] = FromFloat<T>(__fmul_rn(value, weight));
+      }
+      reinterpret_cast<Word*>(out)[at] = scaled.word;
+    }
+  }
+  for (int32_t distance = kWarp / 2; distance > 0; distance /= 2) {
+    dot = __fadd_rn(dot, __shfl_xor_sync(~0u, dot, distance));
+  }
+  return dot;
+}
+
+// ---- the order in which the rows of all messages are worked on ------------------------------------
+
+// Rows of one message and one chunk.
+struct Segment {
+  int32_t first;  // how many rows stand before it in the order
+  int32_t source;
+  int32_t row;  // its first row in the message
+  int32_t chunk;
+};
+
+// In the order of chunks: the first of every message, then the second … A rank's own message comes
+// first where rows are received (it is here already), last where they are sent (the wire waits for
+// the others). In shared memory.
+struct Segments {
+  int32_t count;
+  int32_t rows;  // of all segments
+  Segment segment[kMaxRanks * kMaxChunks];
+
+  // By one thread.
+  __device__ void Build(const Context& c, const int32_t* num_rows, const int32_t* num_chunks,
+                        bool own_first) {
+    count = rows = 0;
+    if (own_first) Append(c.rank, 0, 0, num_rows[c.rank]);
+    for (int32_t chunk = 0; chunk < kMaxChunks; ++chunk) {
+      for (int32_t i = 1; i < c.num_ranks; ++i) {
+        const int32_t peer = (c.rank + i) % c.num_ranks;
+        const Chunks chunks(num_rows[peer], num_chunks[peer]);
+        if (chunk < chunks.count) Append(peer, chunk, chunks.Begin(chunk), chunks.RowsIn(chunk));
+      }
+    }
+    if (!own_first) Append(c.rank, 0, 0, num_rows[c.rank]);
+  }
+
+ private:
+  __device__ void Append(int32_t source, int32_t chunk, int32_t row, int32_t num_rows) {
+    if (num_rows == 0) return;
+    segment[count++] = {rows, source, row, chunk};
+    rows += num_rows;
+  }
+};
+
+// Calls body(segment, row in the message, piece) for this warp's share, in the order of `segments`.
+template <typename Body>
+__device__ void ForEachRow(const Segments& segments, int32_t pieces, const Body& body) {
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
+  int32_t at = 0;
+  for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps +
+                      static_cast<int32_t>(threadIdx.x) / kWarp;
+       unit < segments.rows * pieces; unit += warps) {
+    const int32_t row = unit / pieces;
+    while (at + 1 < segments.count && segments.segment[at + 1].first <= row) ++at;
+    const Segment& segment = segments.segment[at];
+    body(segment, segment.row + row - segment.first, unit % pieces);
+  }
+}
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_ROWS_CUH_

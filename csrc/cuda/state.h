@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What lies in memory between the kernels, the mover and the host, and what every kernel is told.
+#ifndef SMFREE_CSRC_CUDA_STATE_H_
+#define SMFREE_CSRC_CUDA_STATE_H_
+
+#include <cstdint>
+
+#include "csrc/cuda/backend.h"
+#include "csrc/protocol/faults.h"
+#include "csrc/protocol/lanes.h"
+#include "csrc/protocol/layout.h"
+#include "csrc/protocol/message.h"
+
+namespace smfree::cuda {
+
+constexpr int32_t kMaxRanks = 64;   // a row's destinations are the bits of one word
+constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
+constexpr int32_t kMaxChunks = 16;  // of one message
+constexpr int32_t kTraceEntries = 512;
+
+// A chunk handed to the mover: bytes [begin, begin + bytes) of the send region for `peer`. Pinned
+// host memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
+struct alignas(64) Descriptor {
+  uint64_t ticket;
+  uint64_t signal;  // what `arrived` at the peer becomes after the copy; says the operation's number
+  int64_t begin;
+  int64_t bytes;
+  int32_t lane_index;
+  int32_t peer;
+};
+static_assert(sizeof(Descriptor) == 64);
+
+// The first fault of a rank. Pinned host memory; `ready` is written last.
+struct FaultRecord {
+  uint32_t ready;
+  FaultKind kind;
+  Phase phase;
+  int32_t lane;
+  int32_t derivation;
+  uint32_t call_site;
+  int32_t peer;  // -1: none
+  int32_t row;   // kInvalidRouting
+  int64_t number;
+  int64_t expected;
+  int64_t seen;
+  uint32_t seen_call_site;
+  int64_t time_ns;
+};
+
+// Rows that exceeded recv_capacity, the last time it happened. Pinned host memory.
+struct OverflowRecord {
+  uint32_t ready;
+  int32_t lane;
+  int32_t derivation;
+  uint32_t call_site;
+  int64_t number;
+  int64_t dropped;
+  int64_t capacity;
+};
+
+struct HostPage {  // pinned, one per rank
+  FaultRecord fault;
+  OverflowRecord overflow;
+};
+
+struct TraceEntry {
+  Phase phase;
+  int32_t lane_index;
+  int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
+};
+
+// Device memory, one per rank, zero at the start. A rank's kernels follow one another on a stream.
+struct RankState {
+  uint32_t faulted;  // this rank takes no further part: outputs are NaN, nothing is sent
+  uint32_t traced;   // trace entries ever written
+  unsigned long long queue_tail;  // descriptors ever written
+  PhaseStats phases[kPhases];
+  int64_t rows_dropped;
+  TraceEntry trace[kTraceEntries];
+};
+
+// Device memory, one per rank and lane index, zero at the start.
+struct LaneScratch {
+  LaneState state;
+  uint64_t epoch;  // send phases ever run, for the barrier inside Route
+  int64_t begin_ns;
+  unsigned long long last_arrival_ns;  // of the chunk waited for last, 0 if none was
+  unsigned long long copies;           // rows of the expert-grouped array that were read or written
+  uint32_t blocks_done;
+  uint32_t overflowed;               // this dispatch_recv's outputs are NaN
+  int32_t source_rows[kMaxRanks];    // of the operation that is being received
+  int32_t source_chunks[kMaxRanks];
+  uint32_t packed[kMaxRanks][kMaxChunks];  // pieces of rows that are complete
+  uint32_t posted[kMaxRanks];              // chunks handed over
+};
+
+// Handed to every kernel by value.
+struct Context {
+  Layout layout;
+  CopyCode code{1};
+  int32_t rank, num_ranks, num_experts, top_k, places_per_row;
+  int32_t expert_alignment;
+  bool drop_overflow;
+  uint64_t timeout_ns;
+
+  char* memory;           // this rank's symmetric memory
+  char* const* memories;  // [R], that of every rank (device array)
+  RankState* state;
+  LaneScratch* scratch;   // of the lane index
+  int32_t* route_counts;  // [route blocks, E + R]
+  uint64_t* route_flags;  // [route blocks]
+  uint32_t* row_tags;     // [N]: the number of the operation that writes the row
+  Descriptor* queue;
+  uint64_t queue_mask;
+  HostPage* host;
+  uint32_t* group_failed;  // pinned, one per group
+
+  // The call.
+  Phase phase;
+  Operation operation;
+  int32_t lane, lane_index, derivation;
+  uint32_t call_site;
+  int32_t tokens;
+  int64_t hidden;
+  int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
+  int32_t experts, slots;  // per row of the message: top_k or 0
+  int32_t chunks;          // into how many a message is cut
+  int32_t pieces;          // into how many a row is cut, each for one warp
+  bool push;               // store to the peers, no mover
+  const int32_t* position;
+  const float* token;
+  float* token_out;
+
+  SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
+};
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_STATE_H_

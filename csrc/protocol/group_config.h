@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What all ranks of a group agree on before anything is sent.
+#ifndef SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
+#define SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
+
+#include <cstdint>
+
+#include "csrc/protocol/layout.h"
+
+namespace smfree {
+
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+constexpr int64_t ItemBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+enum class Overflow : int32_t { kError = 0, kDrop = 1 };
+
+struct GroupConfig {
+  int32_t num_ranks = 1;
+  int32_t num_experts = 1;
+  int32_t top_k = 1;
+  int32_t num_lanes = 1;
+  int32_t expert_alignment = 1;
+  int64_t hidden = 1;
+  int64_t max_tokens = 1;
+  int64_t recv_capacity = 0;  // rows; 0 = the worst case
+  DType dtype = DType::kF32;
+  Overflow overflow = Overflow::kError;
+  bool differentiable = true;
+  double timeout_s = 60.0;
+};
+
+// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
+constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
+  if (config.recv_capacity > 0) return config.recv_capacity;
+  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
+                     config.expert_alignment);
+}
+
+// Places of a row: the most ranks that one row goes to.
+constexpr int32_t PlacesPerRow(const GroupConfig& config) {
+  return config.top_k < config.num_ranks ? config.top_k : config.num_ranks;
+}
+
+}  // namespace smfree
+
+#endif  // SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
