@@ -24,7 +24,7 @@ from faults.running import (
 from jax_smfree.testing import launch
 from support import as_many, backend, ep_mesh, make_problem
 
-LONG = {"timeout_s": 120.0}
+LONG = {"timeout_s": 60.0}
 
 
 def first_rank_only(token, *arrays):
