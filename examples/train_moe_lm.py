@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small mixture-of-experts language model on the sources of the Python standard library.
 
-    python examples/train_moe_lm.py                  # 4 virtual CPU devices, about two minutes
-    python examples/train_moe_lm.py --processes 2    # the same, as 2 processes of 2 devices
+    python examples/train_moe_lm.py                  # all GPUs of this machine; where there are
+                                                     # none 4 virtual CPU devices, two minutes
+    python examples/train_moe_lm.py --processes 2    # on CPUs, as 2 processes of 2 devices
 
 Sequences and experts are split over all devices. Rows travel to the ranks of their experts and back
 through jax_smfree, forward and backward, while the shared expert computes. At the end the held-out
@@ -35,6 +36,7 @@ from tqdm import tqdm
 import jax_smfree as smfree
 from jax_smfree import nn, testing
 
+CPU_DEVICES = 4
 SEQUENCES_PER_RANK = 4
 HELD_OUT_BATCHES = 8
 HELD_OUT_TIMES = 5  # how often the held-out loss is computed during training
@@ -48,7 +50,11 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--devices", type=int, default=4, help="ranks, over all processes")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help=f"ranks, over all processes; None: all GPUs, or {CPU_DEVICES} CPUs",
+    )
     parser.add_argument("--processes", type=int, default=1, help="processes to start on this host")
     parser.add_argument("--out", type=pathlib.Path, default="out", help="directory for pictures")
     parser.add_argument(
@@ -62,14 +68,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def launch_processes(args: argparse.Namespace) -> int:
     """Runs this program in ``args.processes`` processes and shows what the first one prints."""
-    if args.devices % args.processes:
-        raise SystemExit(f"{args.devices} devices do not divide over {args.processes} processes.")
-    own_flags = ["--steps", args.steps, "--devices", args.devices]
+    devices = args.devices or CPU_DEVICES
+    if devices % args.processes:
+        raise SystemExit(f"{devices} devices do not divide over {args.processes} processes.")
+    own_flags = ["--steps", args.steps, "--devices", devices]
     own_flags += ["--out", args.out.absolute(), "--implementation", args.implementation]
     result = testing.launch(
         [__file__, *map(str, own_flags)],
         processes=args.processes,
-        devices_per_process=args.devices // args.processes,
+        devices_per_process=devices // args.processes,
         timeout_s=1800,
         follow=sys.stderr,
     )
@@ -82,10 +89,13 @@ def main() -> int:
     if args.processes > 1:
         return launch_processes(args)
     if not testing.initialize():
-        jax.config.update("jax_num_cpu_devices", args.devices)
+        jax.config.update("jax_num_cpu_devices", args.devices or CPU_DEVICES)
+    # GPUs would round the operands of float32 matmuls to 11 bits (TF32), and so make differences in
+    # the 7th digit between library and reference larger.
+    jax.config.update("jax_default_matmul_precision", "highest")
     mesh = Mesh(np.array(jax.devices()[: args.devices]), (moe_lm.AXIS,))
     config = moe_lm.ModelConfig()
-    ep_config = moe_training.group_config(config, args.devices, SEQUENCES_PER_RANK)
+    ep_config = moe_training.group_config(config, mesh.size, SEQUENCES_PER_RANK)
     with smfree.EpGroup.create(mesh, moe_lm.AXIS, config=ep_config) as group:
         run = Run(args, group, config)
         run.train()

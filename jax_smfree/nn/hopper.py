@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="attr-defined,abstract"
 """Grouped matrix multiplications for Hopper GPUs, in Pallas.
 
     grouped_matmul          out[n] = x[n] @ w[g]        for the rows n of group g
@@ -70,7 +71,9 @@ def grouped_matmul(
         else _block((tiles.depth, tiles.columns), lambda k: (k, 0))
     )
 
-    def kernel(count: Any, group: Any, first: Any, begin: Any, end: Any, x: Any, w: Any, out: Any):
+    def kernel(
+        count: Any, group: Any, first: Any, begin: Any, end: Any, x: Any, w: Any, out: Any
+    ) -> None:
         def pipeline(body: Any, context: Any) -> Any:
             return _pipeline(body, context, contracted // tiles.depth, tiles, (x_spec, w_spec))
 
@@ -120,8 +123,9 @@ def grouped_matmul(
 
             plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((num_rows, columns), x.dtype)
-    return _call(kernel, out, num_sms, "grouped_matmul")(*table, x, w)
+    shape = jax.ShapeDtypeStruct((num_rows, columns), x.dtype)
+    out: Array = _call(kernel, shape, num_sms, "grouped_matmul")(*table, x, w)
+    return out
 
 
 def grouped_outer_product(
@@ -209,8 +213,9 @@ def grouped_outer_product(
 
             plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((num_groups, out_rows, columns), x.dtype)
-    return _call(kernel, out, num_sms, "grouped_outer_product")(begins, ends, x, y)
+    shape = jax.ShapeDtypeStruct((num_groups, out_rows, columns), x.dtype)
+    out: Array = _call(kernel, shape, num_sms, "grouped_outer_product")(begins, ends, x, y)
+    return out
 
 
 def _row_tiles(group_sizes: Array, num_rows: int, tile_rows: int) -> tuple[Array, ...]:

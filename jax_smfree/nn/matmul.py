@@ -2,7 +2,9 @@
 """Matmuls of groups of rows, each with a matrix of its own."""
 
 import functools
+import importlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     the mesh says which device it is, outside the default device does.
     """
     num_sms = _sms_of_hopper()
-    if num_sms is None or not _suits_hopper(x, w):
+    if num_sms is None or not _suits_kernels(x, w) or _kernels() is None:
         return jax.lax.ragged_dot(x, w, group_sizes)
     axes = tuple({*compat.varying_axes(x), *compat.varying_axes(w)})
     x, w, group_sizes = (compat.varying(v, axes) for v in (x, w, group_sizes))
@@ -75,15 +77,29 @@ def _sms_of_hopper() -> int | None:
     return num_sms if _HOPPER.match(kind) else None
 
 
-def _suits_hopper(x: Array, w: Array) -> bool:
+def _suits_kernels(x: Array, w: Array) -> bool:
     multiples = x.shape[1] % 64 == 0 and w.shape[2] % 64 == 0
     return multiples and x.dtype == w.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
 
 
+@functools.cache
+def _kernels() -> Any:
+    """`jax_smfree.nn.hopper`, which not every program needs and which takes a while to import."""
+    try:
+        return importlib.import_module("jax_smfree.nn.hopper")
+    except ImportError as error:
+        warnings.warn(
+            f"jax_smfree: grouped_matmul takes jax.lax.ragged_dot, which is many times slower than "
+            f"the kernels for this GPU, because Pallas is not complete: {error}. JAX 0.10 needs "
+            "'pip install absl-py' for it.",
+            stacklevel=3,
+        )
+        return None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _on_hopper(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Array:
-    from jax_smfree.nn import hopper  # not before a Hopper is there: Pallas takes long to import
-
+    hopper = _kernels()
     return _varying_as(x, hopper.grouped_matmul(x, w, group_sizes, num_sms=num_sms))
 
 
@@ -92,8 +108,7 @@ def _forward(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Any:
 
 
 def _backward(num_sms: int, residuals: Any, dy: Array) -> Any:
-    from jax_smfree.nn import hopper
-
+    hopper = _kernels()
     x, w, group_sizes = residuals
     dy = _zeros_after_the_groups(dy, group_sizes, hopper.OUTER_TILES.depth)
     dx = hopper.grouped_matmul(dy, w, group_sizes, num_sms=num_sms, transpose=True)
@@ -106,7 +121,8 @@ _on_hopper.defvjp(_forward, _backward)
 
 def _varying_as(like: Array, value: Array) -> Array:
     """Kernels forget over which axes of a ``shard_map`` their operands vary."""
-    return compat.varying(value, compat.varying_axes(like))
+    result: Array = compat.varying(value, compat.varying_axes(like))
+    return result
 
 
 def _zeros_after_the_groups(y: Array, group_sizes: Array, count: int) -> Array:

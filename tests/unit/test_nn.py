@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_smfree as smfree
 from jax_smfree import nn
+from jax_smfree.nn import matmul
 from support import as_many, ep_mesh
 
 NUM_RANKS, NUM_EXPERTS, TOP_K = 4, 8, 2
@@ -227,8 +228,8 @@ def test_block_matmul_is_a_ragged_dot(group_sizes: list[int]) -> None:
     w = jax.random.normal(jax.random.key(3), (4, HIDDEN, WIDTH))
     used = jnp.arange(32)[:, None] < sizes.sum()
 
-    def loss(x: jax.Array, w: jax.Array, matmul: Any) -> jax.Array:
-        return jnp.sum(jnp.sin(jnp.where(used, matmul(x, w, sizes), 0)))
+    def loss(x: jax.Array, w: jax.Array, multiply: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(jnp.where(used, multiply(x, w, sizes), 0)))
 
     blocks = functools.partial(nn.block_matmul, block_rows=BLOCK)
     for got, want in zip(
@@ -244,3 +245,88 @@ def test_block_matmul_says_what_does_not_divide() -> None:
         nn.block_matmul(
             jnp.ones((12, 2)), jnp.ones((1, 2, 2)), jnp.array([12], jnp.int32), block_rows=5
         )
+
+
+def poisoned_operands(group_sizes: list[int], dtype: Any) -> tuple[jax.Array, ...]:
+    """x, w, group_sizes and dy, with NaN in the rows of no group of x and dy."""
+    sizes, rows = jnp.array(group_sizes, jnp.int32), 150
+    x = jax.random.normal(jax.random.key(4), (rows, 128)).astype(dtype)
+    w = jax.random.normal(jax.random.key(5), (sizes.size, 128, 192)).astype(dtype)
+    dy = jax.random.normal(jax.random.key(6), (rows, 192)).astype(dtype)
+    unused = jnp.arange(rows)[:, None] >= sizes.sum()
+    return jnp.where(unused, jnp.nan, x), w, sizes, jnp.where(unused, jnp.nan, dy)
+
+
+def of_each_group(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> Any:
+    """out, dx and dw, one dense float32 matmul per group."""
+    ends = np.cumsum(sizes)
+    slices = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
+    x, w, dy = (np.float32(a) for a in (x, w, dy))
+    groups = [(x[rows], w[g], dy[rows]) for g, rows in enumerate(slices)]
+    out = np.concatenate([x @ w for x, w, _ in groups])
+    dx = np.concatenate([dy @ w.T for _, w, dy in groups])
+    return out, dx, np.stack([x.T @ dy for x, _, dy in groups])
+
+
+def forward_and_backward(multiply: Any, operands: tuple[jax.Array, ...]) -> Any:
+    x, w, sizes, dy = operands
+    out, pullback = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
+    dx, dw = pullback(dy)
+    return out[: sizes.sum()], dx[: sizes.sum()], dw
+
+
+def test_grouped_matmul_of_other_types_is_a_ragged_dot() -> None:
+    operands = poisoned_operands([0, 70, 1, 0, 66], jnp.float32)
+    results = (
+        forward_and_backward(multiply, operands)
+        for multiply in (nn.grouped_matmul, jax.lax.ragged_dot)
+    )
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("group_sizes", [[0, 70, 1, 0, 66], [0, 0, 7], [0, 0]], ids=str)
+def test_kernels_for_hopper(group_sizes: list[int]) -> None:
+    """In Pallas' interpreter, which fills what nobody wrote with NaN and looks for races."""
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("this JAX has no interpreter for kernels of GPUs")
+    operands = poisoned_operands(group_sizes, jnp.bfloat16)
+
+    def kernels(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return matmul._on_hopper(x, w, sizes, 2)
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = forward_and_backward(kernels, operands)
+    for g, want in zip(got, of_each_group(*operands), strict=True):
+        assert g.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(g), want, rtol=1e-2, atol=1e-3)
+
+
+def on(device_kind: str) -> Any:
+    """What a ``shard_map`` over such devices says to the functions inside of it."""
+    device = jax.sharding.AbstractDevice(f"NVIDIA {device_kind}", num_cores=2, platform="gpu")
+    manual = (jax.sharding.AxisType.Manual,)
+    mesh = jax.sharding.AbstractMesh((1,), ("ep",), axis_types=manual, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "hidden", "dtype", "kernel"),
+    [
+        ("H100 80GB HBM3", 128, jnp.bfloat16, True),
+        ("GH200 480GB", 128, jnp.float16, True),
+        ("H200", 128, jnp.float32, False),
+        ("H200", 96, jnp.bfloat16, False),
+        ("A100-SXM4-80GB", 128, jnp.bfloat16, False),
+        ("B200", 128, jnp.bfloat16, False),
+    ],
+)
+def test_choice_of_the_grouped_matmul(
+    device_kind: str, hidden: int, dtype: Any, kernel: bool
+) -> None:
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    x, w = jnp.ones((8, hidden), dtype), jnp.ones((2, hidden, 64), dtype)
+    group_sizes = jnp.ones(2, jnp.int32)
+    with on(device_kind):
+        jaxpr = jax.make_jaxpr(nn.grouped_matmul)(x, w, group_sizes)
+    assert ("ragged_dot" in str(jaxpr)) is not kernel
