@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -29,28 +27,49 @@ def _bare(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _whole_calls(axes: Axes, result: Json, call: str) -> None:
-    """A group of bars per shape; the whiskers are the 10th and 90th percentile."""
-    shapes = list(result["shapes"].values())
-    peers = list(dict.fromkeys(name for shape in shapes for name in shape["peers"]))
-    bars = [("jax_smfree", OURS, [find(s, "movers", DEFAULT, "native", call) for s in shapes])]
-    for name, colour in zip(peers, PEER_COLOURS, strict=False):
-        bars.append((name, colour, [find(s, "peers", name, call) for s in shapes]))
-    width = 0.8 / len(bars)
-    for at, (name, colour, times) in enumerate(bars):
+def _by_shape(axes: Axes, result: Json, title: str, ylabel: str) -> None:
+    axes.set(title=title, ylabel=ylabel)
+    axes.set_xticks(range(len(result["shapes"])), list(result["shapes"]), fontsize=7, rotation=12)
+    _bare(axes)
+
+
+def _bars(axes: Axes, series: list[tuple[str, str, list[Json | None]]]) -> None:
+    """Name, colour and times by shape; the whiskers are the 10th and 90th percentile."""
+    width = 0.8 / len(series)
+    for at, (name, colour, times) in enumerate(series):
         for group, each in enumerate(times):
             if each:
-                middle = each["p50"] / 1e3
-                spread = [[middle - each["p10"] / 1e3], [each["p90"] / 1e3 - middle]]
-                x = group + (at - (len(bars) - 1) / 2) * width
+                low, middle, high = (each[p] / 1e3 for p in ("p10", "p50", "p90"))
+                x = group + (at - (len(series) - 1) / 2) * width
+                spread = [[middle - low], [high - middle]]
                 axes.bar(x, middle, width * 0.92, yerr=spread, color=colour, ecolor="#333333")
-                axes.annotate(f"{middle:.2f}", (x, middle), ha="center", va="bottom", fontsize=6)
+                axes.annotate(f"{middle:.2f}", (x, high), ha="center", va="bottom", fontsize=6)
         axes.bar(0, 0, color=colour, label=name)
-    axes.set(yscale="log", title=call.replace("_", " "), ylabel="ms")
-    axes.set_xticks(range(len(shapes)), list(result["shapes"]), fontsize=7, rotation=12)
+    axes.set_yscale("log")
+    axes.autoscale_view()
+    middles = [each["p50"] / 1e3 for _, _, times in series for each in times if each]
+    if middles:
+        axes.set_ylim(min(middles) / 3, max(middles) * 2)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.grid(axis="y", color="#e3e3e3", lw=0.7)
-    _bare(axes)
+
+
+def _whole_calls(axes: Axes, result: Json, call: str) -> None:
+    shapes = list(result["shapes"].values())
+    peers = list(dict.fromkeys(name for shape in shapes for name in shape["peers"]))
+    series = [("jax_smfree", OURS, [find(s, "movers", DEFAULT, "native", call) for s in shapes])]
+    for name, colour in zip(peers, PEER_COLOURS, strict=False):
+        series.append((name, colour, [find(s, "peers", name, call) for s in shapes]))
+    _bars(axes, series)
+    _by_shape(axes, result, call.replace("_", " "), "ms")
+
+
+def _layers(axes: Axes, result: Json) -> None:
+    shapes = result["shapes"].values()
+    sides = (("jax_smfree", OURS), ("all_gather", PEER_COLOURS[0]))
+    _bars(axes, [(name, colour, [find(s, "moe", name) for s in shapes]) for name, colour in sides])
+    _by_shape(axes, result, "MoE layer, forward and backward", "ms")
 
 
 def _phases(axes: Axes, result: Json) -> None:
@@ -66,11 +85,9 @@ def _phases(axes: Axes, result: Json) -> None:
                 least = found["floor_us"]
                 axes.bar(at + 0.2, least, 0.34, floor, color=COLOURS[phase], alpha=0.35)
                 top, floor = top + found["p50"], floor + least
-    axes.set(title="phases on the SMs, and a copy of their bytes (pale)", ylabel="µs")
-    axes.set_xticks(range(len(shapes)), list(shapes), fontsize=7, rotation=12)
     if axes.patches:
         axes.legend(frameon=False, fontsize=7.5, reverse=True)
-    _bare(axes)
+    _by_shape(axes, result, "phases on the SMs, and a copy of their bytes (pale)", "µs")
 
 
 def _overlap(axes: Axes, result: Json) -> None:
@@ -95,7 +112,7 @@ def _overlap(axes: Axes, result: Json) -> None:
     _bare(axes)
 
 
-def _timeline(axes: Axes, title: str, timeline: Json) -> None:
+def _timeline(axes: Axes, title: str, timeline: Json, compute: bool) -> None:
     """Phases of every rank as thick bars, transfers to each peer as thin ones below them."""
     phases, wire = timeline["phases"], timeline["wire"]
     ranks = sorted({p["rank"] for p in phases})
@@ -109,17 +126,15 @@ def _timeline(axes: Axes, title: str, timeline: Json) -> None:
 
     for rank in ranks:
         mine = sorted((p for p in phases if p["rank"] == rank), key=lambda p: p["begin_ns"])
-        for before, after in itertools.pairwise(mine):
-            gap = (
-                (before["end_ns"] - zero[rank]) / 1e6,
-                (after["begin_ns"] - before["end_ns"]) / 1e6,
-            )
-            axes.broken_barh([gap], (rank + 0.1, 0.36), color=GEMM)
+        for send, recv in zip(mine[::2], mine[1::2], strict=False) if compute else ():
+            gap = {**send, "begin_ns": send["end_ns"], "end_ns": recv["begin_ns"]}
+            axes.broken_barh([span(gap)], (rank + 0.1, 0.36), color=GEMM)
         for phase in mine:
             axes.broken_barh([span(phase)], (rank + 0.1, 0.36), color=COLOURS[phase["phase"]])
     for record in wire:
-        lane = record["rank"] + 0.5 + 0.42 * record["peer"] / len(ranks)
-        axes.broken_barh([span(record)], (lane, 0.36 / len(ranks)), color=WIRE)
+        others = [rank for rank in ranks if rank != record["rank"]]
+        lane = record["rank"] + 0.5 + 0.4 * others.index(record["peer"]) / len(others)
+        axes.broken_barh([span(record)], (lane, 0.3 / len(others)), color=WIRE)
     axes.set_yticks([rank + 0.5 for rank in ranks], [f"rank {rank}" for rank in ranks])
     axes.invert_yaxis()
     clock = "" if one_clock else "; each rank from its own begin"
@@ -142,33 +157,24 @@ def save(result: Json, path: Path) -> list[Path]:
     grid[0][0].legend(frameon=False, fontsize=7.5)
     _phases(grid[1][0], result)
     _overlap(grid[1][1], result)
-    grid[1][2].set_visible(False)
+    _layers(grid[1][2], result)
     figure.suptitle(title, fontsize=12)
     written = [path.with_suffix(".png")]
     figure.savefig(written[0], dpi=130)
     plt.close(figure)
 
-    shape = next(iter(result["shapes"].values()))
-    timelines: dict[str, Any] = {
-        "native mode": find(shape, "movers", DEFAULT, "native", "timeline"),
-        "GEMMs between the phases": find(
-            shape, "movers", overlap_mover(shape), "overlap", "timeline"
-        ),
-    }
-    timelines = {name: timeline for name, timeline in timelines.items() if timeline}
-    if timelines:
-        figure, rows = plt.subplots(
-            len(timelines),
-            1,
-            figsize=(13, 3.6 * len(timelines)),
-            squeeze=False,
-            layout="constrained",
-        )
-        for axes, (name, timeline) in zip(rows[:, 0], timelines.items(), strict=True):
-            _timeline(axes, f"{next(iter(result['shapes']))}, {name}", timeline)
+    name, shape = next(iter(result["shapes"].items()))
+    native = find(shape, "movers", DEFAULT, "native", "timeline")
+    hidden = find(shape, "movers", overlap_mover(shape), "overlap", "timeline")
+    if native and hidden:
+        figure, axes = plt.subplots(2, 1, figsize=(13, 7.2), layout="constrained")
+        _timeline(axes[0], f"{name}, native mode", native, compute=False)
+        _timeline(axes[1], f"{name}, GEMMs between the phases", hidden, compute=True)
         labels = {**{k.replace("_", " "): c for k, c in COLOURS.items()}, "compute": GEMM}
-        handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (*labels.values(), WIRE)]
-        figure.legend(handles, [*labels, "transfer to a peer"], ncols=6, loc="outside lower center")
+        if native["wire"]:
+            labels["transfer to a peer"] = WIRE
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in labels.values()]
+        figure.legend(handles, list(labels), ncols=6, loc="outside lower center")
         written.append(path.with_name(f"{path.stem}-timeline.png"))
         figure.savefig(written[1], dpi=130)
         plt.close(figure)
