@@ -219,13 +219,20 @@ def _verdict(result: Json) -> Iterator[tuple[str, str, str, bool | None]]:
     met = min(layers) > 1 if layers else None
     yield f"…, worst of {len(layers)} shapes", "> 1", number(min(layers, default=None)), met
 
+    what = "wire rate over the copy engines', %"
     limit = find(result, "link_ceilings", "large", "all_to_all")
     transfer = [e["transfer"]["p50"] for e in overlap_entries(shape, "dispatch") if "transfer" in e]
-    share = None
+    whole = find(native, "dispatch", "on_device", "p50") or find(native, "dispatch", "p50")
     if limit and transfer:
         share = shape["wire_bytes"] / min(transfer) / 1e3 / limit
-    met = share >= 0.95 if share else None
-    yield "wire rate over the copy engines', %", "≥ 95", number(share, 1, 100), met
+        yield what, "≥ 95", number(share, 1, 100), share >= 0.95
+    elif limit and whole:
+        # Nobody recorded the transfers: packing and unpacking are in it.
+        share = shape["wire_bytes"] / whole / 1e3 / limit
+        shown = f"at least {share * 100:.1f}, over the whole dispatch"
+        yield what, "≥ 95", shown, True if share >= 0.95 else None
+    else:
+        yield what, "≥ 95", "–", None
 
 
 def verdict(result: Json) -> Iterator[str]:
