@@ -78,9 +78,7 @@ def test_a_closed_group(faulty):
     assert error_of(step(*problem.arrays[:3])) is None
     group.close()
     group.close()
-    with pytest.raises(
-        jax.errors.JaxRuntimeError, match=r"the EpGroup of this program is closed.*keep it open"
-    ):
+    with pytest.raises(Exception, match=r"the EpGroup of this program is closed.*keep it open"):
         jax.block_until_ready(step(*problem.arrays[:3]))
     with pytest.raises(ValueError, match="closed"):
         run(group, round_trip)
