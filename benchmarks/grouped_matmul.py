@@ -15,13 +15,17 @@ Only JAX is needed: the package need not be built.
 
 import argparse
 import functools
+import itertools
 import json
+import os
 import pathlib
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's many lines about ragged_dot's memory
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +40,10 @@ for name, path in {"jax_smfree": PACKAGE, "jax_smfree.nn": PACKAGE / "nn"}.items
 from jax_smfree.nn import hopper  # noqa: E402
 from jax_smfree.nn.matmul import grouped_matmul  # noqa: E402
 
+RAGGED_DOT_FLAGS = {
+    "xla_gpu_experimental_use_ragged_dot_grouped_gemm": True,
+    "xla_gpu_experimental_use_ragged_dot_fusion": True,
+}
 TAIL = 0.05  # share of rows that belong to no group
 TOLERANCE = 1e-2  # relative Frobenius norm, of bfloat16 results
 BUDGET_S = 210  # after that, candidates are skipped
@@ -68,11 +76,11 @@ class Operands(NamedTuple):
 SHAPES = (Shape(65536, 7168, 2048, 64), Shape(16384, 4096, 3584, 16), Shape(65536, 2048, 1024, 32))
 
 
-def jax_mosaic_ops(block: int) -> Multiply:
+def jax_mosaic_ops() -> Multiply:
     """The kernels that JAX ships. Their gradient multiplies masked rows with zero: no NaN there."""
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
-    tiles = dict(block_m=block, block_n=128, block_k=64, max_concurrent_steps=5, grid_block_n=4)
+    tiles = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=5, grid_block_n=4)
     ragged_dot = functools.partial(ragged_dot_mgpu.ragged_dot, **tiles)
     outer = functools.partial(transposed_ragged_dot_mgpu.transposed_ragged_dot, **tiles)
 
@@ -95,50 +103,25 @@ def tokamax_ragged_dot() -> Multiply:
     return tokamax.ragged_dot
 
 
-def scan_over_tiles(x: Any, w: Any, group_sizes: Any, tile: int = 512) -> Any:
-    """Plain JAX: one dense matmul after the other, each of rows of one group."""
-    ends = jnp.cumsum(group_sizes)
-    begins = ends - group_sizes
-    last = jnp.cumsum(-(group_sizes // -tile))
-    steps = jnp.arange(x.shape[0] // tile + w.shape[0])
-    group = jnp.minimum(jnp.searchsorted(last, steps, side="right"), w.shape[0] - 1)
-    first = begins[group] + (steps - (last - -(group_sizes // -tile))[group]) * tile
-    padded = jnp.pad(x, ((0, tile), (0, 0)))
-
-    @jax.checkpoint
-    def step(out: Any, at: Any) -> Any:
-        group, first = at
-        rows = jax.lax.dynamic_slice_in_dim(padded, first, tile) @ w[group]
-        old = jax.lax.dynamic_slice_in_dim(out, first, tile)
-        kept = first + jnp.arange(tile) < ends[group]
-        return jax.lax.dynamic_update_slice_in_dim(
-            out, jnp.where(kept[:, None], rows, old), first, 0
-        ), None
-
-    out = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
-    return jax.lax.scan(step, out, (group, first))[0][: x.shape[0]]
-
-
 def dense(x: Any, w: Any, group_sizes: Any) -> Any:
-    return x[: int(x.shape[0] * (1 - TAIL)) // 128 * 128] @ w[0]
+    return x @ w
 
 
-def flag(name: str) -> dict[str, bool]:
-    return {f"xla_gpu_experimental_use_ragged_dot_{name}": True}
+class Candidate(NamedTuple):
+    name: str
+    make: Callable[[], Multiply]
+    slow: bool = False  # measured after all others
+    options: dict[str, bool] | None = None  # of the compiler
 
 
-# Name, what makes the function, options for the compiler. The slowest comes last.
-CANDIDATES: list[tuple[str, Callable[[], Multiply], dict[str, bool]]] = [
-    ("dense", lambda: dense, {}),
-    ("jax_smfree.nn.grouped_matmul", lambda: grouped_matmul, {}),
-    ("jax.experimental mgpu, 128x128", lambda: jax_mosaic_ops(128), {}),
-    ("jax.experimental mgpu, 64x128", lambda: jax_mosaic_ops(64), {}),
-    ("tokamax.ragged_dot", tokamax_ragged_dot, {}),
-    ("scan over tiles of 512 rows", lambda: scan_over_tiles, {}),
-    ("ragged_dot, XLA grouped GEMM", lambda: jax.lax.ragged_dot, flag("grouped_gemm")),
-    ("ragged_dot, XLA fusion", lambda: jax.lax.ragged_dot, flag("fusion")),
-    ("ragged_dot", lambda: jax.lax.ragged_dot, {}),
-]
+CANDIDATES = (
+    Candidate("dense", lambda: dense),
+    Candidate("jax_smfree.nn.grouped_matmul", lambda: grouped_matmul),
+    Candidate("jax.experimental.pallas.ops.gpu", jax_mosaic_ops),
+    Candidate("tokamax.ragged_dot", tokamax_ragged_dot),
+    Candidate("ragged_dot", lambda: jax.lax.ragged_dot, slow=True),
+    Candidate("ragged_dot, XLA's flags for it", lambda: jax.lax.ragged_dot, True, RAGGED_DOT_FLAGS),
+)
 
 
 def make_operands(shape: Shape, seed: int = 0) -> Operands:
@@ -159,7 +142,7 @@ def make_operands(shape: Shape, seed: int = 0) -> Operands:
 
 def forward_and_backward(multiply: Multiply, x: Any, w: Any, group_sizes: Any, dy: Any) -> Any:
     out, pullback = jax.vjp(lambda x, w: multiply(x, w, group_sizes), x, w)
-    return out, *pullback(dy[: out.shape[0]])
+    return out, *pullback(dy)
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -201,22 +184,23 @@ def has_nan(results: Any, used_rows: int) -> bool:
     return bool(sum(jnp.isnan(part).sum() for part in parts))
 
 
-def measure(make: Callable[[], Multiply], options: Any, shape: Shape, operands: Operands) -> Any:
-    multiply = make()
-    x, w, group_sizes, dy = operands
-    forward = jax.jit(multiply, compiler_options=options)
-    both = jax.jit(functools.partial(forward_and_backward, multiply), compiler_options=options)
+def measure(candidate: Candidate, shape: Shape, operands: Operands) -> dict[str, Any]:
+    multiply = candidate.make()
+    if multiply is dense:
+        x, w, group_sizes, dy = operands
+        operands = Operands(x[: shape.used_rows], w[0], group_sizes, dy[: shape.used_rows])
+    both = functools.partial(forward_and_backward, multiply)
+    forward, both = (jax.jit(f, compiler_options=candidate.options) for f in (multiply, both))
     operations = 2 * shape.used_rows * shape.hidden * shape.width
-    result: dict[str, Any] = {"forward_ms": milliseconds(lambda: forward(x, w, group_sizes))}
+    result: dict[str, Any] = {"forward_ms": milliseconds(lambda: forward(*operands[:3]))}
     result["forward_tflops"] = operations / result["forward_ms"] / 1e9
     try:
         result["both_ms"] = milliseconds(lambda: both(*operands))
         result["both_tflops"] = 3 * operations / result["both_ms"] / 1e9
         if multiply is not dense:
             result["errors"] = relative_errors(both(*operands), operands)
-            nan = operands._replace(
-                x=x.at[shape.used_rows :].set(jnp.nan), dy=dy.at[shape.used_rows :].set(jnp.nan)
-            )
+            x, dy = (a.at[shape.used_rows :].set(jnp.nan) for a in (operands.x, operands.dy))
+            nan = operands._replace(x=x, dy=dy)
             result["nan_leaks"] = has_nan(both(*nan), shape.used_rows)
     except Exception as error:
         result["backward_error"] = first_line(error)
@@ -241,29 +225,29 @@ def verdict(result: dict[str, Any]) -> str:
 
 def compare(start: float) -> Iterator[dict[str, Any]]:
     print(f"{'':34}{'forward':>17}{'forward+backward':>20}   {'of dense':>8}")
-    for shape in SHAPES:
-        operands = make_operands(shape)
+    dense_ms: dict[Shape, float] = {}
+    for slow, shape in itertools.product((False, True), SHAPES):
         print(shape, flush=True)
-        dense_ms = float("nan")
-        for name, make, options in CANDIDATES:
-            result: dict[str, Any] = {"candidate": name, "shape": shape._asdict()}
-            if time.monotonic() - start > BUDGET_S:
-                result["error"] = "skipped, out of time"
-            else:
-                try:
-                    result |= measure(make, options, shape, operands)
-                except Exception as error:
-                    result["error"] = first_line(error)
+        operands = make_operands(shape)
+        for candidate in (c for c in CANDIDATES if c.slow is slow):
+            result: dict[str, Any] = {"candidate": candidate.name, "shape": shape._asdict()}
+            try:
+                if time.monotonic() - start > BUDGET_S:
+                    raise TimeoutError("skipped")
+                result |= measure(candidate, shape, operands)
+            except Exception as error:
+                result["error"] = first_line(error)
             yield result
             if "error" in result:
-                print(f"  {name:32}{result['error']}", flush=True)
+                print(f"  {candidate.name:32}{result['error']}", flush=True)
                 continue
             both_ms = result.get("both_ms", float("nan"))
-            dense_ms = both_ms if name == "dense" else dense_ms
+            share = dense_ms.setdefault(shape, both_ms) / both_ms  # dense is the first
             print(
-                f"  {name:32}{result['forward_ms']:8.2f} ms {result['forward_tflops']:4.0f} T"
-                f"{both_ms:11.2f} ms {result.get('both_tflops', float('nan')):4.0f} T"
-                f"   {dense_ms / both_ms:7.0%}   {verdict(result)}",
+                f"  {candidate.name:32}{result['forward_ms']:8.2f} ms"
+                f" {result['forward_tflops']:4.0f} T{both_ms:11.2f} ms"
+                f" {result.get('both_tflops', float('nan')):4.0f} T   {share:7.0%}"
+                f"   {verdict(result)}",
                 flush=True,
             )
 
