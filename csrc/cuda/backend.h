@@ -59,6 +59,12 @@ struct PhaseRecord {
   int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
 };
 
+// One chunk as the copy engine moved it, on the clock of PhaseRecord.
+struct WireRecord {
+  int32_t rank, peer, lane, mirrored;
+  int64_t number, begin_ns, end_ns, bytes;
+};
+
 struct GroupOptions : GroupConfig {
   // Messages of operations that send up to so many bytes of rows per peer are stored to the peer by
   // the pack kernel; larger ones go by copy engine.
@@ -88,6 +94,10 @@ class Group {
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
   std::vector<PhaseRecord> Trace() const;
+  // From now on the movers note the times of their copies, the first kWireRecords of each rank
+  // (which costs them some microseconds per copy); then what they noted and has ended.
+  Status StartWireTrace();
+  std::vector<WireRecord> WireTrace() const;
 
   const GroupConfig& config() const;
 

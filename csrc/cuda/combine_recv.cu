@@ -32,8 +32,8 @@ __device__ void FillSlots(const Context& c, const GatherArrays& a, int32_t t, fl
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Gather(const Context c, const GatherArrays a) {
-  __shared__ int32_t num_rows[kMaxRanks], num_chunks[kMaxRanks];
-  __shared__ int32_t arrived[kWarps][kMaxRanks];  // chunks that this warp has seen
+  __shared__ int32_t num_rows[kMaxRanks];
+  __shared__ Arrivals arrivals;
   __shared__ Term terms[kWarps][kMaxTopK];
   __shared__ const float* values[kWarps][kMaxTopK];
   const float nan = __int_as_float(0x7fc00000);
@@ -41,12 +41,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   NoteBegin(c);
   const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
   const bool ok =
-      begun.ok && OpenMessages(c, begun.number, a.send_counts, num_rows, num_chunks);
+      begun.ok && OpenMessages(c, begun.number, a.send_counts, num_rows, arrivals);
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  for (int32_t s = lane; s < kMaxRanks; s += kWarp) arrived[warp][s] = 0;
-  __syncwarp();
   for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
        unit < c.tokens * c.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
     const int32_t t = unit / c.pieces;
@@ -63,13 +61,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place, 0});
         here = false;
       } else {
-        const Chunks chunks(num_rows[source], num_chunks[source]);
+        const Chunks chunks(num_rows[source], c.chunks);
         const int32_t chunk = chunks.Of(row);
         const int32_t wanted = chunk + 1 == chunks.count ? kAllChunks : chunk + 1;
-        if (arrived[warp][source] < wanted) {
-          here = WaitForChunks(c, begun.number, source, wanted);
-          if (here) arrived[warp][source] = wanted;
-        }
+        here = WaitForChunks(c, begun.number, source, wanted, arrivals);
         const char* const message =
             MessageFrom(c, begun.number, source) + c.layout.header_bytes;
         const MessageLayout layout = LayoutOf(c, num_rows[source]);

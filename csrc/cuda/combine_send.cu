@@ -6,7 +6,8 @@
 //   slots: values[n], or 0 without n
 //
 // LayOut  S1, S2  headers and slots.
-// Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum.
+// Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum. A block takes a
+//                 tile of rows, one piece per warp, and counts the tile when it is written.
 //
 // Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
 #include "csrc/cuda/launch.h"
@@ -53,40 +54,56 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Pack(const Context c, const CombineSendArgs a) {
   __shared__ Segments segments;
   __shared__ Outgoing outgoing[kMaxRanks];
-  __shared__ int32_t num_rows[kMaxRanks], num_chunks[kMaxRanks];
+  __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Term terms[kWarps][kMaxTopK];
   const Begun begun = BeginSendPhase(c);
   if (begun.ok) {
     for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
       num_rows[peer] = a.recv_counts[peer];
-      num_chunks[peer] = c.chunks;
       outgoing[peer] = OutgoingTo(c, begun.number, peer, num_rows[peer]);
     }
     __syncthreads();
-    if (threadIdx.x == 0) segments.Build(c, num_rows, num_chunks, /*own_first=*/false);
+    if (threadIdx.x < kWarp) segments.Build(c, num_rows, /*own_first=*/false);
     HandOverEmpty(c, begun.number, outgoing);
     __syncthreads();
 
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    const int32_t tile_rows = kWarps / c.pieces;
     unsigned long long copies_read = 0;
-    ForEachRow(segments, c.pieces, [&](const Segment& segment, int32_t row, int32_t piece) {
-      const int32_t peer = segment.source;
-      const int64_t first_slot = (int64_t{peer} * c.tokens + row) * c.top_k;
-      const int32_t n = lane < c.top_k ? a.rows[first_slot + lane] : -1;
-      const uint32_t mask = __ballot_sync(~0u, n >= 0);
-      if (n >= 0) {
-        terms[warp][__popc(mask & ((1u << lane) - 1))] = {
-            static_cast<const char*>(a.y) + n * c.x_row_bytes, a.w ? a.w[n] : 1.0f};
+    int32_t at = 0, tile_at = 0;  // segments of this warp's row and of the tile
+    for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < segments.rows;
+         tile += static_cast<int32_t>(gridDim.x) * tile_rows) {
+      const int32_t unit = tile + warp / c.pieces;
+      const int32_t piece = warp % c.pieces;
+      if (unit < segments.rows) {
+        at = segments.Find(unit, at);
+        const Segment& segment = segments.segment[at];
+        const int32_t row = segment.row + unit - segment.first;
+        const int64_t first_slot = (int64_t{segment.source} * c.tokens + row) * c.top_k;
+        const int32_t n = lane < c.top_k ? a.rows[first_slot + lane] : -1;
+        const uint32_t mask = __ballot_sync(~0u, n >= 0);
+        if (n >= 0) {
+          terms[warp][__popc(mask & ((1u << lane) - 1))] = {
+              static_cast<const char*>(a.y) + n * c.x_row_bytes, a.w ? a.w[n] : 1.0f};
+        }
+        __syncwarp();
+        SumRows<T, Word>(Words(c.x_row_bytes, sizeof(Word), piece, c.pieces),
+                         outgoing[segment.source].rows + row * c.layout.row_bytes, terms[warp],
+                         __popc(mask));
+        if (piece == 0) copies_read += __popc(mask);
+      }
+      __syncthreads();  // the tile is written, and the terms are read
+      if (warp != 0) continue;
+      __threadfence();
+      tile_at = segments.Find(tile, tile_at);
+      if (lane < tile_rows && tile + lane < segments.rows) {
+        const Segment& segment = segments.segment[segments.Find(tile + lane, tile_at)];
+        CountRow(c, begun.number, segment.source, outgoing[segment.source].chunks,
+                 segment.row + tile + lane - segment.first);
       }
       __syncwarp();
-      SumRows<T, Word>(Words(c.x_row_bytes, sizeof(Word), piece, c.pieces),
-                       outgoing[peer].rows + row * c.layout.row_bytes, terms[warp], __popc(mask));
-      if (piece == 0) copies_read += __popc(mask);
-      __syncwarp();  // the row is written, and the terms read, by all lanes
-      if (lane == 0) CountPiece(c, begun.number, peer, outgoing[peer].chunks, row);
-      __syncwarp();
-    });
+    }
     if (lane == 0 && copies_read) atomicAdd(&c.scratch->copies, copies_read);
   }
   if (!IsLastBlock(c) || threadIdx.x != 0) return;

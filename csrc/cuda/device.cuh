@@ -102,40 +102,44 @@ struct Begun {
 
 // S1, the same in every block of every kernel of a send phase: `sent` changes at the very end.
 __device__ inline Begun BeginSendPhase(const Context& c) {
+  // All loads at once: they are far apart.
   LaneState lane = c.scratch->state;
-  Begun begun{!Faulted(c), lane.sent + 1};
-  if (!begun.ok) return begun;
+  const bool faulted = Faulted(c);
+  const Token token = Token::Read(c.token);
+  const int32_t position = c.position[0];
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  if (!Token::Read(c.token).used_once()) {
+  Begun begun{false, lane.sent + 1};
+  if (faulted) return begun;
+  if (!token.used_once()) {
     if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {});
-    begun.ok = false;
-  } else if (c.position[0] != c.rank) {
+  } else if (position != c.rank) {
+    if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, position, 0});
+  } else if (lane.sent != lane.received) {
     if (first) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, c.position[0], 0});
+      Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, lane.sent, lane.received, 0});
     }
-    begun.ok = false;
-  } else if (BeginSend(lane, begun.number) != FaultKind::kNone) {
-    if (first) Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, lane.sent, lane.received, 0});
-    begun.ok = false;
+  } else {
+    begun.ok = BeginSend(lane, begun.number) == FaultKind::kNone;
   }
   return begun;
 }
 
 // The same for a recv phase. A zero token is not looked at here.
 __device__ inline Begun BeginRecvPhase(const Context& c) {
+  const LaneState lane = c.scratch->state;
+  const bool faulted = Faulted(c);
   const Token token = Token::Read(c.token);
-  Begun begun{!Faulted(c), token.number};
-  if (!begun.ok) return begun;
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
+  Begun begun{false, token.number};
+  if (faulted) return begun;
   if (!token.used_once()) {
     if (first) Report(c, FaultKind::kInvalidArgument, token.number, {});
-    begun.ok = false;
-  } else if (!MayReceive(c.scratch->state, token.number)) {
+  } else if (!MayReceive(lane, token.number)) {
     if (first) {
-      Report(c, FaultKind::kTwoInFlight, token.number,
-             {-1, -1, token.number, c.scratch->state.sent, 0});
+      Report(c, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, lane.sent, 0});
     }
-    begun.ok = false;
+  } else {
+    begun.ok = true;
   }
   return begun;
 }
@@ -158,29 +162,29 @@ __device__ inline bool IsLastBlock(const Context& c) {
   return last;
 }
 
-// S10, or the end of a send phase: by one thread of the last block.
+// S10, or the end of a send phase: by one thread of the last block. Counters are added to without
+// being read: each read would cost a microsecond.
 __device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, int64_t wire_rows,
                                 int64_t bytes_read, int64_t bytes_written) {
   LaneScratch& scratch = *c.scratch;
+  const int64_t begin_ns = scratch.begin_ns;
+  const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
   const bool send = c.phase == Phase::kDispatchSend || c.phase == Phase::kCombineSend;
-  if (send) ++scratch.epoch;
+  const auto phase = static_cast<int32_t>(c.phase);
+  if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;
   if (ok && !send) FinishRecv(scratch.state, begun.number);
   Token{1.0f, send ? begun.number : begun.number + 1, 0, 0}.Write(c.token_out);
-
-  const int64_t now = NowNs();
-  PhaseStats& stats = c.state->phases[static_cast<int32_t>(c.phase)];
-  if (ok) {
-    ++stats.calls;
-    stats.rows += wire_rows;
-    stats.bytes += wire_rows * c.x_row_bytes;
-    const auto arrival = static_cast<int64_t>(scratch.last_arrival_ns);
-    if (arrival > scratch.begin_ns) stats.wait_ns += arrival - scratch.begin_ns;
-    c.state->trace[c.state->traced++ % kTraceEntries] = {
-        c.phase, c.lane_index, begun.number, scratch.begin_ns, now, bytes_read, bytes_written};
-  }
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
+  if (!ok) return;
+  atomicAdd(&c.state->calls[phase], 1ull);
+  atomicAdd(&c.state->rows[phase], static_cast<unsigned long long>(wire_rows));
+  if (arrival_ns > begin_ns) {
+    atomicAdd(&c.state->wait_ns[phase], static_cast<unsigned long long>(arrival_ns - begin_ns));
+  }
+  scratch.trace[begun.number % kTracedOperations][phase] = {begun.number, begin_ns, NowNs(),
+                                                            bytes_read, bytes_written};
 }
 
 // ---- messages ------------------------------------------------------------------------------------
@@ -241,16 +245,16 @@ __device__ inline void HandOver(const Context& c, int64_t number, int32_t peer,
   store_release_system(&entry.ticket, ticket + 1);  // pairs with the mover's loop
 }
 
-// A warp has written one of c.pieces pieces of row `row` to `peer`, and met at __syncwarp since.
-// Whoever completes a chunk hands it over, after the chunks before it: their warps are running, so
-// the wait is short.
-__device__ inline void CountPiece(const Context& c, int64_t number, int32_t peer,
-                                  const Chunks& chunks, int32_t row) {
+// Row `row` of the message to `peer` is complete, as this thread has observed at gpu scope. Whoever
+// completes a chunk hands it over, after the chunks before it: their blocks are running, so the wait
+// is short.
+__device__ inline void CountRow(const Context& c, int64_t number, int32_t peer,
+                                const Chunks& chunks, int32_t row) {
   if (peer == c.rank) return;
   const int32_t chunk = chunks.Of(row);
   uint32_t& packed = c.scratch->packed[peer][chunk];
-  const auto pieces = static_cast<uint32_t>(chunks.RowsIn(chunk) * c.pieces);
-  if (add_acq_rel_gpu(&packed, 1) + 1 != pieces) return;
+  if (atomicAdd(&packed, 1u) + 1 != static_cast<uint32_t>(chunks.RowsIn(chunk))) return;
+  __threadfence();  // the others' counts, before what is handed over
   uint32_t& posted = c.scratch->posted[peer];
   while (load_acquire_gpu(&posted) != static_cast<uint32_t>(chunk)) __nanosleep(100);
   packed = 0;
@@ -270,32 +274,57 @@ __device__ inline void HandOverEmpty(const Context& c, int64_t number, const Out
 
 // ---- waiting -------------------------------------------------------------------------------------
 
-// S7: until `chunks` chunks (kAllChunks: all) of operation `number` from `source` are here. False
+// The chunks that a block has seen arrive, in shared memory: one warp at a time looks at the signal
+// for all of them. Thousands of warps that do would keep the mover's store from it.
+struct Arrivals {
+  int32_t chunks[kMaxRanks];
+  uint32_t looking[kMaxRanks];
+
+  // By all threads of a block, which meet afterwards.
+  __device__ void Clear() {
+    for (int32_t source = threadIdx.x; source < kMaxRanks; source += blockDim.x) {
+      chunks[source] = 0;
+      looking[source] = 0;
+    }
+  }
+};
+
+// S7: until `wanted` chunks (kAllChunks: all) of operation `number` from `source` are here. False
 // if the rank is at fault, as after the deadline.
 __device__ inline bool WaitForChunks(const Context& c, int64_t number, int32_t source,
-                                     int32_t chunks) {
+                                     int32_t wanted, Arrivals& arrivals) {
   if (source == c.rank) return true;
+  volatile int32_t& here = arrivals.chunks[source];
   const char* const word = c.memory + c.layout.SignalOffset(kWire, c.lane_index, number, source);
-  const auto* const signal = reinterpret_cast<const uint64_t*>(word);
-  uint64_t seen = load_acquire_system(signal);
-  if (ChunksArrived(seen, number) >= chunks) return true;
-  const int64_t begin = NowNs();
-  for (int32_t turn = 1;; ++turn) {
-    __nanosleep(100);
-    seen = load_acquire_system(signal);
-    if (ChunksArrived(seen, number) >= chunks) break;
-    if (turn % 64 != 0) continue;
+  int64_t begin = 0;
+  for (int32_t turn = 0; here < wanted; ++turn) {
+    if (atomicExch(&arrivals.looking[source], 1u) == 0) {
+      const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
+      const int32_t chunks = ChunksArrived(seen, number);
+      __threadfence_block();  // what the signal vouches for, before `here`
+      if (chunks > here) here = chunks;
+      atomicExch(&arrivals.looking[source], 0u);
+      if (chunks >= wanted) break;
+    }
+    if (begin == 0) begin = NowNs();
+    __nanosleep(turn < 4 ? 100 : 2000);
+    if (turn % 16 != 15) continue;
     if (Faulted(c)) return false;
-    if (load_relaxed_system(c.group_failed)) {  // another rank's fault
+    // Host memory is far: one block asks whether another rank is at fault.
+    if (blockIdx.x == 0 && load_relaxed_system(c.group_failed)) {
       atomicExch(&c.state->faulted, 1u);
       return false;
     }
     if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
+      const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
       Report(c, FaultKind::kDeadline, number, {source, -1, number, NumberOf(seen), 0});
       return false;
     }
   }
-  atomicMax(&c.scratch->last_arrival_ns, static_cast<unsigned long long>(NowNs()));
+  __threadfence_block();  // `here`, before what it vouches for
+  if (begin != 0 && blockIdx.x == 0) {
+    atomicMax(&c.scratch->last_arrival_ns, static_cast<unsigned long long>(NowNs()));
+  }
   return true;
 }
 
@@ -308,7 +337,7 @@ __device__ inline bool Verify(const Context& c, int64_t number, int32_t source, 
                     header.derivation == c.derivation && header.source == source &&
                     header.tokens == c.tokens && header.experts == c.experts &&
                     header.slots == c.slots && header.rows >= 0 && header.rows <= c.tokens &&
-                    header.chunks >= 1 && header.chunks <= kMaxChunks &&
+                    header.chunks == c.chunks &&
                     (rows < 0 || header.rows == rows);
   if (!same) {
     Report(c, FaultKind::kScheduleMismatch, number,
@@ -318,13 +347,15 @@ __device__ inline bool Verify(const Context& c, int64_t number, int32_t source, 
   return same;
 }
 
-// S7 and S8 for the first chunk of every source, by all threads of a block: fills rows[s] and
-// chunks[s]. `expected_rows` [R] may be null. The same result in all threads.
+// S7 and S8 for the first chunk of every source, by all threads of a block: fills rows[s].
+// `expected_rows` [R] may be null. The same result in all threads.
 __device__ inline bool OpenMessages(const Context& c, int64_t number, const int32_t* expected_rows,
-                                    int32_t* rows, int32_t* chunks) {
+                                    int32_t* rows, Arrivals& arrivals) {
+  arrivals.Clear();
+  __syncthreads();
   bool ok = true;
   for (int32_t source = threadIdx.x; source < c.num_ranks; source += blockDim.x) {
-    if (!WaitForChunks(c, number, source, 1)) {
+    if (!WaitForChunks(c, number, source, 1, arrivals)) {
       ok = false;
       continue;
     }
@@ -337,7 +368,6 @@ __device__ inline bool OpenMessages(const Context& c, int64_t number, const int3
     for (size_t i = 0; i < sizeof(RegionHeader) / sizeof(uint64_t); ++i) copy[i] = __ldcg(words + i);
     ok = ok && Verify(c, number, source, expected_rows ? expected_rows[source] : -1, header);
     rows[source] = header.rows;
-    chunks[source] = header.chunks;
   }
   return __syncthreads_and(ok);
 }

@@ -25,11 +25,10 @@ namespace {
 // The cotangent of a dispatch or combine that nothing depends on: nothing was sent, all is zero.
 __device__ bool NothingWasSent(const Context& c) { return Token::Read(c.token).zero(); }
 
-__device__ void WriteSources(const Context& c, const int32_t* rows, const int32_t* chunks) {
+__device__ void WriteSources(const Context& c, const int32_t* rows) {
   if (blockIdx.x != 0) return;
   for (int32_t source = threadIdx.x; source < c.num_ranks; source += blockDim.x) {
     c.scratch->source_rows[source] = rows[source];
-    c.scratch->source_chunks[source] = chunks[source];
   }
 }
 
@@ -82,7 +81,8 @@ struct PlaceArrays {
 
 __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceArrays a) {
   extern __shared__ int32_t shared[];
-  __shared__ int32_t source_rows[kMaxRanks], source_chunks[kMaxRanks];
+  __shared__ int32_t source_rows[kMaxRanks];
+  __shared__ Arrivals arrivals;
   const int32_t local_experts = c.local_experts();
   auto* const groups = reinterpret_cast<ExpertRows*>(shared);
   auto* const first = reinterpret_cast<int32_t*>(groups + local_experts);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
 
   NoteBegin(c);
   const Begun begun = BeginRecvPhase(c);
-  if (!begun.ok || !OpenMessages(c, begun.number, nullptr, source_rows, source_chunks)) {
+  if (!begun.ok || !OpenMessages(c, begun.number, nullptr, source_rows, arrivals)) {
     for (int64_t i = thread; i < slots; i += threads) a.rows[i] = -1;
     for (int64_t i = thread; i < local_experts; i += threads) a.group_sizes[i] = 0;
     for (int64_t i = thread; i < c.num_ranks; i += threads) a.recv_counts[i] = 0;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
     return;
   }
   LayOutGroups(c, begun.number, a.capacity, groups, first);
-  WriteSources(c, source_rows, source_chunks);
+  WriteSources(c, source_rows);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
       a.group_sizes[e] = groups[e].end - groups[e].start;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
     int32_t dropped = 0;
     for (int32_t e = 0; e < local_experts; ++e) dropped += groups[e].dropped;
     *a.num_dropped = dropped;
-    c.state->rows_dropped += dropped;
+    atomicAdd(&c.state->rows_dropped, static_cast<unsigned long long>(dropped));
     c.scratch->overflowed = dropped > 0 && !c.drop_overflow;
     if (c.scratch->overflowed) {
       volatile OverflowRecord& overflow = c.host->overflow;
@@ -147,12 +147,16 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
 
 __global__ void __launch_bounds__(kThreads)
     Mark(const Context c, const int32_t capacity, const int32_t* rows, const int32_t* recv_counts) {
-  __shared__ int32_t source_rows[kMaxRanks], source_chunks[kMaxRanks];
+  __shared__ int32_t source_rows[kMaxRanks];
+  __shared__ Arrivals arrivals;
   NoteBegin(c);
   if (NothingWasSent(c)) return;
   const Begun begun = BeginRecvPhase(c);
-  if (!begun.ok || !OpenMessages(c, begun.number, recv_counts, source_rows, source_chunks)) return;
-  WriteSources(c, source_rows, source_chunks);
+  if (!begun.ok ||
+      !OpenMessages(c, begun.number, recv_counts, source_rows, arrivals)) {
+    return;
+  }
+  WriteSources(c, source_rows);
   if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->overflowed = 0;
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -209,6 +213,7 @@ template <typename T, typename Word, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Scatter(const Context c, const ScatterArrays a) {
   __shared__ Segments segments;
+  __shared__ Arrivals arrivals;
   __shared__ int32_t copies[kWarps][kMaxTopK], slots[kWarps][kMaxTopK];
   __shared__ char* targets[kWarps][kMaxTopK];
   const float nan = __int_as_float(0x7fc00000);
@@ -226,9 +231,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
 
   if (ok) {
-    if (threadIdx.x == 0) {
-      segments.Build(c, c.scratch->source_rows, c.scratch->source_chunks, /*own_first=*/true);
-    }
+    arrivals.Clear();
+    if (threadIdx.x < kWarp) segments.Build(c, c.scratch->source_rows, /*own_first=*/true);
     __syncthreads();
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
@@ -236,14 +240,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     unsigned long long copies_written = 0;
     int32_t waited_source = -1, waited_chunk = -1;
     bool here = true;
-    ForEachRow(segments, c.pieces, [&](const Segment& segment, int32_t row, int32_t piece) {
+    int32_t at = 0;
+    for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
+         unit < segments.rows * c.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
+      const int32_t piece = unit % c.pieces;
+      at = segments.Find(unit / c.pieces, at);
+      const Segment& segment = segments.segment[at];
+      const int32_t row = segment.row + unit / c.pieces - segment.first;
       if (segment.source != waited_source || segment.chunk != waited_chunk) {
         waited_source = segment.source;
         waited_chunk = segment.chunk;
-        const Chunks chunks(c.scratch->source_rows[waited_source],
-                            c.scratch->source_chunks[waited_source]);
+        const Chunks chunks(c.scratch->source_rows[waited_source], c.chunks);
         const int32_t wanted = waited_chunk + 1 == chunks.count ? kAllChunks : waited_chunk + 1;
-        if (lane == 0) here = WaitForChunks(c, begun.number, waited_source, wanted);
+        if (lane == 0) {
+          here = WaitForChunks(c, begun.number, waited_source, wanted, arrivals);
+        }
         here = __shfl_sync(~0u, here, 0);
       }
       const int64_t first_slot = (int64_t{segment.source} * c.tokens + row) * c.top_k;
@@ -278,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       }
       if (piece == 0) copies_written += count;
       __syncwarp();
-    });
+    }
     if (lane == 0 && copies_written) atomicAdd(&c.scratch->copies, copies_written);
   }
   if (!IsLastBlock(c) || threadIdx.x != 0) return;

@@ -11,7 +11,8 @@
 //                  kMaxRouteBlocks, one block per SM would do. Writes places, send_counts, headers,
 //                  codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
-// Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination.
+// Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A block
+//                  takes a tile of rows, one piece per warp, and counts the tile when it is written.
 //
 // Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
 #include <algorithm>
@@ -225,19 +226,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const auto warp = static_cast<int32_t>(threadIdx.x) / kWarp;
     const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     char** const to = targets[warp];
-    for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
-         unit < c.tokens * c.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
-      const int32_t t = unit / c.pieces;
-      const int32_t place =
-          lane < c.places_per_row ? places[int64_t{t} * c.places_per_row + lane] : -1;
-      const int32_t peer = place < 0 ? 0 : place / c.tokens;
-      const int32_t row = place < 0 ? 0 : place % c.tokens;
-      if (place >= 0) to[lane] = outgoing[peer].rows + row * c.layout.row_bytes;
-      const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
-      CopyRow<Word>(Words(c.x_row_bytes, sizeof(Word), unit % c.pieces, c.pieces),
-                    x + t * c.x_row_bytes, to, count);
-      __syncwarp();  // the row is written, and `to` read, by all lanes
-      if (place >= 0) CountPiece(c, begun.number, peer, outgoing[peer].chunks, row);
+    const int32_t tile_rows = kWarps / c.pieces;
+    for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < c.tokens;
+         tile += static_cast<int32_t>(gridDim.x) * tile_rows) {
+      const int32_t t = tile + warp / c.pieces;
+      if (t < c.tokens) {
+        const int32_t place =
+            lane < c.places_per_row ? places[int64_t{t} * c.places_per_row + lane] : -1;
+        if (place >= 0) {
+          to[lane] = outgoing[place / c.tokens].rows + place % c.tokens * c.layout.row_bytes;
+        }
+        const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
+        __syncwarp();
+        CopyRow<Word>(Words(c.x_row_bytes, sizeof(Word), warp % c.pieces, c.pieces),
+                      x + t * c.x_row_bytes, to, count);
+      }
+      __syncthreads();  // the tile is written
+      if (warp != 0) continue;
+      __threadfence();
+      const int32_t slots = min(tile_rows, c.tokens - tile) * c.places_per_row;
+      for (int32_t slot = lane; slot < slots; slot += kWarp) {
+        const int32_t place = places[int64_t{tile} * c.places_per_row + slot];
+        if (place < 0) continue;
+        const int32_t peer = place / c.tokens;
+        CountRow(c, begun.number, peer, outgoing[peer].chunks, place % c.tokens);
+      }
       __syncwarp();
     }
   }

@@ -4,6 +4,7 @@
 #include "csrc/cuda/group.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <map>
 #include <string>
 #include <utility>
@@ -143,6 +144,7 @@ Status GroupState::AllocateRank(Rank& rank) {
   if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineRecv(), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
   return status;
 }
 
@@ -187,7 +189,7 @@ Status GroupState::StartMovers() {
   std::vector<char*> memories;
   for (const auto& rank : ranks) memories.push_back(rank->memory.as<char>());
   for (const auto& rank : ranks) {
-    auto mover = Mover::Start({rank->device, rank->rank, layout, memories,
+    auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
                                rank->queue.as<Descriptor>(), queue_mask,
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
@@ -307,15 +309,15 @@ Memory Group::memory() const {
 
 namespace {
 
-// The state of a rank as its device has it now, without waiting for kernels.
-RankState ReadState(const Rank& rank) {
-  static_assert(std::is_trivially_copyable_v<RankState>);
-  const DeviceScope scope(rank.device);
-  RankState copy{};
+// Device memory as it is now, without waiting for kernels.
+template <typename T>
+std::vector<T> ReadDevice(int32_t device, const void* from, size_t count) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  std::vector<T> copy(count);
+  const DeviceScope scope(device);
   cudaStream_t stream = nullptr;
   if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return copy;
-  (void)cudaMemcpyAsync(&copy, rank.state.as<RankState>(), sizeof(copy), cudaMemcpyDeviceToHost,
-                        stream);
+  (void)cudaMemcpyAsync(copy.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, stream);
   (void)cudaStreamSynchronize(stream);
   (void)cudaStreamDestroy(stream);
   return copy;
@@ -325,14 +327,15 @@ RankState ReadState(const Rank& rank) {
 
 Stats Group::stats() const {
   Stats stats;
+  const int64_t row_bytes = state_->options.hidden * ItemBytes(state_->options.dtype);
   for (const auto& rank : state_->ranks) {
-    const RankState state = ReadState(*rank);
-    stats.rows_dropped += state.rows_dropped;
+    const RankState state = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1)[0];
+    stats.rows_dropped += static_cast<int64_t>(state.rows_dropped);
     for (int32_t phase = 0; phase < kPhases; ++phase) {
-      stats.phases[phase].calls += state.phases[phase].calls;
-      stats.phases[phase].rows += state.phases[phase].rows;
-      stats.phases[phase].bytes += state.phases[phase].bytes;
-      stats.phases[phase].wait_ns += state.phases[phase].wait_ns;
+      stats.phases[phase].calls += static_cast<int64_t>(state.calls[phase]);
+      stats.phases[phase].rows += static_cast<int64_t>(state.rows[phase]);
+      stats.phases[phase].bytes += static_cast<int64_t>(state.rows[phase]) * row_bytes;
+      stats.phases[phase].wait_ns += static_cast<int64_t>(state.wait_ns[phase]);
     }
   }
   return stats;
@@ -340,20 +343,45 @@ Stats Group::stats() const {
 
 std::vector<PhaseRecord> Group::Trace() const {
   std::vector<PhaseRecord> records;
-  const int32_t lanes = state_->options.num_lanes;
+  const GroupOptions& options = state_->options;
+  const LaneScratchLayout layout(options);
   for (const auto& rank : state_->ranks) {
-    const RankState state = ReadState(*rank);
-    const uint32_t count = std::min<uint32_t>(state.traced, kTraceEntries);
-    for (uint32_t i = 0; i < count; ++i) {
-      const TraceEntry& entry = state.trace[i];
-      records.push_back({rank->rank, entry.lane_index % lanes, entry.lane_index / lanes,
-                         entry.phase, entry.number, entry.begin_ns, entry.end_ns, entry.bytes_read,
-                         entry.bytes_written});
+    for (int32_t lane = 0; lane < LaneCount(options.num_lanes, options.differentiable); ++lane) {
+      const char* const scratch = rank->scratch.as<char>() + lane * layout.bytes;
+      const auto entries =
+          ReadDevice<TraceEntry>(rank->device, scratch + offsetof(LaneScratch, trace),
+                                 size_t{kTracedOperations} * kPhases);
+      for (size_t i = 0; i < entries.size(); ++i) {
+        const TraceEntry& entry = entries[i];
+        if (entry.number == kNoOperation) continue;
+        records.push_back({rank->rank, lane % options.num_lanes, lane / options.num_lanes,
+                           static_cast<Phase>(i % kPhases), entry.number, entry.begin_ns,
+                           entry.end_ns, entry.bytes_read, entry.bytes_written});
+      }
     }
   }
   std::sort(records.begin(), records.end(), [](const PhaseRecord& a, const PhaseRecord& b) {
     return a.begin_ns < b.begin_ns;
   });
+  return records;
+}
+
+Status Group::StartWireTrace() {
+  for (const auto& rank : state_->ranks) {
+    if (!rank->mover) continue;
+    const Status status = rank->mover->StartTrace();
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+std::vector<WireRecord> Group::WireTrace() const {
+  std::vector<WireRecord> records;
+  for (const auto& rank : state_->ranks) {
+    if (!rank->mover) continue;
+    const std::vector<WireRecord> some = rank->mover->Trace();
+    records.insert(records.end(), some.begin(), some.end());
+  }
   return records;
 }
 

@@ -72,6 +72,7 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes);
 cudaError_t LoadDispatchRecv(size_t place_shared_bytes);
 cudaError_t LoadCombineSend();
 cudaError_t LoadCombineRecv();
+cudaError_t LoadReadClock();
 
 void LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch);
 void LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
@@ -84,6 +85,7 @@ void LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& arg
                        const Launch& launch);
 void LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
                        const Launch& launch);
+void LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 
 }  // namespace smfree::cuda
 

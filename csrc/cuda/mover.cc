@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "csrc/cuda/launch.h"
 #include "csrc/cuda/memory_local.h"
 #include "csrc/protocol/signals.h"
 
@@ -64,6 +65,11 @@ Mover::~Mover() {
   stop_.store(true);
   if (thread_.joinable()) thread_.join();
   const DeviceScope scope(wiring_.device);
+  for (const Timed& timed : timed_) {
+    (void)cudaEventDestroy(timed.begin);
+    (void)cudaEventDestroy(timed.end);
+  }
+  if (trace_origin_ != nullptr) (void)cudaEventDestroy(trace_origin_);
   for (const cudaStream_t stream : streams_) {
     (void)cudaStreamSynchronize(stream);
     (void)cudaStreamDestroy(stream);
@@ -110,8 +116,12 @@ cudaError_t Mover::Move(const Descriptor& chunk) {
       here + layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
   char* const to =
       there + layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
-  const cudaError_t error = cudaMemcpyAsync(to, from, static_cast<size_t>(chunk.bytes),
-                                            cudaMemcpyDefault, stream);
+  const Timed* const timed = tracing_.load(std::memory_order_relaxed) ? NextTimed(chunk) : nullptr;
+  cudaError_t error = timed ? cudaEventRecord(timed->begin, stream) : cudaSuccess;
+  if (error == cudaSuccess) {
+    error = cudaMemcpyAsync(to, from, static_cast<size_t>(chunk.bytes), cudaMemcpyDefault, stream);
+  }
+  if (error == cudaSuccess && timed) error = cudaEventRecord(timed->end, stream);
   if (error != cudaSuccess) return error;
   // The default flag orders the store behind the copy, system wide.
   char* const signal =
@@ -119,6 +129,59 @@ cudaError_t Mover::Move(const Descriptor& chunk) {
   const CUresult result = write_value(stream, reinterpret_cast<CUdeviceptr>(signal), chunk.signal,
                                       CU_STREAM_WRITE_VALUE_DEFAULT);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
+}
+
+Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
+  const std::lock_guard<std::mutex> lock(trace_mutex_);
+  if (timed_.size() == kWireRecords) return nullptr;
+  Timed timed{chunk, nullptr, nullptr};
+  if (cudaEventCreate(&timed.begin) != cudaSuccess || cudaEventCreate(&timed.end) != cudaSuccess) {
+    return nullptr;
+  }
+  timed_.push_back(timed);
+  return &timed_.back();
+}
+
+Status Mover::StartTrace() {
+  const DeviceScope scope(wiring_.device);
+  const std::lock_guard<std::mutex> lock(trace_mutex_);
+  timed_.reserve(kWireRecords);  // pointers into it stay good
+  auto word = Allocation::OnHost(sizeof(int64_t));
+  if (!word.ok()) return word.status();
+  if (trace_origin_ == nullptr) {
+    const Status status = CudaStatus(cudaEventCreate(&trace_origin_), "cudaEventCreate");
+    if (!status.ok()) return status;
+  }
+  const cudaStream_t stream = streams_[static_cast<size_t>(wiring_.rank)];  // no peer's
+  LaunchReadClock(word.value().as<int64_t>(), stream);
+  cudaError_t error = cudaEventRecord(trace_origin_, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (error != cudaSuccess) return CudaStatus(error, "reading the device's clock");
+  trace_origin_ns_ = *word.value().as<int64_t>();
+  tracing_.store(true);
+  return {};
+}
+
+std::vector<WireRecord> Mover::Trace() const {
+  const DeviceScope scope(wiring_.device);
+  const std::lock_guard<std::mutex> lock(trace_mutex_);
+  std::vector<WireRecord> records;
+  for (const Timed& timed : timed_) {
+    float begin_ms = 0, end_ms = 0;
+    if (cudaEventElapsedTime(&begin_ms, trace_origin_, timed.begin) != cudaSuccess ||
+        cudaEventElapsedTime(&end_ms, trace_origin_, timed.end) != cudaSuccess) {
+      (void)cudaGetLastError();  // it has not ended
+      continue;
+    }
+    const auto at = [&](float ms) {
+      return trace_origin_ns_ + static_cast<int64_t>(static_cast<double>(ms) * 1e6);
+    };
+    const int32_t lanes = wiring_.num_lanes;
+    records.push_back({wiring_.rank, timed.chunk.peer, timed.chunk.lane_index % lanes,
+                       timed.chunk.lane_index / lanes, NumberOf(timed.chunk.signal), at(begin_ms),
+                       at(end_ms), timed.chunk.bytes});
+  }
+  return records;
 }
 
 }  // namespace smfree::cuda

@@ -17,6 +17,8 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -25,11 +27,14 @@
 
 namespace smfree::cuda {
 
+constexpr size_t kWireRecords = 1024;
+
 class Mover {
  public:
   struct Wiring {
     int32_t device;
     int32_t rank;
+    int32_t num_lanes;
     Layout layout;
     std::vector<char*> memories;  // of all ranks
     const Descriptor* queue;
@@ -42,18 +47,34 @@ class Mover {
   // Copies what is in the queue, waits for the copies and ends the thread.
   ~Mover();
 
+  // See Group::StartWireTrace.
+  Status StartTrace();
+  std::vector<WireRecord> Trace() const;
+
   // A hint that descriptors will come soon.
   void Wake() { awake_.store(true, std::memory_order_relaxed); }
 
  private:
   explicit Mover(Wiring wiring) : wiring_(std::move(wiring)) {}
+  // A copy with the events around it.
+  struct Timed {
+    Descriptor chunk;
+    cudaEvent_t begin, end;
+  };
+
   void Run();
   cudaError_t Move(const Descriptor& chunk);
+  Timed* NextTimed(const Descriptor& chunk);
 
   Wiring wiring_;
   std::vector<cudaStream_t> streams_;  // by peer
   std::atomic<bool> stop_{false};
   std::atomic<bool> awake_{false};
+  std::atomic<bool> tracing_{false};
+  mutable std::mutex trace_mutex_;
+  int64_t trace_origin_ns_ = 0;  // device time of trace_origin_
+  cudaEvent_t trace_origin_ = nullptr;
+  std::vector<Timed> timed_;
   std::thread thread_;
 };
 

@@ -13,10 +13,10 @@ namespace {
 // A chunk is large enough for the copy engine to run at full rate, and small enough that the wire
 // starts soon and the last unpack is short. See docs/performance.md.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
-// Rows are cut into pieces until there are so many units of work for every resident warp, so that
-// no warp is late at the end.
-constexpr int64_t kUnitsPerWarp = 2;
-constexpr int32_t kMaxPieces = 8;
+// A block takes a tile of rows, one piece of a row per warp. Fewer and longer pieces are better as
+// long as there are so many tiles per block that no block is late at the end.
+constexpr int64_t kTilesPerBlock = 3;
+constexpr int32_t kBlockWarps = 16;
 
 // A phase under way. Holds the group open until its kernels are launched.
 struct Launching {
@@ -82,9 +82,11 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   c.chunks = c.push ? 1
                     : static_cast<int32_t>(std::clamp<int64_t>(
                           (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, kMaxChunks));
-  const int64_t warps = int64_t{rank.num_sms} * 2 * 16;
   c.pieces = 1;
-  while (c.pieces < kMaxPieces && call.tokens * c.pieces < kUnitsPerWarp * warps) c.pieces *= 2;
+  while (c.pieces < kBlockWarps && c.x_row_bytes >= int64_t{512} * 2 * c.pieces &&
+         call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * 2) {
+    c.pieces *= 2;
+  }
   c.position = call.position;
   c.token = call.token;
   c.token_out = call.token_out;

@@ -19,7 +19,8 @@
 namespace smfree::cuda {
 
 constexpr int32_t kUnroll = 4;     // words in flight per lane
-constexpr int32_t kSumUnroll = 2;  // the same where each word has float32 sums as well
+constexpr int32_t kSumUnroll = 2;  // the same where each word has float32 sums as well,
+constexpr int32_t kTermsAtOnce = 2;  // of so many terms
 
 __device__ inline float ToFloat(float v) { return v; }
 __device__ inline float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -103,21 +104,29 @@ __device__ void SumRows(const Words& words, char* out, const Term* terms, int32_
   if (count == 0) return FillRow(words, out, Zeros<Word>());
   for (int32_t v = words.begin; v < words.end; v += kSumUnroll * kWarp) {
     float sum[kSumUnroll][E::kCount];
-    for (int32_t i = 0; i < count; ++i) {
-      const auto* const row = reinterpret_cast<const Word*>(terms[i].row);
-      const float weight = terms[i].weight;
-      E in[kSumUnroll];
+    for (int32_t i = 0; i < count; i += kTermsAtOnce) {
+      E in[kTermsAtOnce][kSumUnroll];
 #pragma unroll
-      for (int32_t u = 0; u < kSumUnroll; ++u) {
-        const int32_t at = v + u * kWarp;
-        if (at < words.end) in[u].word = __ldcg(row + at);
+      for (int32_t j = 0; j < kTermsAtOnce; ++j) {
+        if (i + j >= count) continue;
+        const auto* const row = reinterpret_cast<const Word*>(terms[i + j].row);
+#pragma unroll
+        for (int32_t u = 0; u < kSumUnroll; ++u) {
+          const int32_t at = v + u * kWarp;
+          if (at < words.end) in[j][u].word = __ldcg(row + at);
+        }
       }
 #pragma unroll
-      for (int32_t u = 0; u < kSumUnroll; ++u) {
+      for (int32_t j = 0; j < kTermsAtOnce; ++j) {
+        if (i + j >= count) continue;
+        const float weight = terms[i + j].weight;
 #pragma unroll
-        for (int32_t e = 0; e < E::kCount; ++e) {
-          const float term = __fmul_rn(ToFloat(in[u].element[e]), weight);
-          sum[u][e] = i == 0 ? term : __fadd_rn(sum[u][e], term);
+        for (int32_t u = 0; u < kSumUnroll; ++u) {
+#pragma unroll
+          for (int32_t e = 0; e < E::kCount; ++e) {
+            const float term = __fmul_rn(ToFloat(in[j][u].element[e]), weight);
+            sum[u][e] = i + j == 0 ? term : __fadd_rn(sum[u][e], term);
+          }
         }
       }
     }
@@ -185,43 +194,46 @@ struct Segments {
   int32_t rows;  // of all segments
   Segment segment[kMaxRanks * kMaxChunks];
 
-  // By one thread.
-  __device__ void Build(const Context& c, const int32_t* num_rows, const int32_t* num_chunks,
-                        bool own_first) {
-    count = rows = 0;
-    if (own_first) Append(c.rank, 0, 0, num_rows[c.rank]);
-    for (int32_t chunk = 0; chunk < kMaxChunks; ++chunk) {
-      for (int32_t i = 1; i < c.num_ranks; ++i) {
-        const int32_t peer = (c.rank + i) % c.num_ranks;
-        const Chunks chunks(num_rows[peer], num_chunks[peer]);
-        if (chunk < chunks.count) Append(peer, chunk, chunks.Begin(chunk), chunks.RowsIn(chunk));
+  // By the first warp. Every message was cut into c.chunks chunks.
+  __device__ void Build(const Context& c, const int32_t* num_rows, bool own_first) {
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    const int32_t peers = c.num_ranks - 1;
+    count = c.chunks * peers + 1;
+    int32_t before = 0;
+    for (int32_t base = 0; base < count; base += kWarp) {
+      const int32_t at = base + lane;
+      const int32_t of_peers = own_first ? at - 1 : at;  // own: -1 or chunks * peers
+      Segment mine{0, c.rank, 0, 0};
+      int32_t size = 0;
+      if (of_peers >= 0 && of_peers < c.chunks * peers) {
+        mine.source = (c.rank + 1 + of_peers % peers) % c.num_ranks;
+        mine.chunk = of_peers / peers;
+        const Chunks chunks(num_rows[mine.source], c.chunks);
+        if (mine.chunk < chunks.count) {
+          mine.row = chunks.Begin(mine.chunk);
+          size = chunks.RowsIn(mine.chunk);
+        }
+      } else if (at < count) {
+        size = num_rows[c.rank];
       }
+      int32_t up_to = size;  // inclusive sum over the lanes
+      for (int32_t distance = 1; distance < kWarp; distance *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, up_to, distance);
+        if (lane >= distance) up_to += other;
+      }
+      mine.first = before + up_to - size;
+      if (at < count) segment[at] = mine;
+      before += __shfl_sync(~0u, up_to, kWarp - 1);
     }
-    if (!own_first) Append(c.rank, 0, 0, num_rows[c.rank]);
+    rows = before;
   }
 
- private:
-  __device__ void Append(int32_t source, int32_t chunk, int32_t row, int32_t num_rows) {
-    if (num_rows == 0) return;
-    segment[count++] = {rows, source, row, chunk};
-    rows += num_rows;
+  // The segment that has row `row` of the order, from `at` on.
+  __device__ int32_t Find(int32_t row, int32_t at) const {
+    while (at + 1 < count && segment[at + 1].first <= row) ++at;
+    return at;
   }
 };
-
-// Calls body(segment, row in the message, piece) for this warp's share, in the order of `segments`.
-template <typename Body>
-__device__ void ForEachRow(const Segments& segments, int32_t pieces, const Body& body) {
-  const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
-  int32_t at = 0;
-  for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps +
-                      static_cast<int32_t>(threadIdx.x) / kWarp;
-       unit < segments.rows * pieces; unit += warps) {
-    const int32_t row = unit / pieces;
-    while (at + 1 < segments.count && segments.segment[at + 1].first <= row) ++at;
-    const Segment& segment = segments.segment[at];
-    body(segment, segment.row + row - segment.first, unit % pieces);
-  }
-}
 
 }  // namespace smfree::cuda
 

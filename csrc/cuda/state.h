@@ -17,7 +17,7 @@ namespace smfree::cuda {
 constexpr int32_t kMaxRanks = 64;   // a row's destinations are the bits of one word
 constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
 constexpr int32_t kMaxChunks = 16;  // of one message
-constexpr int32_t kTraceEntries = 512;
+constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recent ones
 
 // A chunk handed to the mover: bytes [begin, begin + bytes) of the send region for `peer`. Pinned
 // host memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
@@ -65,34 +65,30 @@ struct HostPage {  // pinned, one per rank
 };
 
 struct TraceEntry {
-  Phase phase;
-  int32_t lane_index;
   int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
 };
 
 // Device memory, one per rank, zero at the start. A rank's kernels follow one another on a stream.
 struct RankState {
   uint32_t faulted;  // this rank takes no further part: outputs are NaN, nothing is sent
-  uint32_t traced;   // trace entries ever written
   unsigned long long queue_tail;  // descriptors ever written
-  PhaseStats phases[kPhases];
-  int64_t rows_dropped;
-  TraceEntry trace[kTraceEntries];
+  unsigned long long calls[kPhases], rows[kPhases], wait_ns[kPhases];
+  unsigned long long rows_dropped;
 };
 
 // Device memory, one per rank and lane index, zero at the start.
 struct LaneScratch {
   LaneState state;
-  uint64_t epoch;  // send phases ever run, for the barrier inside Route
+  unsigned long long epoch;  // send phases ever run, for the barrier inside Route
   int64_t begin_ns;
   unsigned long long last_arrival_ns;  // of the chunk waited for last, 0 if none was
   unsigned long long copies;           // rows of the expert-grouped array that were read or written
   uint32_t blocks_done;
   uint32_t overflowed;               // this dispatch_recv's outputs are NaN
   int32_t source_rows[kMaxRanks];    // of the operation that is being received
-  int32_t source_chunks[kMaxRanks];
-  uint32_t packed[kMaxRanks][kMaxChunks];  // pieces of rows that are complete
+  uint32_t packed[kMaxRanks][kMaxChunks];  // rows that are complete
   uint32_t posted[kMaxRanks];              // chunks handed over
+  TraceEntry trace[kTracedOperations][kPhases];  // at number % kTracedOperations
 };
 
 // Handed to every kernel by value.
@@ -126,7 +122,7 @@ struct Context {
   int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
   int32_t experts, slots;  // per row of the message: top_k or 0
   int32_t chunks;          // into how many a message is cut
-  int32_t pieces;          // into how many a row is cut, each for one warp
+  int32_t pieces;          // into how many a row is cut, each for one warp; divides kWarps
   bool push;               // store to the peers, no mover
   const int32_t* position;
   const float* token;

@@ -89,6 +89,23 @@ nb::list TraceOf(const Group& group) {
   return trace;
 }
 
+nb::list WireTraceOf(const Group& group) {
+  nb::list trace;
+  for (const cuda::WireRecord& record : group.WireTrace()) {
+    nb::dict entry;
+    entry["rank"] = record.rank;
+    entry["peer"] = record.peer;
+    entry["lane"] = record.lane;
+    entry["mirrored"] = record.mirrored != 0;
+    entry["number"] = record.number;
+    entry["begin_ns"] = record.begin_ns;
+    entry["end_ns"] = record.end_ns;
+    entry["bytes"] = record.bytes;
+    trace.append(entry);
+  }
+  return trace;
+}
+
 }  // namespace
 
 nb::dict CudaTargets() {
@@ -120,7 +137,9 @@ void BindCuda(nb::module_& m) {
            })
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
-      .def("trace", &TraceOf);
+      .def("trace", &TraceOf)
+      .def("start_wire_trace", [](Group& group) { ThrowIfFailed(group.StartWireTrace()); })
+      .def("wire_trace", &WireTraceOf);
 }
 
 }  // namespace smfree

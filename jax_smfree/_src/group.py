@@ -285,16 +285,34 @@ class EpGroup:
     def trace(self) -> list[dict[str, Any]]:
         """The most recent phases on the GPUs of this process, in the order of their begin.
 
-        Each is a dict of ``rank``, ``lane``, ``mirrored`` (an operation of the backward pass),
-        ``number`` (of the operation on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns``
-        and ``end_ns`` (device time of its first and last block), ``bytes_read`` and
-        ``bytes_written`` (the fewest that it can move). Up to 512 per GPU; none on CPUs.
+        Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
+        backward pass), ``number`` (of the operation on its lane), ``phase`` (``"dispatch_send"``,
+        …), ``begin_ns`` and ``end_ns`` (device time of its first and last block), ``bytes_read``
+        and ``bytes_written`` (the fewest that it can move). The last 64 operations of each lane;
+        none on CPUs.
         """
+        return self._traces("trace")
+
+    def start_wire_trace(self) -> None:
+        """Lets the copy-engine movers note the times of their next 1024 copies per GPU."""
+        for native in self._native:
+            if isinstance(native, _CUDA_GROUP):
+                native.start_wire_trace()
+
+    def wire_trace(self) -> list[dict[str, Any]]:
+        """What the movers noted since `start_wire_trace`, on the clock of `trace`.
+
+        Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``number``,
+        ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to peer.
+        """
+        return self._traces("wire_trace")
+
+    def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
             {**entry, "replica": replica}
             for replica, native in enumerate(self._native)
             if isinstance(native, _CUDA_GROUP)
-            for entry in native.trace()
+            for entry in getattr(native, method)()
         ]
 
     def _sum(self, method: str) -> dict[str, int]:

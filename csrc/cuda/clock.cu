@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// ReadClock: *now = the device's time, on the clock of the trace.
+#include "csrc/cuda/device.cuh"
+#include "csrc/cuda/launch.h"
+
+namespace smfree::cuda {
+namespace {
+
+__global__ void ReadClock(int64_t* now) { *now = NowNs(); }
+
+}  // namespace
+
+cudaError_t LoadReadClock() { return LoadKernels({Kernel(ReadClock)}); }
+
+void LaunchReadClock(int64_t* now, cudaStream_t stream) { ReadClock<<<1, 1, 0, stream>>>(now); }
+
+}  // namespace smfree::cuda
