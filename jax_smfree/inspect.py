@@ -23,6 +23,8 @@ from jax_smfree._src import hlo, targets
 _TARGET = re.compile(r"smfree_(dispatch|combine)_(send|recv)")
 _MATMUL = re.compile(r"dot|ragged-dot|scaled-dot|convolution")
 _MATMUL_TARGET = re.compile(r"cublas|cudnn|matmul|gemm")
+# A kernel of Pallas: its own name stands before the primitive at the end of the operation's name.
+_PALLAS_MATMUL = re.compile(r"(matmul|outer_product|ragged_dot)\w*/\w+$")
 _COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter|ragged-all-to-all)")
 _FREE = frozenset(
     "after-all async-done bitcast constant get-tuple-element opt-barrier parameter partition-id "
@@ -288,6 +290,8 @@ class _Reader:
     def _matmul(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
         """The first matrix multiplication that ``instruction`` is, or runs."""
         if _MATMUL.fullmatch(instruction.opcode) or _MATMUL_TARGET.search(instruction.target):
+            return instruction
+        if "mosaic" in instruction.target and _PALLAS_MATMUL.search(instruction.op_name):
             return instruction
         for called in instruction.called:
             if called not in self._matmul_of:
