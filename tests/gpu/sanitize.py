@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two MoE layers, forward and backward, for ``compute-sanitizer python tests/gpu/sanitize.py``."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -19,21 +20,23 @@ from support import as_many, block, ep_mesh, make_problem
 def main():
     mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh, tokens=33, top_k=3, hidden=40)
-    config = smfree.EpConfig(
-        num_experts=8, top_k=3, hidden=40, max_tokens=40, dtype=jnp.float32, expert_alignment=4
-    )
-    with smfree.EpGroup.create(mesh, config=config) as group:
+    sizes = {"num_experts": 8, "top_k": 3, "hidden": 40, "max_tokens": 40, "expert_alignment": 4}
+    config = smfree.EpConfig(**sizes, dtype=jnp.float32)
+    with (
+        smfree.EpGroup.create(mesh, config=config) as pushing,
+        smfree.EpGroup.create(mesh, config=dataclasses.replace(config, sm_push_bytes=0)) as copying,
+    ):
 
         def local(x, *arrays):
-            token = group.token()
-            for _ in range(2):
-                token, x = block(smfree, token, x, *arrays)
+            for group in (pushing, copying):
+                x = block(smfree, group.token(), x, *arrays)[1]
             return x
 
         smap = jax.shard_map(local, mesh=mesh, in_specs=problem.specs, out_specs=problem.rows)
         step = jax.jit(jax.grad(lambda *arrays: jnp.sum(smap(*arrays) ** 2), (0, 2, 3)))
         gradients = step(*problem.arrays)
-        group.check()
+        pushing.check()
+        copying.check()
         assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients)
     print(f"{mesh.size} ranks on {mesh.devices.flat[0].device_kind}: done")
 

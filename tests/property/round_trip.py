@@ -136,10 +136,11 @@ class Program:
       group: the group; the caller closes it.
     """
 
-    def __init__(self, shape: Shape, platform: str | None = None) -> None:
+    def __init__(self, shape: Shape, platform: str | None = None, **config: Any) -> None:
         mesh = ep_mesh(shape.ranks, platform)
         self.shape = shape
-        self.group = smfree.EpGroup.create(mesh, config=shape.config(num_lanes=len(MODES)))
+        config["num_lanes"] = len(MODES)
+        self.group = smfree.EpGroup.create(mesh, config=shape.config(**config))
         spec = P("ep")
         smap = jax.shard_map(self._local, mesh=mesh, in_specs=spec, out_specs=spec)
         self._step = jax.jit(smap)
