@@ -85,8 +85,8 @@ class Group {
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Ends waits on the devices with an error, waits for the devices and gives all memory back.
-  // Idempotent.
+  // Lets what is under way end, for half a second; ends what waits then with an error; and gives all
+  // memory back. Idempotent.
   void Close();
   // The first fault of the group, which stays; or else an overflow since the last Check.
   Status Check();

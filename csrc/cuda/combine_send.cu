@@ -7,7 +7,8 @@
 //
 // LayOut  S1, S2  headers and slots.
 // Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum. A block takes a
-//                 tile of rows, one piece per warp, and counts the tile when it is written.
+//                 tile of rows, one piece per warp, and counts the tile when it is
+//                 written.
 //
 // Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
 #include "csrc/cuda/launch.h"
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Term terms[kWarps][kMaxTopK];
+  __shared__ Rounds rounds;
   const Begun begun = BeginSendPhase(c);
   if (begun.ok) {
     for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
@@ -63,6 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       outgoing[peer] = OutgoingTo(c, begun.number, peer, num_rows[peer]);
     }
     __syncthreads();
+    rounds.Clear();
     if (threadIdx.x < kWarp) segments.Build(c, num_rows, /*own_first=*/false);
     HandOverEmpty(c, begun.number, outgoing);
     __syncthreads();
@@ -72,8 +75,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int32_t tile_rows = kWarps / c.pieces;
     unsigned long long copies_read = 0;
     int32_t at = 0, tile_at = 0;  // segments of this warp's row and of the tile
+    uint32_t round = 0;
     for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < segments.rows;
-         tile += static_cast<int32_t>(gridDim.x) * tile_rows) {
+         tile += static_cast<int32_t>(gridDim.x) * tile_rows, ++round) {
+      rounds.Begin(round);
       const int32_t unit = tile + warp / c.pieces;
       const int32_t piece = warp % c.pieces;
       if (unit < segments.rows) {
@@ -93,9 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                          __popc(mask));
         if (piece == 0) copies_read += __popc(mask);
       }
-      __syncthreads();  // the tile is written, and the terms are read
-      if (warp != 0) continue;
-      __threadfence();
+      if (!rounds.End(round)) continue;
       tile_at = segments.Find(tile, tile_at);
       if (lane < tile_rows && tile + lane < segments.rows) {
         const Segment& segment = segments.segment[segments.Find(tile + lane, tile_at)];

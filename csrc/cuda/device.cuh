@@ -174,7 +174,7 @@ __device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, i
   if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;
   if (ok && !send) FinishRecv(scratch.state, begun.number);
-  Token{1.0f, send ? begun.number : begun.number + 1, 0, 0}.Write(c.token_out);
+  Token{1.0f, begun.number, 0, 0}.Write(c.token_out);
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
   if (!ok) return;
@@ -244,6 +244,38 @@ __device__ inline void HandOver(const Context& c, int64_t number, int32_t peer,
   entry.peer = peer;
   store_release_system(&entry.ticket, ticket + 1);  // pairs with the mover's loop
 }
+
+// A block packs one tile of rows per round, a piece per warp, and the last warp to end its piece
+// counts the tile. Warps do not wait for one another, unless one is kRounds ahead. In shared memory.
+struct Rounds {
+  static constexpr uint32_t kRounds = 4;
+  uint32_t ended[kRounds];  // pieces, ever, of the rounds that share the word
+
+  // By all threads of a block, which meet afterwards.
+  __device__ void Clear() {
+    if (threadIdx.x < kRounds) ended[threadIdx.x] = 0;
+  }
+  // Before a warp's work in `round`, by all of its lanes.
+  __device__ void Begin(uint32_t round) {
+    volatile uint32_t& word = ended[round % kRounds];
+    while (word < round / kRounds * kWarps) __nanosleep(20);
+    __syncwarp();
+  }
+  // After it, the same in all lanes: whether this was the block's last piece of the round. If so,
+  // all of them are visible at gpu scope to what this warp does next.
+  __device__ bool End(uint32_t round) {
+    __syncwarp();
+    uint32_t before = 0;
+    if (threadIdx.x % kWarp == 0) {
+      __threadfence_block();  // the piece, before the count
+      before = atomicAdd(&ended[round % kRounds], 1u);
+    }
+    before = __shfl_sync(~0u, before, 0);
+    if (before % kWarps != kWarps - 1) return false;
+    __threadfence();
+    return true;
+  }
+};
 
 // Row `row` of the message to `peer` is complete, as this thread has observed at gpu scope. Whoever
 // completes a chunk hands it over, after the chunks before it: their blocks are running, so the wait

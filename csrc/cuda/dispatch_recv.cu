@@ -46,22 +46,34 @@ __device__ void LayOutGroups(const Context& c, int64_t number, int32_t capacity,
   const int32_t local_experts = c.local_experts();
   for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
     int32_t count = 0;
+#pragma unroll 4
     for (int32_t source = 0; source < c.num_ranks; ++source) {
       const char* const header = MessageFrom(c, number, source) + kHeaderIdentityBytes;
       first[source * local_experts + e] = count;
       count += __ldcg(reinterpret_cast<const int32_t*>(header) + e);
     }
-    groups[e].end = count;
+    groups[e].dropped = count;  // for now
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int32_t start = 0;
-    for (int32_t e = 0; e < local_experts; ++e) {
-      const int32_t count = groups[e].end;
-      const int64_t aligned = AlignUp(count, c.expert_alignment);
-      const auto size = static_cast<int32_t>(min(aligned, int64_t{capacity - start}));
-      groups[e] = {start, start + size, max(0, count - size)};
-      start += size;
+  if (threadIdx.x < kWarp) {  // an exclusive sum of the aligned counts, cut at the capacity
+    const int32_t lane = static_cast<int32_t>(threadIdx.x);
+    int64_t start = 0;
+    for (int32_t base = 0; base < local_experts; base += kWarp) {
+      const int32_t e = base + lane;
+      const int32_t count = e < local_experts ? groups[e].dropped : 0;
+      const int32_t aligned =
+          (count + c.expert_alignment - 1) / c.expert_alignment * c.expert_alignment;
+      int64_t up_to = aligned;
+      for (int32_t distance = 1; distance < kWarp; distance *= 2) {
+        const int64_t other = __shfl_up_sync(~0u, up_to, distance);
+        if (lane >= distance) up_to += other;
+      }
+      if (e < local_experts) {
+        const auto begin = static_cast<int32_t>(min(start + up_to - aligned, int64_t{capacity}));
+        const auto end = static_cast<int32_t>(min(start + up_to, int64_t{capacity}));
+        groups[e] = {begin, end, max(0, count - (end - begin))};
+      }
+      start += __shfl_sync(~0u, up_to, kWarp - 1);
     }
   }
   __syncthreads();
@@ -109,9 +121,10 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
       a.recv_counts[s] = source_rows[s];
     }
   }
+  int32_t dropped = 0;
+  for (int32_t e = threadIdx.x % kWarp; e < local_experts; e += kWarp) dropped += groups[e].dropped;
+  dropped = __reduce_add_sync(~0u, dropped);
   if (thread == 0) {
-    int32_t dropped = 0;
-    for (int32_t e = 0; e < local_experts; ++e) dropped += groups[e].dropped;
     *a.num_dropped = dropped;
     atomicAdd(&c.state->rows_dropped, static_cast<unsigned long long>(dropped));
     c.scratch->overflowed = dropped > 0 && !c.drop_overflow;
@@ -182,16 +195,23 @@ struct ScatterArrays {
   float* values;  // may be null
 };
 
-// Rows [0, N) that `wanted(n)` picks = `word`, their values = `value`.
+// Rows [0, N) that `wanted(n)` picks = `word`, their values = `value`. A warp asks for 32 at once.
 template <typename Word, typename Wanted>
 __device__ void FillRows(const Context& c, const ScatterArrays& a, Word word, float value,
                          const Wanted& wanted) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   const int32_t warp = static_cast<int32_t>(blockIdx.x * kWarps + threadIdx.x / kWarp);
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
   const Words words(c.x_row_bytes, sizeof(Word), 0, 1);
-  for (int32_t n = warp; n < a.capacity; n += static_cast<int32_t>(gridDim.x) * kWarps) {
-    if (!wanted(n)) continue;
-    FillRow(words, a.x + n * c.x_row_bytes, word);
-    if (a.values && threadIdx.x % kWarp == 0) a.values[n] = value;
+  // Neighbouring rows go to different warps: what is to be filled lies together at the end.
+  for (int32_t base = 0; base < a.capacity; base += warps * kWarp) {
+    const int32_t mine = base + lane * warps + warp;
+    uint32_t rows = __ballot_sync(~0u, mine < a.capacity && wanted(mine));
+    for (; rows != 0; rows &= rows - 1) {
+      const int32_t n = base + (__ffs(static_cast<int>(rows)) - 1) * warps + warp;
+      FillRow(words, a.x + n * c.x_row_bytes, word);
+      if (a.values && lane == 0) a.values[n] = value;
+    }
   }
 }
 

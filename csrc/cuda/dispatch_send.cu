@@ -12,7 +12,8 @@
 //                  codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
 // Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A block
-//                  takes a tile of rows, one piece per warp, and counts the tile when it is written.
+//                  takes a tile of rows, one piece per warp, and counts the tile when it is
+//                  written.
 //
 // Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
 #include <algorithm>
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kMaxRouteThreads)
   // `before`: in earlier blocks. rank_rows: in all.
   for (int32_t bin = thread; bin < bins; bin += threads) {
     int32_t earlier = 0, all = 0;
+#pragma unroll 8
     for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
       const int32_t count = __ldcg(c.route_counts + int64_t{block} * bins + bin);
       all += count;
@@ -215,11 +217,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Pack(const Context c, const char* x, const int32_t* places, const int32_t* send_counts) {
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ char* targets[kWarps][kMaxTopK];
+  __shared__ Rounds rounds;
   const Begun begun = BeginSendPhase(c);
   if (begun.ok) {
     for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
       outgoing[peer] = OutgoingTo(c, begun.number, peer, send_counts[peer]);
     }
+    rounds.Clear();
     __syncthreads();
     HandOverEmpty(c, begun.number, outgoing);
 
@@ -227,8 +231,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     char** const to = targets[warp];
     const int32_t tile_rows = kWarps / c.pieces;
+    uint32_t round = 0;
     for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < c.tokens;
-         tile += static_cast<int32_t>(gridDim.x) * tile_rows) {
+         tile += static_cast<int32_t>(gridDim.x) * tile_rows, ++round) {
+      rounds.Begin(round);
       const int32_t t = tile + warp / c.pieces;
       if (t < c.tokens) {
         const int32_t place =
@@ -241,9 +247,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         CopyRow<Word>(Words(c.x_row_bytes, sizeof(Word), warp % c.pieces, c.pieces),
                       x + t * c.x_row_bytes, to, count);
       }
-      __syncthreads();  // the tile is written
-      if (warp != 0) continue;
-      __threadfence();
+      if (!rounds.End(round)) continue;
       const int32_t slots = min(tile_rows, c.tokens - tile) * c.places_per_row;
       for (int32_t slot = lane; slot < slots; slot += kWarp) {
         const int32_t place = places[int64_t{tile} * c.places_per_row + slot];

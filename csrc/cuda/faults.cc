@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdio>
 #include <string>
 
 #include "csrc/cuda/group.h"
@@ -18,6 +19,12 @@ Identity IdentityOf(const FaultRecord& fault) {
       fault.phase == Phase::kDispatchSend || fault.phase == Phase::kDispatchRecv;
   identity.operation = dispatch ? Operation::kDispatch : Operation::kCombine;
   return identity;
+}
+
+std::string Seconds(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f s", seconds);
+  return text;
 }
 
 std::string InvalidArgument(const FaultRecord& fault) {
@@ -53,7 +60,7 @@ std::string Mismatch(const FaultRecord& fault) {
 std::string What(const FaultRecord& fault, double timeout_s) {
   switch (fault.kind) {
     case FaultKind::kDeadline:
-      return "waited " + std::to_string(timeout_s) + " s for rank " + std::to_string(fault.peer) +
+      return "waited " + Seconds(timeout_s) + " for rank " + std::to_string(fault.peer) +
              ", whose last operation here is number " + std::to_string(fault.seen) + " of " +
              std::to_string(fault.expected) +
              ". Cure: see what that rank does instead; every rank must run the same program. If it "

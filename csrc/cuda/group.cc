@@ -4,7 +4,9 @@
 #include "csrc/cuda/group.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
+#include <future>
 #include <map>
 #include <string>
 #include <utility>
@@ -13,6 +15,9 @@
 
 namespace smfree::cuda {
 namespace {
+
+// How long Close lets operations under way go on.
+constexpr std::chrono::milliseconds kGrace{500};
 
 struct Registry {
   std::mutex mutex;
@@ -226,12 +231,13 @@ Status GroupState::FirstFault() const {
 }
 
 Status GroupState::TakeOverflow() {
+  Status first;
   for (const auto& rank : ranks) {
     OverflowRecord& overflow = rank->host.as<HostPage>()->overflow;
     if (__atomic_exchange_n(&overflow.ready, 0u, __ATOMIC_ACQ_REL) == 0) continue;
-    return DescribeOverflow(overflow, rank->rank);
+    if (first.ok()) first = DescribeOverflow(overflow, rank->rank);
   }
-  return {};
+  return first;
 }
 
 Group::Group(std::unique_ptr<GroupState> state) : state_(std::move(state)) {}
@@ -274,10 +280,17 @@ void Group::Close() {
     const std::unique_lock<std::shared_mutex> lock(state_->open_mutex);
     if (std::exchange(state_->closed, true)) return;
   }
-  for (const auto& rank : state_->ranks) {
-    const DeviceScope scope(rank->device);
-    (void)cudaDeviceSynchronize();  // what was launched ends, at its deadline at the latest
+  // What was launched ends by itself; but a rank may wait for one whose part never was.
+  auto idle = std::async(std::launch::async, [this] {
+    for (const auto& rank : state_->ranks) {
+      const DeviceScope scope(rank->device);
+      (void)cudaDeviceSynchronize();
+    }
+  });
+  if (idle.wait_for(kGrace) == std::future_status::timeout) {
+    state_->Fail(Status(FaultKind::kClosed, "the group was closed while a rank was waiting"));
   }
+  idle.wait();
   // All movers before any memory: they write to one another's.
   for (const auto& rank : state_->ranks) rank->mover.reset();
   for (const auto& rank : state_->ranks) {

@@ -18,7 +18,7 @@ struct Token {
   static constexpr int64_t kLimit = int64_t{1} << 48;
 
   float magic = 0;       // 1; 0: a fresh token, or a cotangent that nothing was added to
-  int64_t number = 0;    // ready: of the next operation; in flight: of this one
+  int64_t number = 0;    // in flight: the operation's; ready: CPU, the next one; GPU, the last one
   int64_t run_id = 0;    // in flight, CPU: of the program that ran the send
   int64_t instance = 0;  // in flight, CPU: HLO instance of the send
 

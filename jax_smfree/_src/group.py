@@ -227,8 +227,8 @@ class EpGroup:
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
-        """The mesh axes of more than one device, and the group's own."""
-        return tuple(a for a in self.mesh.axis_names if self.mesh.shape[a] > 1 or a == self.axis)
+        """The axes of the mesh: what a rank sends and receives varies over all of them."""
+        return tuple(self.mesh.axis_names)
 
     @property
     def token_spec(self) -> PartitionSpec:
