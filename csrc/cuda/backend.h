@@ -52,7 +52,8 @@ struct Memory {
 };
 
 // One phase of one rank as it ran: device time in ns (%globaltimer), from the begin of its first
-// block to the end of its last one, and the bytes it has to move at least.
+// block to the end of its last one, and the bytes it has to move at least. `number` counts the
+// lane's operations from 0, as errors do, and as the CPU backend does.
 struct PhaseRecord {
   int32_t rank, lane, mirrored;
   Phase phase;

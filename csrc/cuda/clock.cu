@@ -13,6 +13,9 @@ __global__ void ReadClock(int64_t* now) { *now = NowNs(); }
 
 cudaError_t LoadReadClock() { return LoadKernels({Kernel(ReadClock)}); }
 
-void LaunchReadClock(int64_t* now, cudaStream_t stream) { ReadClock<<<1, 1, 0, stream>>>(now); }
+cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream) {
+  ReadClock<<<1, 1, 0, stream>>>(now);
+  return cudaGetLastError();
+}
 
 }  // namespace smfree::cuda

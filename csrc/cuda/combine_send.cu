@@ -136,12 +136,15 @@ cudaError_t LoadCombineSend() {
   return error;
 }
 
-void LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
                        const Launch& launch) {
   LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
            launch.stream>>>(c, args);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
   PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
+  return cudaGetLastError();
 }
 
 }  // namespace smfree::cuda

@@ -351,7 +351,7 @@ cudaError_t LoadDispatchRecv(size_t place_shared_bytes) {
   return error;
 }
 
-void LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
+cudaError_t LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
                         const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
@@ -359,25 +359,31 @@ void LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& a
                           args.recv_counts};
   Place<<<launch.BlocksForItems(slots), kThreads, PlaceSharedBytes(c.num_experts, c.num_ranks),
           launch.stream>>>(c, place);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, args.rows, nullptr, nullptr, static_cast<char*>(args.x),
                               args.weights};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
   ScatterFor<false>(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(
       c, scatter);
+  return cudaGetLastError();
 }
 
-void LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
                               const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, args.rows,
                                                                      args.recv_counts);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, args.rows, static_cast<const char*>(args.y), args.w,
                               static_cast<char*>(args.x), args.values};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
   const auto kernel = args.w ? ScatterFor<true>(dtype, WordBytes(c))
                              : ScatterFor<false>(dtype, WordBytes(c));
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
+  return cudaGetLastError();
 }
 
 }  // namespace smfree::cuda

@@ -265,13 +265,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            wire_rows * c.x_row_bytes);
 }
 
-void LaunchPack(const Context& c, const void* x, const int32_t* places, const int32_t* send_counts,
+cudaError_t LaunchPack(const Context& c, const void* x, const int32_t* places, const int32_t* send_counts,
                 const Launch& launch) {
   const auto* const bytes = static_cast<const char*>(x);
   const auto pack = WordBytes(c) == 16 ? Pack<uint4> : WordBytes(c) == 4 ? Pack<uint32_t>
                                                                          : Pack<uint16_t>;
   pack<<<launch.BlocksFor(c.tokens * c.pieces), kThreads, 0, launch.stream>>>(c, bytes, places,
                                                                              send_counts);
+  return cudaGetLastError();
 }
 
 // Rows of a block and its shared memory.
@@ -300,20 +301,24 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
                       Kernel(Pack<uint32_t>), Kernel(Pack<uint16_t>)});
 }
 
-void LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch) {
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch) {
   const RouteShape shape(c.tokens, c.num_experts + c.num_ranks);
   const RouteArrays arrays{args.topk_idx, args.topk_weights, args.places, args.send_counts};
   Route<<<shape.blocks, shape.threads, shape.shared_bytes, launch.stream>>>(c, arrays,
                                                                             shape.rows_per_block);
-  LaunchPack(c, args.x, args.places, args.send_counts, launch);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return LaunchPack(c, args.x, args.places, args.send_counts, launch);
 }
 
-void LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
+cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
                               const Launch& launch) {
   const CachedArrays arrays{args.slots, args.places, args.send_counts};
   LayOut<<<launch.BlocksForItems(int64_t{c.tokens} * c.places_per_row), kThreads, 0,
            launch.stream>>>(c, arrays);
-  LaunchPack(c, args.x, args.places, args.send_counts, launch);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return LaunchPack(c, args.x, args.places, args.send_counts, launch);
 }
 
 }  // namespace smfree::cuda

@@ -11,7 +11,7 @@ namespace {
 
 Identity IdentityOf(const FaultRecord& fault) {
   Identity identity;
-  identity.number = fault.number;
+  identity.number = fault.number - 1;  // for users, the first operation of a lane is number 0
   identity.lane = fault.lane;
   identity.derivation = fault.derivation;
   identity.call_site = fault.call_site;
@@ -61,15 +61,15 @@ std::string What(const FaultRecord& fault, double timeout_s) {
   switch (fault.kind) {
     case FaultKind::kDeadline:
       return "waited " + Seconds(timeout_s) + " for rank " + std::to_string(fault.peer) +
-             ", whose last operation here is number " + std::to_string(fault.seen) + " of " +
-             std::to_string(fault.expected) +
+             (fault.seen == kNoOperation
+                  ? ", which has sent nothing here"
+                  : ", whose last message here is number " + std::to_string(fault.seen - 1)) +
              ". Cure: see what that rank does instead; every rank must run the same program. If it "
              "is only slow, raise timeout_s.";
     case FaultKind::kScheduleMismatch: return Mismatch(fault);
     case FaultKind::kTwoInFlight:
-      return "two operations in flight on one lane: number " + std::to_string(fault.expected) +
-             " was sent, and number " + std::to_string(fault.seen) +
-             " is the last that was received here. Cure: receive it first, with the token that "
+      return "number " + std::to_string(fault.expected - 1) +
+             " was sent, and not received here yet. Cure: receive it first, with the token that "
              "its send returned, or use another lane.";
     case FaultKind::kInvalidRouting:
       return "row " + std::to_string(fault.row) + " names expert " + std::to_string(fault.seen) +
@@ -90,7 +90,7 @@ Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s) {
 
 Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank) {
   Identity identity;
-  identity.number = overflow.number;
+  identity.number = overflow.number - 1;
   identity.lane = overflow.lane;
   identity.derivation = overflow.derivation;
   identity.call_site = overflow.call_site;

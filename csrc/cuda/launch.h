@@ -56,7 +56,9 @@ inline cudaError_t LoadKernels(std::initializer_list<Kernel> kernels) {
   for (const Kernel& kernel : kernels) {
     cudaFuncAttributes attributes;
     cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
-    if (error == cudaSuccess && kernel.shared_bytes > 0) {
+    // Groups share the kernels: the limit is only ever raised.
+    if (error == cudaSuccess &&
+        kernel.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
       error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(kernel.shared_bytes));
     }
@@ -74,18 +76,19 @@ cudaError_t LoadCombineSend();
 cudaError_t LoadCombineRecv();
 cudaError_t LoadReadClock();
 
-void LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch);
-void LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
+// Each returns at the first launch that fails.
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch);
+cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
                               const Launch& launch);
-void LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
+cudaError_t LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
                         const Launch& launch);
-void LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
                               const Launch& launch);
-void LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
                        const Launch& launch);
-void LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
+cudaError_t LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
                        const Launch& launch);
-void LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
+cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 
 }  // namespace smfree::cuda
 

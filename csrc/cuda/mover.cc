@@ -153,8 +153,8 @@ Status Mover::StartTrace() {
     if (!status.ok()) return status;
   }
   const cudaStream_t stream = streams_[static_cast<size_t>(wiring_.rank)];  // no peer's
-  LaunchReadClock(word.value().as<int64_t>(), stream);
-  cudaError_t error = cudaEventRecord(trace_origin_, stream);
+  cudaError_t error = LaunchReadClock(word.value().as<int64_t>(), stream);
+  if (error == cudaSuccess) error = cudaEventRecord(trace_origin_, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   if (error != cudaSuccess) return CudaStatus(error, "reading the device's clock");
   trace_origin_ns_ = *word.value().as<int64_t>();
@@ -178,7 +178,7 @@ std::vector<WireRecord> Mover::Trace() const {
     };
     const int32_t lanes = wiring_.num_lanes;
     records.push_back({wiring_.rank, timed.chunk.peer, timed.chunk.lane_index % lanes,
-                       timed.chunk.lane_index / lanes, NumberOf(timed.chunk.signal), at(begin_ms),
+                       timed.chunk.lane_index / lanes, NumberOf(timed.chunk.signal) - 1, at(begin_ms),
                        at(end_ms), timed.chunk.bytes});
   }
   return records;

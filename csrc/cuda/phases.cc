@@ -95,7 +95,12 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   return work;
 }
 
-Status End() { return CudaStatus(cudaGetLastError(), "a kernel could not be launched"); }
+// The other ranks wait for what was not launched: they are told.
+Status End(Rank& rank, cudaError_t error) {
+  const Status status = CudaStatus(error, "a kernel could not be launched");
+  if (!status.ok()) rank.group->Fail(status);
+  return status;
+}
 
 }  // namespace
 
@@ -103,24 +108,24 @@ Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t strea
   auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
-  LaunchDispatchSend(work.value().context, args, work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchDispatchSend(context, args, launch));
 }
 
 Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
                     /*has_slots=*/args.slots != nullptr, stream);
   if (!work.ok()) return work.status();
-  LaunchDispatchSendCached(work.value().context, args, work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchDispatchSendCached(context, args, launch));
 }
 
 Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
-  LaunchDispatchRecv(work.value().context, rank.group->options.dtype, args, work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchDispatchRecv(context, rank.group->options.dtype, args, launch));
 }
 
 Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream) {
@@ -129,25 +134,24 @@ Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaSt
                     /*has_slots=*/args.values != nullptr && !weighted, stream);
   if (!work.ok()) return work.status();
   if (weighted) work.value().context.pieces = 1;  // a warp sums over the whole row
-  LaunchDispatchRecvCached(work.value().context, rank.group->options.dtype, args,
-                           work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchDispatchRecvCached(context, rank.group->options.dtype, args, launch));
 }
 
 Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
                     /*has_slots=*/args.values != nullptr, stream);
   if (!work.ok()) return work.status();
-  LaunchCombineSend(work.value().context, rank.group->options.dtype, args, work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchCombineSend(context, rank.group->options.dtype, args, launch));
 }
 
 Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
                     /*has_slots=*/args.slots != nullptr, stream);
   if (!work.ok()) return work.status();
-  LaunchCombineRecv(work.value().context, rank.group->options.dtype, args, work.value().launch);
-  return End();
+  auto& [_, context, launch] = work.value();
+  return End(rank, LaunchCombineRecv(context, rank.group->options.dtype, args, launch));
 }
 
 }  // namespace smfree::cuda
