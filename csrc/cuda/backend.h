@@ -21,6 +21,7 @@
 
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
+#include "csrc/protocol/lanes.h"
 #include "csrc/protocol/status.h"
 
 namespace smfree::cuda {
@@ -55,14 +56,16 @@ struct Memory {
 // block to the end of its last one, and the bytes it has to move at least. `number` counts the
 // lane's operations from 0, as errors do, and as the CPU backend does.
 struct PhaseRecord {
-  int32_t rank, lane, mirrored;
+  int32_t rank, lane;
+  Side side;
   Phase phase;
   int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
 };
 
 // One chunk as the copy engine moved it, on the clock of PhaseRecord.
 struct WireRecord {
-  int32_t rank, peer, lane, mirrored;
+  int32_t rank, peer, lane;
+  Side side;
   int64_t number, begin_ns, end_ns, bytes;
 };
 

@@ -30,7 +30,7 @@ __device__ void FillSlots(const Context& c, const GatherArrays& a, int32_t t, fl
 }
 
 template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kSumBlocksPerSm)
     Gather(const Context c, const GatherArrays a) {
   __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       const int32_t source = place / c.tokens;
       const int32_t row = place % c.tokens;
       if (source >= c.num_ranks || row >= num_rows[source]) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place, 0});
+        Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
         here = false;
       } else {
         const Chunks chunks(num_rows[source], c.chunks);
@@ -123,8 +123,8 @@ cudaError_t LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvAr
                        const Launch& launch) {
   const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
                             args.slots};
-  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0,
-                                   launch.stream>>>(c, arrays);
+  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces, kSumBlocksPerSm), kThreads,
+                                   0, launch.stream>>>(c, arrays);
   return cudaGetLastError();
 }
 

@@ -25,7 +25,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
     for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
       const int32_t rows = a.recv_counts[peer];
       if (rows < 0 || rows > c.tokens) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows, 0});
+        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows});
       } else {
         WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rows);
       }
@@ -41,7 +41,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
     if (slot / c.top_k >= rows || rows > c.tokens) continue;
     const int32_t n = a.rows[at];
     if (n < -1 || n >= a.rows_capacity) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity, n, 0});
+      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity, n});
     } else if (c.slots) {
       char* const message = MessageTo(c, begun.number, peer) + c.layout.header_bytes;
       auto* const slots = reinterpret_cast<float*>(message + LayoutOf(c, rows).slots_offset);
@@ -51,7 +51,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
 }
 
 template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kSumBlocksPerSm)
     Pack(const Context c, const CombineSendArgs a) {
   __shared__ Segments segments;
   __shared__ Outgoing outgoing[kMaxRanks];
@@ -143,7 +143,7 @@ cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendAr
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
-  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
+  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows, kSumBlocksPerSm), kThreads, 0, launch.stream>>>(c, args);
   return cudaGetLastError();
 }
 

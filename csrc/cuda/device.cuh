@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/launch.h"
 #include "csrc/cuda/state.h"
 #include "csrc/protocol/signals.h"
 #include "csrc/protocol/token.h"
@@ -14,9 +15,7 @@
 namespace smfree::cuda {
 
 constexpr int32_t kWarp = 32;
-constexpr int32_t kThreads = 512;
 constexpr int32_t kWarps = kThreads / kWarp;
-constexpr int32_t kBlocksPerSm = 2;  // resident at once: kernels rely on it where blocks wait
 
 // ---- time and memory order -----------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ struct FaultDetail {
   int32_t row = -1;
   int64_t expected = 0;
   int64_t seen = 0;
-  uint32_t seen_call_site = 0;
+  RegionHeader header = {};  // kScheduleMismatch: of the message that was seen
 };
 
 // Records the rank's first fault and tells the host and the other ranks.
@@ -86,7 +85,10 @@ __device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
   fault.number = number;
   fault.expected = detail.expected;
   fault.seen = detail.seen;
-  fault.seen_call_site = detail.seen_call_site;
+  fault.seen_call_site = detail.header.call_site;
+  fault.seen_operation = detail.header.operation;
+  fault.seen_derivation = detail.header.derivation;
+  fault.seen_number = detail.header.number;
   fault.time_ns = NowNs();
   __threadfence_system();  // before `ready`; pairs with the host's acquire of it in Check
   fault.ready = 1;
@@ -113,10 +115,10 @@ __device__ inline Begun BeginSendPhase(const Context& c) {
   if (!token.used_once()) {
     if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {});
   } else if (position != c.rank) {
-    if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, position, 0});
+    if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, position});
   } else if (lane.sent != lane.received) {
     if (first) {
-      Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, lane.sent, lane.received, 0});
+      Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, lane.sent, lane.received});
     }
   } else {
     begun.ok = BeginSend(lane, begun.number) == FaultKind::kNone;
@@ -136,7 +138,7 @@ __device__ inline Begun BeginRecvPhase(const Context& c) {
     if (first) Report(c, FaultKind::kInvalidArgument, token.number, {});
   } else if (!MayReceive(lane, token.number)) {
     if (first) {
-      Report(c, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, lane.sent, 0});
+      Report(c, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, lane.sent});
     }
   } else {
     begun.ok = true;
@@ -349,7 +351,7 @@ __device__ inline bool WaitForChunks(const Context& c, int64_t number, int32_t s
     }
     if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
       const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
-      Report(c, FaultKind::kDeadline, number, {source, -1, number, NumberOf(seen), 0});
+      Report(c, FaultKind::kDeadline, number, {source, -1, number, NumberOf(seen)});
       return false;
     }
   }
@@ -373,8 +375,7 @@ __device__ inline bool Verify(const Context& c, int64_t number, int32_t source, 
                     (rows < 0 || header.rows == rows);
   if (!same) {
     Report(c, FaultKind::kScheduleMismatch, number,
-           {source, -1, rows < 0 ? c.tokens : rows, rows < 0 ? header.tokens : header.rows,
-            header.call_site});
+           {source, -1, rows < 0 ? c.tokens : rows, rows < 0 ? header.tokens : header.rows, header});
   }
   return same;
 }

@@ -5,10 +5,10 @@
 //   message to d, row i = x[t], CopyCodes of topk_idx[t,:], slots topk_weights[t,:]
 //   places[t,p] = d * T + i          i counts the rows to d in the order of t
 //
-// Route    S1, S2  one thread per row. A bit per (expert, row) and (rank, row) of the block in
+// Route    S1, S2  a thread per slot. A bit per (expert, row) and (rank, row) of the block in
 //                  shared memory makes every index a population count; the blocks add up their
-//                  totals across a barrier, so all of them must be resident at once: at most
-//                  kMaxRouteBlocks, one block per SM would do. Writes places, send_counts, headers,
+//                  totals across a barrier, so all of them are resident at once: they are no more
+//                  than kMaxRouteBlocks. Writes places, send_counts, headers,
 //                  codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
 // Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A block
@@ -16,8 +16,6 @@
 //                  written.
 //
 // Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
-#include <algorithm>
-
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/rows.cuh"
 
@@ -65,7 +63,7 @@ __device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
 }
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
-__global__ void __launch_bounds__(kMaxRouteThreads)
+__global__ void __launch_bounds__(kRouteThreads)
     Route(const Context c, const RouteArrays a, const int32_t rows_per_block) {
   extern __shared__ uint32_t shared[];
   const int32_t bins = c.num_experts + c.num_ranks;  // first the experts, then the ranks
@@ -75,34 +73,34 @@ __global__ void __launch_bounds__(kMaxRouteThreads)
   const int32_t local_experts = c.local_experts();
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * rows_per_block;
   const int32_t num_rows = min(rows_per_block, c.tokens - first_row);
+  const int32_t num_slots = num_rows * c.top_k;
+  const int32_t* const experts = a.topk_idx + int64_t{first_row} * c.top_k;
+  const float* const weights = a.topk_weights + int64_t{first_row} * c.top_k;
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const auto threads = static_cast<int32_t>(blockDim.x);
 
   NoteBegin(c);
   const Begun begun = BeginSendPhase(c);
-  for (int32_t i = thread; i < bins * bits.words_per_bin; i += threads) shared[i] = 0;
+  const uint64_t epoch = c.scratch->epoch + 1;
+  for (int32_t i = thread; i < bins * bits.words_per_bin; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
-  for (int32_t row = thread; row < num_rows; row += threads) {
-    const int32_t* const experts = a.topk_idx + int64_t{first_row + row} * c.top_k;
-    for (int32_t k = 0; k < c.top_k; ++k) {
-      const int32_t expert = experts[k];
-      if (expert == -1) continue;
-      if (expert < -1 || expert >= c.num_experts || bits.Set(expert, row)) {
-        if (begun.ok) {
-          Report(c, FaultKind::kInvalidRouting, begun.number,
-                 {-1, first_row + row, c.num_experts, expert, 0});
-        }
-        continue;
+  for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
+    const int32_t expert = experts[slot];
+    const int32_t row = slot / c.top_k;
+    if (expert == -1) continue;
+    if (expert < -1 || expert >= c.num_experts || bits.Set(expert, row)) {
+      if (begun.ok) {
+        Report(c, FaultKind::kInvalidRouting, begun.number,
+               {-1, first_row + row, c.num_experts, expert});
       }
-      bits.Set(c.num_experts + expert / local_experts, row);
+      continue;
     }
+    bits.Set(c.num_experts + expert / local_experts, row);
   }
   __syncthreads();
 
   int32_t* const counts = c.route_counts + int64_t{blockIdx.x} * bins;
-  for (int32_t bin = thread; bin < bins; bin += threads) counts[bin] = bits.Count(bin);
+  for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = bits.Count(bin);
   __syncthreads();
-  const uint64_t epoch = c.scratch->epoch + 1;
   if (thread == 0) {
     __threadfence();
     store_release_gpu(c.route_flags + blockIdx.x, epoch);
@@ -110,9 +108,9 @@ __global__ void __launch_bounds__(kMaxRouteThreads)
   WaitForAllBlocks(c, epoch);
 
   // `before`: in earlier blocks. rank_rows: in all.
-  for (int32_t bin = thread; bin < bins; bin += threads) {
+  for (int32_t bin = thread; bin < bins; bin += kRouteThreads) {
     int32_t earlier = 0, all = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
       const int32_t count = __ldcg(c.route_counts + int64_t{block} * bins + bin);
       all += count;
@@ -129,38 +127,37 @@ __global__ void __launch_bounds__(kMaxRouteThreads)
   }
   __syncthreads();
   if (blockIdx.x == 0 && begun.ok) {
-    for (int32_t peer = thread; peer < c.num_ranks; peer += threads) {
+    for (int32_t peer = thread; peer < c.num_ranks; peer += kRouteThreads) {
       WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rank_rows[peer]);
     }
   }
 
-  for (int32_t row = thread; row < num_rows; row += threads) {
-    const int64_t t = first_row + row;
-    const int32_t* const experts = a.topk_idx + t * c.top_k;
-    const float* const weights = a.topk_weights + t * c.top_k;
-    int32_t* const places = a.places + t * c.places_per_row;
+  // A thread per slot: its code to the rank of its expert, -1 to the row's other ranks.
+  for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
+    const int32_t row = slot / c.top_k;
+    const int32_t k = slot % c.top_k;
+    const int32_t expert = experts[slot];
+    const float weight = weights[slot];
+    const bool valid = expert >= 0 && expert < c.num_experts;
+    const int32_t home = valid ? expert / local_experts : -1;
+    const int32_t code = valid ? c.code.Encode(expert % local_experts,
+                                               before[expert] + bits.CountBelow(expert, row))
+                               : -1;
+    int32_t* const places = a.places + int64_t{first_row + row} * c.places_per_row;
     int32_t num_places = 0;
     for (int32_t peer = 0; peer < c.num_ranks; ++peer) {
       const int32_t bin = c.num_experts + peer;
       if (!(bits.of(bin)[row / 32] >> (row % 32) & 1)) continue;
       const int32_t i = before[bin] + bits.CountBelow(bin, row);
-      places[num_places++] = peer * c.tokens + i;
+      if (k == 0) places[num_places++] = peer * c.tokens + i;
       if (!begun.ok) continue;
       char* const message = MessageTo(c, begun.number, peer) + c.layout.header_bytes;
       const MessageLayout layout = LayoutOf(c, rank_rows[peer]);
-      auto* const codes = reinterpret_cast<int32_t*>(message + layout.experts_offset);
-      auto* const slots = reinterpret_cast<float*>(message + layout.slots_offset);
-      for (int32_t k = 0; k < c.top_k; ++k) {
-        const int32_t expert = experts[k];
-        const bool here = expert >= 0 && expert < c.num_experts && expert / local_experts == peer;
-        codes[int64_t{i} * c.top_k + k] =
-            here ? c.code.Encode(expert % local_experts,
-                                 before[expert] + bits.CountBelow(expert, row))
-                 : -1;
-        slots[int64_t{i} * c.top_k + k] = weights[k];
-      }
+      const int64_t at = int64_t{i} * c.top_k + k;
+      reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = peer == home ? code : -1;
+      reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
     }
-    while (num_places < c.places_per_row) places[num_places++] = -1;
+    while (k == 0 && num_places < c.places_per_row) places[num_places++] = -1;
   }
 }
 
@@ -187,7 +184,7 @@ __global__ void LayOut(const Context c, const CachedArrays a) {
     for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
       const int32_t rows = a.send_counts[peer];
       if (rows < 0 || rows > c.tokens) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows, 0});
+        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows});
       } else {
         WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rows);
       }
@@ -197,7 +194,7 @@ __global__ void LayOut(const Context c, const CachedArrays a) {
     const int32_t place = a.places[at];
     if (place < 0) continue;
     if (IsBroken(c, place, a.send_counts)) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.tokens, place, 0});
+      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.tokens, place});
       continue;
     }
     if (!c.slots) continue;
@@ -231,14 +228,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     char** const to = targets[warp];
     const int32_t tile_rows = kWarps / c.pieces;
+    const auto place_of = [&](int32_t tile) {
+      const int32_t t = tile + warp / c.pieces;
+      return t < c.tokens && lane < c.places_per_row
+                 ? places[int64_t{t} * c.places_per_row + lane]
+                 : -1;
+    };
+    int32_t next = place_of(static_cast<int32_t>(blockIdx.x) * tile_rows);
     uint32_t round = 0;
     for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < c.tokens;
          tile += static_cast<int32_t>(gridDim.x) * tile_rows, ++round) {
       rounds.Begin(round);
       const int32_t t = tile + warp / c.pieces;
+      const int32_t place = next;
+      next = place_of(tile + static_cast<int32_t>(gridDim.x) * tile_rows);  // far away: early
       if (t < c.tokens) {
-        const int32_t place =
-            lane < c.places_per_row ? places[int64_t{t} * c.places_per_row + lane] : -1;
         if (place >= 0) {
           to[lane] = outgoing[place / c.tokens].rows + place % c.tokens * c.layout.row_bytes;
         }
@@ -277,14 +281,13 @@ cudaError_t LaunchPack(const Context& c, const void* x, const int32_t* places, c
 
 // Rows of a block and its shared memory.
 struct RouteShape {
-  int32_t rows_per_block, blocks, threads;
+  int32_t rows_per_block, blocks;
   size_t shared_bytes;
 
   RouteShape(int64_t tokens, int32_t bins) {
     rows_per_block = kRouteRows;
     while (tokens > int64_t{rows_per_block} * kMaxRouteBlocks) rows_per_block *= 2;
     blocks = static_cast<int32_t>((tokens + rows_per_block - 1) / rows_per_block);
-    threads = std::min(rows_per_block, kMaxRouteThreads);
     shared_bytes = sizeof(int32_t) * static_cast<size_t>(bins) *
                    static_cast<size_t>(rows_per_block / 32 + 2);
   }
@@ -304,7 +307,7 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
 cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch) {
   const RouteShape shape(c.tokens, c.num_experts + c.num_ranks);
   const RouteArrays arrays{args.topk_idx, args.topk_weights, args.places, args.send_counts};
-  Route<<<shape.blocks, shape.threads, shape.shared_bytes, launch.stream>>>(c, arrays,
+  Route<<<shape.blocks, kRouteThreads, shape.shared_bytes, launch.stream>>>(c, arrays,
                                                                             shape.rows_per_block);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

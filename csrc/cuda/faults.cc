@@ -44,17 +44,21 @@ std::string InvalidArgument(const FaultRecord& fault) {
 }
 
 std::string Mismatch(const FaultRecord& fault) {
-  Identity seen = IdentityOf(fault);
+  const Identity expected = IdentityOf(fault);
+  Identity seen = expected;
   seen.call_site = fault.seen_call_site;
+  seen.operation = fault.seen_operation;
+  seen.derivation = fault.seen_derivation;
+  seen.number = fault.seen_number - 1;
   const std::string peer = "rank " + std::to_string(fault.peer);
-  if (fault.seen_call_site != fault.call_site) {
-    return peer + " sent " + DescribeOperation(seen) +
-           " instead. Cure: run the same program on all ranks.";
+  if (!SameOperation(expected, seen) || expected.derivation != seen.derivation) {
+    return "expected " + DescribeOperation(expected) + " from " + peer + ", got " +
+           DescribeOperation(seen) + ". Cure: run the same program on all ranks.";
   }
-  return peer + " sent the operation with " + std::to_string(fault.seen) + " rows, expected " +
-         std::to_string(fault.expected) +
-         ", or in another direction of differentiation. Cure: run the same program with the same "
-         "shapes on all ranks.";
+  return "expected " + std::to_string(fault.expected) + " rows from " + peer + ", got " +
+         std::to_string(fault.seen) +
+         ", or slots where there should be none. Cure: run the same program with the same shapes "
+         "on all ranks.";
 }
 
 std::string What(const FaultRecord& fault, double timeout_s) {

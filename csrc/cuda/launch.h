@@ -18,30 +18,37 @@ namespace smfree::cuda {
 
 constexpr int32_t kRouteRows = 256;       // of a block of dispatch_send's Route, at least
 constexpr int32_t kMaxRouteBlocks = 32;   // resident on any GPU; else more rows per block
-constexpr int32_t kMaxRouteThreads = 1024;
+constexpr int32_t kRouteThreads = 1024;
+
+constexpr int32_t kThreads = 512;  // of a block, but for Route
+// Resident at once, which kernels rely on where blocks wait for one another.
+constexpr int32_t kBlocksPerSm = 2;
+constexpr int32_t kSumBlocksPerSm = 1;
 
 struct Launch {
   cudaStream_t stream;
-  int32_t max_blocks;  // that are resident at once
+  int32_t num_sms;
 
-  // For a kernel with a warp per item and kThreads = 512 threads.
-  int32_t BlocksFor(int64_t warps) const { return Blocks(warps, 16); }
+  // For a kernel with a warp per item.
+  int32_t BlocksFor(int64_t warps, int32_t blocks_per_sm = kBlocksPerSm) const {
+    return Blocks(warps, kThreads / 32, blocks_per_sm);
+  }
   // With a thread per item.
-  int32_t BlocksForItems(int64_t items) const { return Blocks(items, 512); }
+  int32_t BlocksForItems(int64_t items) const { return Blocks(items, kThreads, kBlocksPerSm); }
 
  private:
-  int32_t Blocks(int64_t items, int64_t per_block) const {
-    return static_cast<int32_t>(
-        std::clamp<int64_t>((items + per_block - 1) / per_block, 1, max_blocks));
+  int32_t Blocks(int64_t items, int64_t per_block, int32_t blocks_per_sm) const {
+    return static_cast<int32_t>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1,
+                                                    int64_t{num_sms} * blocks_per_sm));
   }
 };
-
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
 // The word in which rows are read and written: 16 bytes, or one element.
 inline int32_t WordBytes(const Context& c) {
   return c.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(c.x_row_bytes / c.hidden);
 }
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
 // A kernel has to be on the device before its first launch: loading it then could wait for the
 // whole device, and with it for a recv that waits for a peer.

@@ -178,7 +178,7 @@ std::vector<WireRecord> Mover::Trace() const {
     };
     const int32_t lanes = wiring_.num_lanes;
     records.push_back({wiring_.rank, timed.chunk.peer, timed.chunk.lane_index % lanes,
-                       timed.chunk.lane_index / lanes, NumberOf(timed.chunk.signal) - 1, at(begin_ms),
+                       static_cast<Side>(timed.chunk.lane_index / lanes), NumberOf(timed.chunk.signal) - 1, at(begin_ms),
                        at(end_ms), timed.chunk.bytes});
   }
   return records;

@@ -16,7 +16,7 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 // A block takes a tile of rows, one piece of a row per warp. Fewer and longer pieces are better as
 // long as there are so many tiles per block that no block is late at the end.
 constexpr int64_t kTilesPerBlock = 3;
-constexpr int32_t kBlockWarps = 16;
+constexpr int32_t kBlockWarps = kThreads / 32;
 
 // A phase under way. Holds the group open until its kernels are launched.
 struct Launching {
@@ -51,8 +51,8 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
                     " cannot go on, the group has failed before: " + fault.message());
     }
   }
-  const bool mirrored = IsMirrored(call.derivation);
-  if (mirrored && !options.differentiable) {
+  const Side side = SideOf(call.derivation);
+  if (side != Side::kForward && !options.differentiable) {
     return refuse(FaultKind::kInvalidArgument,
                   ": the group has no buffers for the backward pass. Cure: "
                   "EpConfig(differentiable=True).");
@@ -68,7 +68,7 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   }
 
   Context& c = work.context;
-  c = rank.ContextFor(LaneIndex(call.lane, mirrored, options.num_lanes));
+  c = rank.ContextFor(LaneIndex(call.lane, side, options.num_lanes));
   c.phase = phase;
   c.operation = operation;
   c.lane = call.lane;
@@ -84,13 +84,13 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
                           (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, kMaxChunks));
   c.pieces = 1;
   while (c.pieces < kBlockWarps && c.x_row_bytes >= int64_t{512} * 2 * c.pieces &&
-         call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * 2) {
+         call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {
     c.pieces *= 2;
   }
   c.position = call.position;
   c.token = call.token;
   c.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms * 2};
+  work.launch = {stream, rank.num_sms};
   if (rank.mover) rank.mover->Wake();
   return work;
 }

@@ -19,8 +19,10 @@
 namespace smfree::cuda {
 
 constexpr int32_t kUnroll = 4;     // words in flight per lane
-constexpr int32_t kSumUnroll = 2;  // the same where each word has float32 sums as well,
-constexpr int32_t kTermsAtOnce = 2;  // of so many terms
+// The same where words are summed, of so many terms at once. That takes the registers of half the
+// warps, and is faster all the same: one block per SM.
+constexpr int32_t kSumUnroll = 2;
+constexpr int32_t kTermsAtOnce = 4;
 
 __device__ inline float ToFloat(float v) { return v; }
 __device__ inline float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -44,7 +44,10 @@ struct FaultRecord {
   int64_t number;
   int64_t expected;
   int64_t seen;
-  uint32_t seen_call_site;
+  uint32_t seen_call_site;  // kScheduleMismatch: of what the peer sent
+  Operation seen_operation;
+  int32_t seen_derivation;
+  int64_t seen_number;
   int64_t time_ns;
 };
 

@@ -25,24 +25,31 @@ SMFREE_HD constexpr int32_t ParityOf(int64_t number) {
   return static_cast<int32_t>(number % kParities);
 }
 
-// The buffers of `lane` (0 ≤ lane < num_lanes) are at this index. The operations of the backward
-// pass run on its mirrored lane, because rematerialised forward operations may interleave with
-// them.
-SMFREE_HD constexpr int32_t LaneIndex(int32_t lane, bool mirrored, int32_t num_lanes) {
-  return mirrored ? num_lanes + lane : lane;
+// Each lane has three sides with buffers of their own, because XLA may interleave their operations:
+// those of the program as written; those that carry gradients, or tangents, which are in flight
+// together with their primals; and those of a rematerialised forward pass, which may begin before
+// the forward pass has ended.
+enum class Side : int32_t { kForward = 0, kMirrored = 1, kReplay = 2 };
+constexpr int32_t kSides = 3;
+
+// A tangent changes the side, a transpose takes the place of what it is made from.
+SMFREE_HD constexpr Side SideOf(int32_t derivation) {
+  bool mirrored = false, replay = false;
+  for (; derivation > 0; derivation /= 4) {
+    mirrored ^= derivation % 4 == 1;
+    replay |= derivation % 4 == 3;
+  }
+  return mirrored ? Side::kMirrored : replay ? Side::kReplay : Side::kForward;
 }
 
-// A tangent is in flight together with its primal, so each tangent changes the side; a transpose
-// and a replay take the place of what they are made from.
-SMFREE_HD constexpr bool IsMirrored(int32_t derivation) {
-  bool mirrored = false;
-  for (; derivation > 0; derivation /= 4) mirrored ^= derivation % 4 == 1;
-  return mirrored;
+// The buffers of `lane` (0 ≤ lane < num_lanes) are at this index.
+SMFREE_HD constexpr int32_t LaneIndex(int32_t lane, Side side, int32_t num_lanes) {
+  return static_cast<int32_t>(side) * num_lanes + lane;
 }
 
-// Lanes that have buffers: a differentiable group has each lane twice.
+// Lanes that have buffers: without differentiation there is one side only.
 SMFREE_HD constexpr int32_t LaneCount(int32_t num_lanes, bool differentiable) {
-  return differentiable ? 2 * num_lanes : num_lanes;
+  return differentiable ? kSides * num_lanes : num_lanes;
 }
 
 // One per rank and lane, all zero at the start. Only the rank's own send and recv phases touch it,

@@ -95,7 +95,7 @@ struct LayoutConfig {
   int32_t itemsize;      // bytes per element of a row
   int64_t hidden;        // elements of a row
   int64_t max_tokens;    // rows that a rank sends at most in one operation
-  bool differentiable;   // has mirrored lanes
+  bool differentiable;   // lanes have all three sides
   bool hierarchical;
 };
 

@@ -77,7 +77,8 @@ nb::list TraceOf(const Group& group) {
     nb::dict entry;
     entry["rank"] = record.rank;
     entry["lane"] = record.lane;
-    entry["mirrored"] = record.mirrored != 0;
+    entry["mirrored"] = record.side == Side::kMirrored;
+    entry["replay"] = record.side == Side::kReplay;
     entry["number"] = record.number;
     entry["phase"] = cuda::Name(record.phase);
     entry["begin_ns"] = record.begin_ns;
@@ -96,7 +97,8 @@ nb::list WireTraceOf(const Group& group) {
     entry["rank"] = record.rank;
     entry["peer"] = record.peer;
     entry["lane"] = record.lane;
-    entry["mirrored"] = record.mirrored != 0;
+    entry["mirrored"] = record.side == Side::kMirrored;
+    entry["replay"] = record.side == Side::kReplay;
     entry["number"] = record.number;
     entry["begin_ns"] = record.begin_ns;
     entry["end_ns"] = record.end_ns;

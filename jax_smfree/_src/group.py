@@ -286,10 +286,10 @@ class EpGroup:
         """The most recent phases on the GPUs of this process, in the order of their begin.
 
         Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
-        backward pass), ``number`` (of the operation on its lane), ``phase`` (``"dispatch_send"``,
-        …), ``begin_ns`` and ``end_ns`` (device time of its first and last block), ``bytes_read``
-        and ``bytes_written`` (the fewest that it can move). The last 64 operations of each lane;
-        none on CPUs.
+        backward pass), ``replay`` (of a rematerialised forward pass), ``number`` (of the operation
+        on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns`` and ``end_ns`` (device time
+        of its first and last block), ``bytes_read`` and ``bytes_written`` (the fewest that it can
+        move). The last 64 operations of each lane; none on CPUs.
         """
         return self._traces("trace")
 
@@ -302,8 +302,8 @@ class EpGroup:
     def wire_trace(self) -> list[dict[str, Any]]:
         """What the movers noted since `start_wire_trace`, on the clock of `trace`.
 
-        Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``number``,
-        ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to peer.
+        Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``replay``,
+        ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to peer.
         """
         return self._traces("wire_trace")
 

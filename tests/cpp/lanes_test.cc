@@ -15,13 +15,24 @@ TEST(ParityAlternates) {
   CHECK_EQ(ParityOf((int64_t{1} << 55) - 1), 1);
 }
 
+// Base-4 digits of a derivation: 1 tangent, 2 transpose, 3 replay.
+TEST(OperationsThatInterleaveHaveSidesOfTheirOwn) {
+  CHECK(SideOf(0) == Side::kForward);
+  CHECK(SideOf(1) == Side::kMirrored);                 // in flight together with its primal
+  CHECK(SideOf(1 * 4 + 2) == Side::kMirrored);         // the backward pass
+  CHECK(SideOf(3) == Side::kReplay);                   // may begin before the forward pass ends
+  CHECK(SideOf((1 * 4 + 2) * 4 + 1) == Side::kForward);  // the tangent of a gradient
+}
+
 TEST(LaneIndicesAreDenseAndDistinct) {
   for (int32_t num_lanes : {1, 2, 5}) {
     for (bool differentiable : {false, true}) {
       std::set<int32_t> seen;
       for (int32_t lane = 0; lane < num_lanes; ++lane) {
-        seen.insert(LaneIndex(lane, false, num_lanes));
-        if (differentiable) seen.insert(LaneIndex(lane, true, num_lanes));
+        seen.insert(LaneIndex(lane, Side::kForward, num_lanes));
+        if (!differentiable) continue;
+        seen.insert(LaneIndex(lane, Side::kMirrored, num_lanes));
+        seen.insert(LaneIndex(lane, Side::kReplay, num_lanes));
       }
       CHECK_EQ(static_cast<int32_t>(seen.size()), LaneCount(num_lanes, differentiable));
       CHECK_EQ(*seen.begin(), 0);

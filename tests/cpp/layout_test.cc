@@ -139,9 +139,9 @@ TEST(BytesOfFourRanks) {
 
   LayoutConfig config = FourRanks();
   config.differentiable = true;
-  CHECK_EQ(Layout::Make(config).TotalBytes(), 2 * layout.TotalBytes());
+  CHECK_EQ(Layout::Make(config).TotalBytes(), kSides * layout.TotalBytes());
   config.num_lanes = 3;
-  CHECK_EQ(Layout::Make(config).TotalBytes(), 6 * layout.TotalBytes());
+  CHECK_EQ(Layout::Make(config).TotalBytes(), 3 * kSides * layout.TotalBytes());
 }
 
 TEST(SizeHintsByLink) {

@@ -32,7 +32,7 @@ __global__ void OneOperation(Layout layout, LaneState* lane, char* memory, char*
   *fault = BeginSend(*lane, number);
   if (*fault != FaultKind::kNone) return;
 
-  const int32_t index = LaneIndex(0, false, 1);
+  const int32_t index = LaneIndex(0, Side::kForward, 1);
   const MessageLayout message = layout.Message(rows, true, true);
   char* send = memory + layout.SendRegionOffset(kWire, index, number, peer) + layout.header_bytes;
   send[message.rows_offset] = 1;

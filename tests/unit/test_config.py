@@ -57,7 +57,7 @@ def test_size_hints_count_the_rows():
     """The seed's formula, max_tokens * hidden * itemsize * peers * 2, per lane and parity."""
     config = smfree.EpConfig(**(GOOD | {"num_experts": 16}), num_lanes=3, ranks_per_node=4)
     rows_bytes = 8 * 16 * 2 * 2
-    sets = 3 * 2 * 2  # lanes, forward and backward, parities
+    sets = 3 * 3 * 2  # lanes; forward, backward and replayed operations; parities
     rdma, nvl = smfree.rdma_size_hint(config, 16), smfree.nvl_size_hint(config, 16)
     assert rdma > sets * rows_bytes * 4
     assert nvl > sets * rows_bytes * 4
