@@ -30,7 +30,7 @@ __device__ void FillSlots(const Context& c, const GatherArrays& a, int32_t t, fl
 }
 
 template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kSumBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Gather(const Context c, const GatherArrays a) {
   __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
@@ -123,8 +123,8 @@ cudaError_t LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvAr
                        const Launch& launch) {
   const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
                             args.slots};
-  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces, kSumBlocksPerSm), kThreads,
-                                   0, launch.stream>>>(c, arrays);
+  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0,
+                                   launch.stream>>>(c, arrays);
   return cudaGetLastError();
 }
 

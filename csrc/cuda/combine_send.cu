@@ -51,7 +51,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
 }
 
 template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kSumBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Pack(const Context c, const CombineSendArgs a) {
   __shared__ Segments segments;
   __shared__ Outgoing outgoing[kMaxRanks];
@@ -143,7 +143,7 @@ cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendAr
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
-  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows, kSumBlocksPerSm), kThreads, 0, launch.stream>>>(c, args);
+  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
   return cudaGetLastError();
 }
 

@@ -23,23 +23,20 @@ constexpr int32_t kRouteThreads = 1024;
 constexpr int32_t kThreads = 512;  // of a block, but for Route
 // Resident at once, which kernels rely on where blocks wait for one another.
 constexpr int32_t kBlocksPerSm = 2;
-constexpr int32_t kSumBlocksPerSm = 1;
 
 struct Launch {
   cudaStream_t stream;
   int32_t num_sms;
 
   // For a kernel with a warp per item.
-  int32_t BlocksFor(int64_t warps, int32_t blocks_per_sm = kBlocksPerSm) const {
-    return Blocks(warps, kThreads / 32, blocks_per_sm);
-  }
+  int32_t BlocksFor(int64_t warps) const { return Blocks(warps, kThreads / 32); }
   // With a thread per item.
-  int32_t BlocksForItems(int64_t items) const { return Blocks(items, kThreads, kBlocksPerSm); }
+  int32_t BlocksForItems(int64_t items) const { return Blocks(items, kThreads); }
 
  private:
-  int32_t Blocks(int64_t items, int64_t per_block, int32_t blocks_per_sm) const {
+  int32_t Blocks(int64_t items, int64_t per_block) const {
     return static_cast<int32_t>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1,
-                                                    int64_t{num_sms} * blocks_per_sm));
+                                                    int64_t{num_sms} * kBlocksPerSm));
   }
 };
 

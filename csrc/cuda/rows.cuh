@@ -19,9 +19,8 @@
 namespace smfree::cuda {
 
 constexpr int32_t kUnroll = 4;     // words in flight per lane
-// The same where words are summed, of so many terms at once. That takes the registers of half the
-// warps, and is faster all the same: one block per SM.
-constexpr int32_t kSumUnroll = 2;
+// The same where words are summed, of so many terms at once: float32 sums take the registers.
+constexpr int32_t kSumUnroll = 1;
 constexpr int32_t kTermsAtOnce = 4;
 
 __device__ inline float ToFloat(float v) { return v; }
