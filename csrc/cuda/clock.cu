@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // ReadClock: *now = the device's time, on the clock of the trace.
-#include "csrc/cuda/device.cuh"
 #include "csrc/cuda/launch.h"
+#include "csrc/cuda/phase.cuh"
 
 namespace smfree::cuda {
 namespace {

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/device.cuh"
+#include "csrc/cuda/messages.cuh"
 
 namespace smfree::cuda {
 

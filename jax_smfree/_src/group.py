@@ -6,28 +6,19 @@ from __future__ import annotations
 import atexit
 import collections
 import hashlib
-import json
 import weakref
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree import _native
-from jax_smfree._src import bootstrap, checks, compat, targets
+from jax_smfree._src import backends, checks, compat, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
-# The default of EpConfig.sm_push_bytes: see docs/performance.md.
-SM_PUSH_BYTES = 2 << 20
-
-_CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
-
 _created: collections.Counter[str] = collections.Counter()
-_met: collections.Counter[str] = collections.Counter()
 _open: weakref.WeakSet[EpGroup] = weakref.WeakSet()
 
 
@@ -48,7 +39,7 @@ class EpGroup:
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self._native: list[_native.CpuGroup | _native.CudaGroup] = []
+        self._native: list[backends.NativeGroup] = []
         self._final_stats: dict[str, int] = {}
         self._closed = False
 
@@ -109,121 +100,14 @@ class EpGroup:
         if compat.is_compile_only(device):
             return group
         try:
-            if platform == "cpu":
-                group._connect(fingerprint)
-            else:
-                group._allocate()
+            make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
+            for native in make(group.group_id, mesh, axis, config, fingerprint):
+                group._native.append(native)
         except BaseException:
             group.close()
             raise
         _open.add(group)
         return group
-
-    def _replicas(self) -> list[list[jax.Device]]:
-        """The devices of each group along the axis, by the coordinates of the other axes."""
-        axis = self.mesh.axis_names.index(self.axis)
-        replicas = np.moveaxis(self.mesh.devices, axis, -1).reshape(-1, self.num_ranks)
-        return [list(devices) for devices in replicas]
-
-    def _sizes(self) -> dict[str, Any]:
-        """The part of the config that every backend is told."""
-        config = self.config
-        return {
-            "num_experts": config.num_experts,
-            "top_k": config.top_k,
-            "hidden": config.hidden,
-            "max_tokens": config.max_tokens,
-            "dtype": config.dtype.name,
-            "recv_capacity": config.recv_capacity or 0,
-            "expert_alignment": config.expert_alignment,
-            "num_lanes": config.num_lanes,
-            "drop_overflow": config.overflow == "drop",
-            "timeout_s": config.timeout_s,
-        }
-
-    def _allocate(self) -> None:
-        """Creates the native group of every replica on the GPUs of this process."""
-        if not _native.has_cuda:
-            raise SmfreeError(
-                "EpGroup.create: got a mesh of GPUs, and this installation of jax_smfree was built "
-                "without CUDA. Install it where nvcc is on PATH: pip install --no-binary "
-                "jax_smfree jax_smfree; or run with JAX_PLATFORMS=cpu."
-            )
-        processes = {device.process_index for device in self.mesh.devices.flat}
-        if processes != {jax.process_index()}:
-            raise SmfreeError(
-                f"EpGroup.create: got a mesh of GPUs of processes {sorted(processes)}, expected "
-                "those of one process: this build connects the GPUs of a process. Start one "
-                "process for all GPUs of the host."
-            )
-        push = self.config.sm_push_bytes
-        for devices in self._replicas():
-            try:
-                native = _native.CudaGroup(
-                    group_id=self.group_id,
-                    devices=[device.local_hardware_id for device in devices],
-                    differentiable=self.config.differentiable,
-                    sm_push_bytes=SM_PUSH_BYTES if push is None else push,
-                    **self._sizes(),
-                )
-            except RuntimeError as error:
-                raise SmfreeError(f"EpGroup.create: {error}") from error
-            self._native.append(native)
-
-    def _connect(self, fingerprint: str) -> None:
-        """Creates the native group of every replica that has ranks in this process."""
-        me = jax.process_index()
-        for replica, devices in enumerate(self._replicas()):
-            process_of_rank = [d.process_index for d in devices]
-            if me not in process_of_rank:
-                continue
-            processes = sorted(set(process_of_rank))
-            # The n-th group of these devices meets here, whatever its config, to compare configs.
-            place = f"jax_smfree/{[d.id for d in devices]}"
-            key = f"{place}/{_met[place]}"
-            _met[place] += 1
-            secret = ""
-            if len(processes) > 1:
-                secret = self._introduce(key, fingerprint, processes, me)
-            native = _native.CpuGroup(
-                group_id=self.group_id,
-                replica=replica,
-                process_of_rank=[processes.index(p) for p in process_of_rank],
-                process=processes.index(me),
-                secret=secret,
-                **self._sizes(),
-            )
-            self._native.append(native)
-            if len(processes) > 1:
-                timeout_s = self.config.timeout_s
-                native.connect(
-                    bootstrap.exchange(f"{key}/address", native.address(), processes, me, timeout_s)
-                )
-
-    def _introduce(self, key: str, fingerprint: str, processes: list[int], me: int) -> str:
-        """Compares notes with the other processes and returns the secret of the first one."""
-        mine = {
-            "host": bootstrap.host_name(),
-            "fingerprint": fingerprint,
-            "secret": bootstrap.new_secret(),
-        }
-        timeout_s = self.config.timeout_s
-        texts = bootstrap.exchange(f"{key}/hello", json.dumps(mine), processes, me, timeout_s)
-        for process, theirs in zip(processes, map(json.loads, texts), strict=True):
-            if theirs["fingerprint"] != fingerprint:
-                raise SmfreeError(
-                    f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
-                    f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
-                    "config."
-                )
-            if theirs["host"] != mine["host"]:
-                raise SmfreeError(
-                    f"EpGroup.create: process {process} runs on host {theirs['host']!r}, process "
-                    f"{me} on {mine['host']!r}, expected one host: the CPU backend connects "
-                    "processes through shared memory."
-                )
-        secret: str = json.loads(texts[0])["secret"]
-        return secret
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -296,14 +180,15 @@ class EpGroup:
     def start_wire_trace(self) -> None:
         """Lets the copy-engine movers note the times of their next 1024 copies per GPU."""
         for native in self._native:
-            if isinstance(native, _CUDA_GROUP):
+            if isinstance(native, backends.CUDA_GROUP):
                 native.start_wire_trace()
 
     def wire_trace(self) -> list[dict[str, Any]]:
         """What the movers noted since `start_wire_trace`, on the clock of `trace`.
 
         Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``replay``,
-        ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to peer.
+        ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to
+        peer.
         """
         return self._traces("wire_trace")
 
@@ -311,7 +196,7 @@ class EpGroup:
         return [
             {**entry, "replica": replica}
             for replica, native in enumerate(self._native)
-            if isinstance(native, _CUDA_GROUP)
+            if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from jax_smfree import _native
+
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
 
@@ -45,7 +47,8 @@ def chaos(
       stall_ms: ... for this long.
 
     Raises:
-      ValueError: for a negative time, a probability outside of [0, 1], or a closed group.
+      ValueError: for a negative time, a probability outside of [0, 1], a closed group, or one of
+        GPUs: their copies move as they move.
 
     Example::
 
@@ -63,7 +66,11 @@ def chaos(
     if group.closed:
         raise ValueError("chaos: the EpGroup is closed. Enter the block while it is open.")
 
-    for replica, native in enumerate(group._native):
+    natives = [native for native in group._native if isinstance(native, _native.CpuGroup)]
+    if len(natives) < len(group._native):
+        raise ValueError("chaos: got an EpGroup of GPUs, expected one of CPU devices.")
+
+    for replica, native in enumerate(natives):
         native.set_chaos(
             seed=seed + replica,
             max_delay_us=max_delay_us,
@@ -74,7 +81,7 @@ def chaos(
     try:
         yield
     finally:
-        for native in group._native:
+        for native in natives:
             native.set_chaos(
                 seed=0, max_delay_us=0, reorder=False, stall_probability=0.0, stall_ms=0
             )

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "csrc/protocol/describe.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/cpu_ranks.h"
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
+
+Both functions are generators, so that what was made is known, and can be closed, when one fails.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_smfree import _native
+from jax_smfree._src import bootstrap
+from jax_smfree._src.config import EpConfig
+from jax_smfree._src.errors import SmfreeError
+
+NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
+# For isinstance; an empty tuple where there is none.
+CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
+
+# The default of EpConfig.sm_push_bytes: see docs/performance.md.
+SM_PUSH_BYTES = 2 << 20
+
+_met: collections.Counter[str] = collections.Counter()
+
+
+def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
+    """The devices of each group along ``axis``, by the coordinates of the other axes."""
+    position = mesh.axis_names.index(axis)
+    return [
+        list(devices)
+        for devices in np.moveaxis(mesh.devices, position, -1).reshape(-1, mesh.shape[axis])
+    ]
+
+
+def _sizes(config: EpConfig) -> dict[str, Any]:
+    """The part of the config that every backend is told."""
+    return {
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "hidden": config.hidden,
+        "max_tokens": config.max_tokens,
+        "dtype": config.dtype.name,
+        "recv_capacity": config.recv_capacity or 0,
+        "expert_alignment": config.expert_alignment,
+        "num_lanes": config.num_lanes,
+        "drop_overflow": config.overflow == "drop",
+        "timeout_s": config.timeout_s,
+    }
+
+
+def cuda_groups(
+    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> Iterator[NativeGroup]:
+    """On the GPUs of this process, all of the mesh."""
+    if not _native.has_cuda:
+        raise SmfreeError(
+            "EpGroup.create: got a mesh of GPUs, and this installation of jax_smfree was built "
+            "without CUDA. Install it from its sources where nvcc is on PATH; or run with "
+            "JAX_PLATFORMS=cpu."
+        )
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    if processes != [jax.process_index()]:
+        raise SmfreeError(
+            f"EpGroup.create: got a mesh of GPUs of processes {processes}, expected those of one "
+            "process: this build connects the GPUs of a process. Start one process for all GPUs "
+            "of the host."
+        )
+    for devices in _replicas(mesh, axis):
+        try:
+            yield _native.CudaGroup(
+                group_id=group_id,
+                devices=[device.local_hardware_id for device in devices],
+                differentiable=config.differentiable,
+                sm_push_bytes=(
+                    SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
+                ),
+                **_sizes(config),
+            )
+        except RuntimeError as error:
+            raise SmfreeError(f"EpGroup.create: {error}") from error
+
+
+def cpu_groups(
+    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> Iterator[NativeGroup]:
+    """On CPU devices of this host; collective over their processes."""
+    me = jax.process_index()
+    for replica, devices in enumerate(_replicas(mesh, axis)):
+        process_of_rank = [device.process_index for device in devices]
+        if me not in process_of_rank:
+            continue
+        processes = sorted(set(process_of_rank))
+        # The n-th group of these devices meets here, whatever its config, to compare configs.
+        place = f"jax_smfree/{[device.id for device in devices]}"
+        key = f"{place}/{_met[place]}"
+        _met[place] += 1
+        secret = ""
+        if len(processes) > 1:
+            secret = _introduce(key, fingerprint, processes, me, config.timeout_s)
+        group = _native.CpuGroup(
+            group_id=group_id,
+            replica=replica,
+            process_of_rank=[processes.index(p) for p in process_of_rank],
+            process=processes.index(me),
+            secret=secret,
+            **_sizes(config),
+        )
+        yield group
+        if len(processes) > 1:
+            group.connect(
+                bootstrap.exchange(
+                    f"{key}/address", group.address(), processes, me, config.timeout_s
+                )
+            )
+
+
+def _introduce(key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float) -> str:
+    """Compares notes with the other processes and returns the secret of the first one."""
+    mine = {
+        "host": bootstrap.host_name(),
+        "fingerprint": fingerprint,
+        "secret": bootstrap.new_secret(),
+    }
+    texts = bootstrap.exchange(f"{key}/hello", json.dumps(mine), processes, me, timeout_s)
+    for process, theirs in zip(processes, map(json.loads, texts), strict=True):
+        if theirs["fingerprint"] != fingerprint:
+            raise SmfreeError(
+                f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
+                f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
+                "config."
+            )
+        if theirs["host"] != mine["host"]:
+            raise SmfreeError(
+                f"EpGroup.create: process {process} runs on host {theirs['host']!r}, process "
+                f"{me} on {mine['host']!r}, expected one host: the CPU backend connects "
+                "processes through shared memory."
+            )
+    secret: str = json.loads(texts[0])["secret"]
+    return secret
