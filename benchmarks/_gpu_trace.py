@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what the library records about its own kernels, ``group.trace()``."""
+"""Reads what the library records about its own kernels and copies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class Recording:
         self.ranks = sorted({rank for rank, _, _ in self._phases})
         forward = [r for r in self._phases.values() if not r["mirrored"]]
         numbers = {(r["rank"], r["lane"], r["number"]) for r in forward}
-        self.wire = [w for w in wire if (w["rank"], w["lane"], w["number"]) in numbers]
+        self.wire = [
+            w
+            for w in wire
+            if not w["mirrored"] and (w["rank"], w["lane"], w["number"]) in numbers
+        ]
 
     def phases(self, name: str, mirrored: bool = False) -> list[Record]:
         """One of each rank that has it, by rank."""
@@ -90,11 +94,12 @@ class Tracer:
     def __call__(self, run: Run, lead_in: int = 0) -> Recording:
         """Records the last of ``1 + lead_in`` runs back to back."""
         self._news()
+        self._group.start_wire_trace()
         for _ in range(lead_in):
             run()
         jax.block_until_ready(run())
+        wire = self._group.end_wire_trace()
         news = self._news()
         if not news:
             raise RuntimeError("group.trace() has nothing new after a program of the group")
-        wire_trace = getattr(self._group, "wire_trace", None)
-        return Recording(news, wire_trace() if wire_trace else [])
+        return Recording(news, wire)

@@ -98,12 +98,10 @@ class Group {
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
   std::vector<PhaseRecord> Trace() const;
-  // From now on the movers note the times of their copies, the first kWireRecords of each rank
-  // (which costs them some microseconds per copy); then what they noted and has ended.
+  // From now on the movers note the times of their copies, up to 1024 of each rank, which costs them
+  // some microseconds per copy; until EndWireTrace, which waits for these copies and returns them.
   Status StartWireTrace();
-  std::vector<WireRecord> WireTrace() const;
-
-  const GroupConfig& config() const;
+  std::vector<WireRecord> EndWireTrace();
 
  private:
   friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
@@ -114,8 +112,6 @@ class Group {
 // The rank of that group on `device`, or nullptr. It lives while the group does: hold the pointer.
 std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
 const GroupConfig& ConfigOf(const Rank& rank);
-
-void CloseAllGroups();
 
 // What every phase needs. All pointers are to device memory.
 struct Call {

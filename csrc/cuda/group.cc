@@ -114,8 +114,6 @@ Status Group::Check() {
   return fault.ok() ? state_->TakeOverflow() : fault;
 }
 
-const GroupConfig& Group::config() const { return state_->options; }
-
 Memory Group::memory() const {
   Memory memory;
   memory.pinned_bytes = static_cast<int64_t>(state_->failed.bytes());
@@ -196,11 +194,11 @@ Status Group::StartWireTrace() {
   return {};
 }
 
-std::vector<WireRecord> Group::WireTrace() const {
+std::vector<WireRecord> Group::EndWireTrace() {
   std::vector<WireRecord> records;
   for (const auto& rank : state_->ranks) {
     if (!rank->mover) continue;
-    const std::vector<WireRecord> some = rank->mover->Trace();
+    const std::vector<WireRecord> some = rank->mover->EndTrace();
     records.insert(records.end(), some.begin(), some.end());
   }
   return records;
@@ -220,18 +218,5 @@ std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
 }
 
 const GroupConfig& ConfigOf(const Rank& rank) { return rank.group->options; }
-
-void CloseAllGroups() {
-  Registry& registry = TheRegistry();
-  for (;;) {
-    std::shared_ptr<Group> group;
-    {
-      const std::lock_guard<std::mutex> lock(registry.mutex);
-      if (registry.groups.empty()) return;
-      group = registry.groups.begin()->second.front();
-    }
-    group->Close();
-  }
-}
 
 }  // namespace smfree::cuda

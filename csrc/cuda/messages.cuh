@@ -91,9 +91,11 @@ struct Rounds {
     if (threadIdx.x % kWarp == 0) {
       __threadfence_block();  // the piece, before the count
       before = atomicAdd(&ended[round % kRounds], 1u);
+      __threadfence_block();  // the others' counts, before what the lanes below read
     }
     before = __shfl_sync(~0u, before, 0);
     if (before % kWarps != kWarps - 1) return false;
+    __syncwarp();
     __threadfence();
     return true;
   }
@@ -101,7 +103,7 @@ struct Rounds {
 
 // Row `row` of the message to `peer` is complete, as this thread has observed at gpu scope. Whoever
 // completes a chunk hands it over, after the chunks before it: their blocks are running, so the wait
-// is short.
+// is short, unless the handle is broken and names a row twice in place of another one.
 __device__ inline void CountRow(const Context& c, int64_t number, int32_t peer,
                                 const Chunks& chunks, int32_t row) {
   if (peer == c.rank) return;
@@ -110,7 +112,13 @@ __device__ inline void CountRow(const Context& c, int64_t number, int32_t peer,
   if (atomicAdd(&packed, 1u) + 1 != static_cast<uint32_t>(chunks.RowsIn(chunk))) return;
   __threadfence();  // the others' counts, before what is handed over
   uint32_t& posted = c.scratch->posted[peer];
-  while (load_acquire_gpu(&posted) != static_cast<uint32_t>(chunk)) __nanosleep(100);
+  const int64_t begin = NowNs();
+  while (load_acquire_gpu(&posted) != static_cast<uint32_t>(chunk)) {
+    __nanosleep(100);
+    if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
+      return Report(c, FaultKind::kInvalidArgument, number, {peer, -1, chunks.rows, row});
+    }
+  }
   packed = 0;
   HandOver(c, number, peer, chunks, chunk);
   store_release_gpu(&posted, chunk + 1 == chunks.count ? 0u : static_cast<uint32_t>(chunk) + 1);

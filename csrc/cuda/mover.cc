@@ -65,10 +65,7 @@ Mover::~Mover() {
   stop_.store(true);
   if (thread_.joinable()) thread_.join();
   const DeviceScope scope(wiring_.device);
-  for (const Timed& timed : timed_) {
-    (void)cudaEventDestroy(timed.begin);
-    (void)cudaEventDestroy(timed.end);
-  }
+  ForgetTimed();
   if (trace_origin_ != nullptr) (void)cudaEventDestroy(trace_origin_);
   for (const cudaStream_t stream : streams_) {
     (void)cudaStreamSynchronize(stream);
@@ -116,7 +113,9 @@ cudaError_t Mover::Move(const Descriptor& chunk) {
       here + layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
   char* const to =
       there + layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
-  const Timed* const timed = tracing_.load(std::memory_order_relaxed) ? NextTimed(chunk) : nullptr;
+  std::unique_lock<std::mutex> tracing(trace_mutex_, std::defer_lock);
+  if (tracing_.load(std::memory_order_relaxed)) tracing.lock();
+  const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk) : nullptr;
   cudaError_t error = timed ? cudaEventRecord(timed->begin, stream) : cudaSuccess;
   if (error == cudaSuccess) {
     error = cudaMemcpyAsync(to, from, static_cast<size_t>(chunk.bytes), cudaMemcpyDefault, stream);
@@ -131,9 +130,8 @@ cudaError_t Mover::Move(const Descriptor& chunk) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
 }
 
-Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
-  const std::lock_guard<std::mutex> lock(trace_mutex_);
-  if (timed_.size() == kWireRecords) return nullptr;
+const Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
+  if (!tracing_.load() || timed_.size() == kWireRecords) return nullptr;
   Timed timed{chunk, nullptr, nullptr};
   if (cudaEventCreate(&timed.begin) != cudaSuccess || cudaEventCreate(&timed.end) != cudaSuccess) {
     return nullptr;
@@ -142,10 +140,18 @@ Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
   return &timed_.back();
 }
 
+void Mover::ForgetTimed() {
+  for (const Timed& timed : timed_) {
+    (void)cudaEventDestroy(timed.begin);
+    (void)cudaEventDestroy(timed.end);
+  }
+  timed_.clear();
+}
+
 Status Mover::StartTrace() {
   const DeviceScope scope(wiring_.device);
   const std::lock_guard<std::mutex> lock(trace_mutex_);
-  timed_.reserve(kWireRecords);  // pointers into it stay good
+  ForgetTimed();
   auto word = Allocation::OnHost(sizeof(int64_t));
   if (!word.ok()) return word.status();
   if (trace_origin_ == nullptr) {
@@ -162,15 +168,17 @@ Status Mover::StartTrace() {
   return {};
 }
 
-std::vector<WireRecord> Mover::Trace() const {
+std::vector<WireRecord> Mover::EndTrace() {
   const DeviceScope scope(wiring_.device);
   const std::lock_guard<std::mutex> lock(trace_mutex_);
+  tracing_.store(false);
   std::vector<WireRecord> records;
   for (const Timed& timed : timed_) {
     float begin_ms = 0, end_ms = 0;
-    if (cudaEventElapsedTime(&begin_ms, trace_origin_, timed.begin) != cudaSuccess ||
+    if (cudaEventSynchronize(timed.end) != cudaSuccess ||
+        cudaEventElapsedTime(&begin_ms, trace_origin_, timed.begin) != cudaSuccess ||
         cudaEventElapsedTime(&end_ms, trace_origin_, timed.end) != cudaSuccess) {
-      (void)cudaGetLastError();  // it has not ended
+      (void)cudaGetLastError();
       continue;
     }
     const auto at = [&](float ms) {
@@ -178,9 +186,11 @@ std::vector<WireRecord> Mover::Trace() const {
     };
     const int32_t lanes = wiring_.num_lanes;
     records.push_back({wiring_.rank, timed.chunk.peer, timed.chunk.lane_index % lanes,
-                       static_cast<Side>(timed.chunk.lane_index / lanes), NumberOf(timed.chunk.signal) - 1, at(begin_ms),
-                       at(end_ms), timed.chunk.bytes});
+                       static_cast<Side>(timed.chunk.lane_index / lanes),
+                       NumberOf(timed.chunk.signal) - 1, at(begin_ms), at(end_ms),
+                       timed.chunk.bytes});
   }
+  ForgetTimed();
   return records;
 }
 

@@ -47,9 +47,9 @@ class Mover {
   // Copies what is in the queue, waits for the copies and ends the thread.
   ~Mover();
 
-  // See Group::StartWireTrace.
+  // See Group::StartWireTrace and EndWireTrace.
   Status StartTrace();
-  std::vector<WireRecord> Trace() const;
+  std::vector<WireRecord> EndTrace();
 
   // A hint that descriptors will come soon.
   void Wake() { awake_.store(true, std::memory_order_relaxed); }
@@ -64,14 +64,16 @@ class Mover {
 
   void Run();
   cudaError_t Move(const Descriptor& chunk);
-  Timed* NextTimed(const Descriptor& chunk);
+  // Under trace_mutex_; null if the trace has ended or is full.
+  const Timed* NextTimed(const Descriptor& chunk);
+  void ForgetTimed();
 
   Wiring wiring_;
   std::vector<cudaStream_t> streams_;  // by peer
   std::atomic<bool> stop_{false};
   std::atomic<bool> awake_{false};
   std::atomic<bool> tracing_{false};
-  mutable std::mutex trace_mutex_;
+  std::mutex trace_mutex_;  // of what follows
   int64_t trace_origin_ns_ = 0;  // device time of trace_origin_
   cudaEvent_t trace_origin_ = nullptr;
   std::vector<Timed> timed_;

@@ -90,9 +90,9 @@ nb::list TraceOf(const Group& group) {
   return trace;
 }
 
-nb::list WireTraceOf(const Group& group) {
+nb::list EndWireTrace(Group& group) {
   nb::list trace;
-  for (const cuda::WireRecord& record : group.WireTrace()) {
+  for (const cuda::WireRecord& record : group.EndWireTrace()) {
     nb::dict entry;
     entry["rank"] = record.rank;
     entry["peer"] = record.peer;
@@ -141,7 +141,7 @@ void BindCuda(nb::module_& m) {
       .def("memory_report", &MemoryOf)
       .def("trace", &TraceOf)
       .def("start_wire_trace", [](Group& group) { ThrowIfFailed(group.StartWireTrace()); })
-      .def("wire_trace", &WireTraceOf);
+      .def("end_wire_trace", &EndWireTrace);
 }
 
 }  // namespace smfree

@@ -178,19 +178,19 @@ class EpGroup:
         return self._traces("trace")
 
     def start_wire_trace(self) -> None:
-        """Lets the copy-engine movers note the times of their next 1024 copies per GPU."""
+        """Lets the copy-engine movers note the times of their copies, up to 1024 per GPU."""
         for native in self._native:
             if isinstance(native, backends.CUDA_GROUP):
                 native.start_wire_trace()
 
-    def wire_trace(self) -> list[dict[str, Any]]:
-        """What the movers noted since `start_wire_trace`, on the clock of `trace`.
+    def end_wire_trace(self) -> list[dict[str, Any]]:
+        """What the movers have noted since `start_wire_trace`, on the clock of `trace`.
 
         Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``replay``,
         ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to
         peer.
         """
-        return self._traces("wire_trace")
+        return self._traces("end_wire_trace")
 
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
