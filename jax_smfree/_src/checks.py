@@ -64,7 +64,7 @@ def check_manual(name: str, group: EpGroup) -> None:
         raise ValueError(
             f"{name}: got {where}, expected one with the mesh axes {missing} manual. Call it "
             f"inside jax.shard_map(..., mesh=mesh) over all axes {list(group.mesh_axes)} of the "
-            "group's mesh (axes of size 1 may stay automatic)."
+            "group's mesh."
         )
 
 

@@ -36,7 +36,7 @@ class EpConfig:
         and in an expert the last rows, go first) and counts ``d.num_dropped``.
       sm_push_bytes: on GPUs, operations that send up to so many bytes of rows to a peer store them
         there from the pack kernel, which is faster for small ones; larger ones go by copy engine,
-        which leaves the SMs to the compute. ``None`` is the measured crossover; 0 is never.
+        which leaves the SMs to the compute. ``None`` leaves it to the library; 0 is never.
       differentiable: whether the group takes part in differentiation, which needs buffers of its
         own for the operations of the backward pass.
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two MoE layers, forward and backward, for ``compute-sanitizer python tests/gpu/sanitize.py``."""
+"""Two MoE layers, forward and backward, for compute-sanitizer, under which everything is slow.
+
+    compute-sanitizer --report-api-errors no python tests/gpu/sanitize.py
+
+(That peer access is enabled already is no error of the kernels.) No collective of NCCL takes part.
+"""
 
 import dataclasses
 import os
@@ -12,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_smfree as smfree
 from support import as_many, block, ep_mesh, make_problem
@@ -20,8 +26,8 @@ from support import as_many, block, ep_mesh, make_problem
 def main():
     mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh, tokens=33, top_k=3, hidden=40)
-    sizes = {"num_experts": 8, "top_k": 3, "hidden": 40, "max_tokens": 40, "expert_alignment": 4}
-    config = smfree.EpConfig(**sizes, dtype=jnp.float32)
+    sizes = {"num_experts": 8, "top_k": 3, "hidden": 40, "max_tokens": 40}
+    config = smfree.EpConfig(**sizes, dtype=jnp.float32, expert_alignment=4, timeout_s=300)
     with (
         smfree.EpGroup.create(mesh, config=config) as pushing,
         smfree.EpGroup.create(mesh, config=dataclasses.replace(config, sm_push_bytes=0)) as copying,
@@ -33,11 +39,11 @@ def main():
             return x
 
         smap = jax.shard_map(local, mesh=mesh, in_specs=problem.specs, out_specs=problem.rows)
-        step = jax.jit(jax.grad(lambda *arrays: jnp.sum(smap(*arrays) ** 2), (0, 2, 3)))
+        step = jax.jit(jax.grad(lambda *arrays: jnp.sum(smap(*arrays) ** 2), (0, 2)))
         gradients = step(*problem.arrays)
         pushing.check()
         copying.check()
-        assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients)
+        assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
     print(f"{mesh.size} ranks on {mesh.devices.flat[0].device_kind}: done")
 
 
