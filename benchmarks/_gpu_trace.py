@@ -28,9 +28,7 @@ class Recording:
         forward = [r for r in self._phases.values() if not r["mirrored"]]
         numbers = {(r["rank"], r["lane"], r["number"]) for r in forward}
         self.wire = [
-            w
-            for w in wire
-            if not w["mirrored"] and (w["rank"], w["lane"], w["number"]) in numbers
+            w for w in wire if not w["mirrored"] and (w["rank"], w["lane"], w["number"]) in numbers
         ]
 
     def phases(self, name: str, mirrored: bool = False) -> list[Record]:
