@@ -89,8 +89,8 @@ class Group {
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Lets what is under way end, for half a second; ends what waits then with an error; and gives all
-  // memory back. Idempotent.
+  // Lets what is under way end, for half a second; ends what waits then with an error; and gives
+  // all memory back. Idempotent.
   void Close();
   // The first fault of the group, which stays; or else an overflow since the last Check.
   Status Check();
@@ -98,8 +98,9 @@ class Group {
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
   std::vector<PhaseRecord> Trace() const;
-  // From now on the movers note the times of their copies, up to 1024 of each rank, which costs them
-  // some microseconds per copy; until EndWireTrace, which waits for these copies and returns them.
+  // From now on the movers note the times of their copies, up to 1024 of each rank, which costs
+  // them some microseconds per copy; until EndWireTrace, which waits for these copies and returns
+  // them.
   Status StartWireTrace();
   std::vector<WireRecord> EndWireTrace();
 

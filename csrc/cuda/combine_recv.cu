@@ -119,12 +119,12 @@ cudaError_t LoadCombineRecv() {
   return cudaSuccess;
 }
 
-cudaError_t LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
+cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArgs& args,
                        const Launch& launch) {
   const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
                             args.slots};
-  GatherFor(dtype, WordBytes(c))<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0,
-                                   launch.stream>>>(c, arrays);
+  const auto kernel = GatherFor(launch.dtype, WordBytes(c));
+  kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, arrays);
   return cudaGetLastError();
 }
 

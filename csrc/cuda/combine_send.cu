@@ -6,8 +6,8 @@
 //   slots: values[n], or 0 without n
 //
 // LayOut  S1, S2  headers and slots.
-// Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum. A block takes a
-//                 tile of rows, one piece per warp, and counts the tile when it is
+// Pack    S3, S4  a warp per piece of a row: reads its terms once, writes their sum. A block takes
+//                 a tile of rows, one piece per warp, and counts the tile when it is
 //                 written.
 //
 // Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
@@ -136,14 +136,15 @@ cudaError_t LoadCombineSend() {
   return error;
 }
 
-cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+cudaError_t LaunchCombineSend(const Context& c, const CombineSendArgs& args,
                        const Launch& launch) {
   LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
            launch.stream>>>(c, args);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
-  PackFor(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
+  const auto kernel = PackFor(launch.dtype, WordBytes(c));
+  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
   return cudaGetLastError();
 }
 

@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     FillRows(c, a, NaNs<T, Word>(), nan, everything);
   } else {
     const auto number = static_cast<uint32_t>(begun.number);
-    FillRows(c, a, Zeros<Word>(), 0.0f, [&](int32_t n) { return __ldcg(c.row_tags + n) != number; });
+    FillRows(c, a, Zeros<Word>(), 0.0f,
+             [&](int32_t n) { return __ldcg(c.row_tags + n) != number; });
   }
 
   if (ok) {
@@ -190,7 +191,7 @@ cudaError_t LoadDispatchRecv(size_t place_shared_bytes) {
   return error;
 }
 
-cudaError_t LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
+cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
                         const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
@@ -203,12 +204,12 @@ cudaError_t LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecv
   const ScatterArrays scatter{capacity, args.rows, nullptr, nullptr, static_cast<char*>(args.x),
                               args.weights};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
-  ScatterFor<false>(dtype, WordBytes(c))<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(
-      c, scatter);
+  const auto kernel = ScatterFor<false>(launch.dtype, WordBytes(c));
+  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }
 
-cudaError_t LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArgs& args,
                               const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
@@ -219,8 +220,8 @@ cudaError_t LaunchDispatchRecvCached(const Context& c, DType dtype, const Dispat
   const ScatterArrays scatter{capacity, args.rows, static_cast<const char*>(args.y), args.w,
                               static_cast<char*>(args.x), args.values};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
-  const auto kernel = args.w ? ScatterFor<true>(dtype, WordBytes(c))
-                             : ScatterFor<false>(dtype, WordBytes(c));
+  const auto kernel = args.w ? ScatterFor<true>(launch.dtype, WordBytes(c))
+                             : ScatterFor<false>(launch.dtype, WordBytes(c));
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }

@@ -11,8 +11,8 @@
 //                  than kMaxRouteBlocks. Writes places, send_counts, headers,
 //                  codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
-// Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A block
-//                  takes a tile of rows, one piece per warp, and counts the tile when it is
+// Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A
+//                  block takes a tile of rows, one piece per warp, and counts the tile when it is
 //                  written.
 //
 // Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            wire_rows * c.x_row_bytes);
 }
 
-cudaError_t LaunchPack(const Context& c, const void* x, const int32_t* places, const int32_t* send_counts,
-                const Launch& launch) {
+cudaError_t LaunchPack(const Context& c, const void* x, const int32_t* places,
+                       const int32_t* send_counts, const Launch& launch) {
   const auto* const bytes = static_cast<const char*>(x);
   const auto pack = WordBytes(c) == 16 ? Pack<uint4> : WordBytes(c) == 4 ? Pack<uint32_t>
                                                                          : Pack<uint16_t>;
@@ -152,7 +152,8 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
                       Kernel(Pack<uint32_t>), Kernel(Pack<uint16_t>)});
 }
 
-cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch) {
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args,
+                               const Launch& launch) {
   const RouteShape shape(c.tokens, c.num_experts + c.num_ranks);
   const RouteArrays arrays{args.topk_idx, args.topk_weights, args.places, args.send_counts};
   Route<<<shape.blocks, kRouteThreads, shape.shared_bytes, launch.stream>>>(c, arrays,

@@ -174,7 +174,8 @@ std::vector<PhaseRecord> Group::Trace() const {
         const TraceEntry& entry = entries[i];
         if (entry.number == kNoOperation) continue;
         records.push_back({rank->rank, lane % options.num_lanes,
-                           static_cast<Side>(lane / options.num_lanes), static_cast<Phase>(i % kPhases), entry.number - 1, entry.begin_ns,
+                           static_cast<Side>(lane / options.num_lanes),
+                           static_cast<Phase>(i % kPhases), entry.number - 1, entry.begin_ns,
                            entry.end_ns, entry.bytes_read, entry.bytes_written});
       }
     }

@@ -11,6 +11,7 @@
 
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/launch.h"
+#include "csrc/cuda/launches.h"
 #include "csrc/cuda/memory_local.h"
 #include "csrc/cuda/mover.h"
 
@@ -42,6 +43,7 @@ struct GroupState {
   uint64_t queue_mask = 0;
   Allocation failed;  // pinned uint32: some rank has reported a fault
   std::vector<std::unique_ptr<Rank>> ranks;
+  std::unique_ptr<Launches> launches;
 
   // Held shared while a phase is launched, exclusively while the group closes.
   std::shared_mutex open_mutex;

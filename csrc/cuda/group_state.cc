@@ -124,6 +124,9 @@ Status GroupState::Allocate(const std::vector<int32_t>& devices) {
   while (entries < static_cast<uint64_t>(most)) entries *= 2;
   queue_mask = entries - 1;
 
+  launches = std::make_unique<Launches>(options.num_ranks,
+                                        LaneCount(options.num_lanes, options.differentiable));
+
   Status status = EnablePeerAccess(devices);
   if (!status.ok()) return status;
   auto made = Allocation::OnHost(sizeof(uint32_t));
@@ -175,6 +178,7 @@ void GroupState::Fail(Status fault) {
     if (host_fault.ok()) host_fault = std::move(fault);
   }
   __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
+  launches->SwitchOff();
 }
 
 Status GroupState::FirstFault() const {

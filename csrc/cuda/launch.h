@@ -27,6 +27,7 @@ constexpr int32_t kBlocksPerSm = 2;
 struct Launch {
   cudaStream_t stream;
   int32_t num_sms;
+  DType dtype;
 
   // For a kernel with a warp per item.
   int32_t BlocksFor(int64_t warps) const { return Blocks(warps, kThreads / 32); }
@@ -81,16 +82,17 @@ cudaError_t LoadCombineRecv();
 cudaError_t LoadReadClock();
 
 // Each returns at the first launch that fails.
-cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args, const Launch& launch);
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args,
+                               const Launch& launch);
 cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
                               const Launch& launch);
-cudaError_t LaunchDispatchRecv(const Context& c, DType dtype, const DispatchRecvArgs& args,
+cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
                         const Launch& launch);
-cudaError_t LaunchDispatchRecvCached(const Context& c, DType dtype, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArgs& args,
                               const Launch& launch);
-cudaError_t LaunchCombineSend(const Context& c, DType dtype, const CombineSendArgs& args,
+cudaError_t LaunchCombineSend(const Context& c, const CombineSendArgs& args,
                        const Launch& launch);
-cudaError_t LaunchCombineRecv(const Context& c, DType dtype, const CombineRecvArgs& args,
+cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArgs& args,
                        const Launch& launch);
 cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 

@@ -68,7 +68,8 @@ __device__ inline void HandOver(const Context& c, int64_t number, int32_t peer,
 }
 
 // A block packs one tile of rows per round, a piece per warp, and the last warp to end its piece
-// counts the tile. Warps do not wait for one another, unless one is kRounds ahead. In shared memory.
+// counts the tile. Warps do not wait for one another, unless one is kRounds ahead. In shared
+// memory.
 struct Rounds {
   static constexpr uint32_t kRounds = 4;
   uint32_t ended[kRounds];  // pieces, ever, of the rounds that share the word
@@ -102,8 +103,8 @@ struct Rounds {
 };
 
 // Row `row` of the message to `peer` is complete, as this thread has observed at gpu scope. Whoever
-// completes a chunk hands it over, after the chunks before it: their blocks are running, so the wait
-// is short, unless the handle is broken and names a row twice in place of another one.
+// completes a chunk hands it over, after the chunks before it: their blocks are running, so the
+// wait is short, unless the handle is broken and names a row twice in place of another one.
 __device__ inline void CountRow(const Context& c, int64_t number, int32_t peer,
                                 const Chunks& chunks, int32_t row) {
   if (peer == c.rank) return;
@@ -134,7 +135,7 @@ __device__ inline void HandOverEmpty(const Context& c, int64_t number, const Out
   }
 }
 
-// ---- waiting -------------------------------------------------------------------------------------
+// ---- waiting ------------------------------------------------------------------------------------
 
 // The chunks that a block has seen arrive, in shared memory: one warp at a time looks at the signal
 // for all of them. Thousands of warps that do would keep the mover's store from it.
@@ -203,7 +204,8 @@ __device__ inline bool Verify(const Context& c, int64_t number, int32_t source, 
                     (rows < 0 || header.rows == rows);
   if (!same) {
     Report(c, FaultKind::kScheduleMismatch, number,
-           {source, -1, rows < 0 ? c.tokens : rows, rows < 0 ? header.tokens : header.rows, header});
+           {source, -1, rows < 0 ? c.tokens : rows, rows < 0 ? header.tokens : header.rows,
+            header});
   }
   return same;
 }
@@ -226,7 +228,7 @@ __device__ inline bool OpenMessages(const Context& c, int64_t number, const int3
       RegionHeader header;
       uint64_t copy[sizeof(RegionHeader) / sizeof(uint64_t)];
     };
-    for (size_t i = 0; i < sizeof(RegionHeader) / sizeof(uint64_t); ++i) copy[i] = __ldcg(words + i);
+    for (size_t i = 0; i < sizeof(copy) / sizeof(copy[0]); ++i) copy[i] = __ldcg(words + i);
     ok = ok && Verify(c, number, source, expected_rows ? expected_rows[source] : -1, header);
     rows[source] = header.rows;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of all phases share: memory order, faults, and the begin and end of a phase. Steps
-// S1 … S10 are those of PROTOCOL.md.
+// What the kernels of all phases share: memory order, faults, and the begin and end of a phase.
+// Steps S1 … S10 are those of PROTOCOL.md.
 #ifndef SMFREE_CSRC_CUDA_PHASE_CUH_
 #define SMFREE_CSRC_CUDA_PHASE_CUH_
 
@@ -17,7 +17,7 @@ namespace smfree::cuda {
 constexpr int32_t kWarp = 32;
 constexpr int32_t kWarps = kThreads / kWarp;
 
-// ---- time and memory order -----------------------------------------------------------------------
+// ---- time and memory order ----------------------------------------------------------------------
 
 __device__ inline int64_t NowNs() {
   uint64_t now;
@@ -56,7 +56,7 @@ __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   return value;
 }
 
-// ---- faults --------------------------------------------------------------------------------------
+// ---- faults -------------------------------------------------------------------------------------
 
 __device__ inline bool Faulted(const Context& c) {
   return load_acquire_gpu(&c.state->faulted) != 0;
@@ -95,7 +95,7 @@ __device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
   *static_cast<volatile uint32_t*>(c.group_failed) = 1;
 }
 
-// ---- begin and end of a phase --------------------------------------------------------------------
+// ---- begin and end of a phase -------------------------------------------------------------------
 
 struct Begun {
   bool ok;         // else the phase does nothing but to poison its outputs

@@ -2,6 +2,7 @@
 //
 // The phases of backend.h: what a caller may ask for, and how the work is cut.
 #include <algorithm>
+#include <chrono>
 #include <string>
 
 #include "csrc/cuda/group.h"
@@ -18,6 +19,20 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 constexpr int64_t kTilesPerBlock = 3;
 constexpr int32_t kBlockWarps = kThreads / 32;
 
+// How long a recv may be held back until its peers' sends are launched (launches.h), in seconds.
+constexpr double kMostHeldBackS = 5;
+
+constexpr bool IsSend(Phase phase) {
+  return phase == Phase::kDispatchSend || phase == Phase::kCombineSend;
+}
+
+// Whether the work goes into a CUDA graph, to be run later.
+bool IsCaptured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+         status != cudaStreamCaptureStatusNone;
+}
+
 // A phase under way. Holds the group open until its kernels are launched.
 struct Launching {
   std::shared_lock<std::shared_mutex> open;
@@ -29,7 +44,6 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
                           bool has_experts, bool has_slots, cudaStream_t stream) {
   GroupState& group = *rank.group;
   const GroupOptions& options = group.options;
-  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
   Identity identity;
   identity.lane = call.lane;
   identity.derivation = call.derivation;
@@ -38,19 +52,6 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   const auto refuse = [&](FaultKind kind, const std::string& why) {
     return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
   };
-  if (group.closed) {
-    const Status status = refuse(FaultKind::kClosed,
-                                 ": the group is closed. Cure: close it after the last operation.");
-    group.Fail(status);  // ends the waits of ranks whose part was launched before
-    return status;
-  }
-  if (group.Failed()) {
-    const Status fault = group.FirstFault();
-    if (!fault.ok()) {
-      return refuse(fault.kind(),
-                    " cannot go on, the group has failed before: " + fault.message());
-    }
-  }
   const Side side = SideOf(call.derivation);
   if (side != Side::kForward && !options.differentiable) {
     return refuse(FaultKind::kInvalidArgument,
@@ -66,9 +67,31 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
                       std::to_string(options.num_lanes) +
                       "; the program was compiled for another EpConfig. Compile it again.");
   }
+  const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
+  if (!IsSend(phase) && !IsCaptured(stream)) {
+    const std::chrono::duration<double> bound(std::min(kMostHeldBackS, options.timeout_s / 2));
+    group.launches->AwaitSends(rank.rank, lane_index,
+                               std::chrono::duration_cast<std::chrono::nanoseconds>(bound));
+  }
+
+  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
+  if (group.closed) {
+    const Status status = refuse(FaultKind::kClosed,
+                                 ": the group is closed. Cure: close it after the last operation.");
+    group.Fail(status);  // ends the waits of ranks whose part was launched before
+    return status;
+  }
+  if (group.Failed()) {
+    group.launches->SwitchOff();
+    const Status fault = group.FirstFault();
+    if (!fault.ok()) {
+      return refuse(fault.kind(),
+                    " cannot go on, the group has failed before: " + fault.message());
+    }
+  }
 
   Context& c = work.context;
-  c = rank.ContextFor(LaneIndex(call.lane, side, options.num_lanes));
+  c = rank.ContextFor(lane_index);
   c.phase = phase;
   c.operation = operation;
   c.lane = call.lane;
@@ -90,15 +113,19 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   c.position = call.position;
   c.token = call.token;
   c.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms};
+  work.launch = {stream, rank.num_sms, options.dtype};
   if (rank.mover) rank.mover->Wake();
   return work;
 }
 
-// The other ranks wait for what was not launched: they are told.
-Status End(Rank& rank, cudaError_t error) {
+// The other ranks wait for what was launched, or are told that it was not.
+Status End(Rank& rank, const Launching& work, cudaError_t error) {
   const Status status = CudaStatus(error, "a kernel could not be launched");
-  if (!status.ok()) rank.group->Fail(status);
+  if (!status.ok()) {
+    rank.group->Fail(status);
+  } else if (IsSend(work.context.phase) && !IsCaptured(work.launch.stream)) {
+    rank.group->launches->NoteSend(rank.rank, work.context.lane_index);
+  }
   return status;
 }
 
@@ -108,24 +135,24 @@ Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t strea
   auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchDispatchSend(context, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchDispatchSend(context, args, launch));
 }
 
 Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
                     /*has_slots=*/args.slots != nullptr, stream);
   if (!work.ok()) return work.status();
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchDispatchSendCached(context, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchDispatchSendCached(context, args, launch));
 }
 
 Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchDispatchRecv(context, rank.group->options.dtype, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchDispatchRecv(context, args, launch));
 }
 
 Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream) {
@@ -134,24 +161,24 @@ Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaSt
                     /*has_slots=*/args.values != nullptr && !weighted, stream);
   if (!work.ok()) return work.status();
   if (weighted) work.value().context.pieces = 1;  // a warp sums over the whole row
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchDispatchRecvCached(context, rank.group->options.dtype, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchDispatchRecvCached(context, args, launch));
 }
 
 Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
                     /*has_slots=*/args.values != nullptr, stream);
   if (!work.ok()) return work.status();
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchCombineSend(context, rank.group->options.dtype, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchCombineSend(context, args, launch));
 }
 
 Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream) {
   auto work = Begin(rank, args, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
                     /*has_slots=*/args.slots != nullptr, stream);
   if (!work.ok()) return work.status();
-  auto& [_, context, launch] = work.value();
-  return End(rank, LaunchCombineRecv(context, rank.group->options.dtype, args, launch));
+  const auto& [_, context, launch] = work.value();
+  return End(rank, work.value(), LaunchCombineRecv(context, args, launch));
 }
 
 }  // namespace smfree::cuda

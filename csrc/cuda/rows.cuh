@@ -84,7 +84,8 @@ __device__ void FillRow(const Words& words, char* row, Word value) {
 template <typename T, typename Word>
 __device__ Word NaNs() {
   Elements<T, Word> nan;
-  for (int32_t e = 0; e < nan.kCount; ++e) nan.element[e] = FromFloat<T>(__int_as_float(0x7fc00000));
+  const float quiet = __int_as_float(0x7fc00000);
+  for (int32_t e = 0; e < nan.kCount; ++e) nan.element[e] = FromFloat<T>(quiet);
   return nan.word;
 }
 
@@ -177,7 +178,7 @@ __device__ float ScaleRowAndDot(const Words& words, char* out, const char* row, 
   return dot;
 }
 
-// ---- the order in which the rows of all messages are worked on ------------------------------------
+// ---- the order in which the rows of all messages are worked on ----------------------------------
 
 // Rows of one message and one chunk.
 struct Segment {

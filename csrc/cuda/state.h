@@ -23,7 +23,7 @@ constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recen
 // host memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
 struct alignas(64) Descriptor {
   uint64_t ticket;
-  uint64_t signal;  // what `arrived` at the peer becomes after the copy; says the operation's number
+  uint64_t signal;  // what `arrived` at the peer becomes after the copy; has the number in it
   int64_t begin;
   int64_t bytes;
   int32_t lane_index;

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cuda/launches.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "tests/cpp/check.h"
+
+using smfree::cuda::Launches;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+TEST(ARecvIsLaunchedAfterAllSends) {
+  constexpr int32_t kRanks = 4, kLanes = 2, kOperations = 200;
+  Launches launches(kRanks, kLanes);
+  std::atomic<int64_t> sent[kLanes][kRanks] = {};
+  std::atomic<int> early{0}, gave_up{0};
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < kRanks; ++rank) {
+    threads.emplace_back([&, rank] {
+      for (int64_t operation = 1; operation <= kOperations; ++operation) {
+        const auto lane = static_cast<int32_t>(operation % kLanes);
+        ++sent[lane][rank];
+        launches.NoteSend(rank, lane);
+        if (!launches.AwaitSends(rank, lane, seconds(60))) ++gave_up;
+        for (const auto& count : sent[lane]) early += count < sent[lane][rank];
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK_EQ(early.load(), 0);
+  CHECK_EQ(gave_up.load(), 0);
+}
+
+TEST(OneVainWaitIsTheLast) {
+  Launches launches(2, 1);
+  launches.NoteSend(0, 0);
+  CHECK(!launches.AwaitSends(0, 0, milliseconds(20)));
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 100; ++i) {
+    launches.NoteSend(0, 0);
+    CHECK(launches.AwaitSends(0, 0, seconds(60)));
+  }
+  CHECK(std::chrono::steady_clock::now() - begin < seconds(30));
+}
+
+TEST(AFaultEndsTheWaits) {
+  Launches launches(2, 1);
+  launches.NoteSend(0, 0);
+  std::thread fault([&] { launches.SwitchOff(); });
+  CHECK(launches.AwaitSends(0, 0, seconds(60)));
+  fault.join();
+}
+
+TEST(LanesDoNotWaitForOneAnother) {
+  Launches launches(2, 2);
+  launches.NoteSend(0, 0);  // rank 1 is late on lane 0
+  for (int32_t rank : {0, 1}) launches.NoteSend(rank, 1);
+  CHECK(launches.AwaitSends(0, 1, seconds(60)));
+}
+
+TEST_MAIN()
