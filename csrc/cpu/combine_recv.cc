@@ -39,16 +39,12 @@ void Unpack(const Exchange& exchange, const CombineRecvArgs& args,
     return message.rows(layout_of(message)) + place % args.tokens * exchange.row_bytes();
   };
   AdviseHugePages(out, args.tokens * out_row_bytes);
-  const Writes writes = WritesFor(args.tokens * out_row_bytes * exchange.num_local());
   const auto unpack = [&](int64_t begin, int64_t end) {
     std::vector<WeightedRow> terms(static_cast<size_t>(places_per_row));
     for (int64_t row = begin; row < end; ++row) {
       float* const slots = args.slots ? args.slots + row * top_k : nullptr;
       if (slots) std::fill_n(slots, top_k, 0.0f);
       const int32_t* const places = args.places + row * places_per_row;
-      for (int32_t p = places_per_row; p < 2 * places_per_row && row + 1 < end; ++p) {
-        if (places[p] >= 0) PrefetchRow(row_of(places[p]));  // of the next row
-      }
       int64_t num_terms = 0;
       for (int32_t p = 0; p < places_per_row && places[p] >= 0; ++p) {
         terms[static_cast<size_t>(num_terms++)] = {row_of(places[p]), 1.0f};
@@ -58,10 +54,8 @@ void Unpack(const Exchange& exchange, const CombineRecvArgs& args,
           slots[k] += values[places[p] % args.tokens * top_k + k];
         }
       }
-      SumRows(config.dtype, out + row * out_row_bytes, terms.data(), num_terms, config.hidden,
-              writes);
+      SumRows(config.dtype, out + row * out_row_bytes, terms.data(), num_terms, config.hidden);
     }
-    FinishWrites(writes);
   };
   ParallelFor(args.tokens, ThreadsFor(args.tokens * out_row_bytes, exchange.threads_per_rank()),
               unpack);

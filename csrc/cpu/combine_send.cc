@@ -28,14 +28,10 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& ar
   const auto* const y = static_cast<const std::byte*>(args.y);
   const int64_t y_row_bytes = config.hidden * ItemBytes(config.dtype);
   const ReceivedRows received(args.recv_counts, config.num_ranks);
-  const Writes writes = WritesFor(received.count() * y_row_bytes * exchange.num_local());
   const auto pack = [&](int64_t begin, int64_t end) {
     std::vector<WeightedRow> terms(static_cast<size_t>(top_k));
     received.ForEach(begin, end, [&](int32_t source, int64_t i) {
       const int32_t* const rows = args.rows + (source * args.tokens + i) * top_k;
-      for (int32_t k = top_k; k < 2 * top_k && i + 1 < args.recv_counts[source]; ++k) {
-        if (rows[k] >= 0) PrefetchRow(y + rows[k] * y_row_bytes);  // of the next row
-      }
       int64_t num_terms = 0;
       for (int32_t k = 0; k < top_k; ++k) {
         const int64_t n = rows[k];
@@ -44,9 +40,8 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& ar
         terms[static_cast<size_t>(num_terms++)] = {y + n * y_row_bytes, args.w ? args.w[n] : 1.0f};
       }
       SumRows(config.dtype, outbox.rows(source) + i * exchange.row_bytes(), terms.data(), num_terms,
-              config.hidden, writes);
+              config.hidden);
     });
-    FinishWrites(writes);
   };
   ParallelFor(received.count(),
               ThreadsFor(received.count() * y_row_bytes, exchange.threads_per_rank()), pack);

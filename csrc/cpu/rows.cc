@@ -108,16 +108,14 @@ SMFREE_INLINE const typename As::Element* ElementsOf(const void* row) {
 
 // All terms of kWidth elements at a time: the reads of the rows overlap, and no sum is ever stored.
 template <typename As>
-SMFREE_INLINE void Sum(void* out, const WeightedRow* terms, int64_t num_terms, int64_t begin,
-                       int64_t n) {
+SMFREE_INLINE void Sum(void* out, const WeightedRow* terms, int64_t num_terms, int64_t n) {
   auto* const sums = static_cast<typename As::Element*>(out);
   const auto add_up = [&](auto zero, auto word, int64_t i) __attribute__((always_inline)) {
     using F = decltype(zero);
     using U = decltype(word);
-    F sum = As::template Load<F, U>(ElementsOf<As>(terms[0].row) + begin + i) * terms[0].weight;
+    F sum = As::template Load<F, U>(ElementsOf<As>(terms[0].row) + i) * terms[0].weight;
     for (int64_t term = 1; term < num_terms; ++term) {
-      sum +=
-          As::template Load<F, U>(ElementsOf<As>(terms[term].row) + begin + i) * terms[term].weight;
+      sum += As::template Load<F, U>(ElementsOf<As>(terms[term].row) + i) * terms[term].weight;
     }
     As::template Store<F, U>(sums + i, sum);
   };
@@ -149,17 +147,17 @@ SMFREE_INLINE float ScaleAndDot(void* out, const void* row, const void* y, float
 
 }  // namespace
 
-// Of n elements, the first of which is element `begin` of each row: out = sum of the terms.
+// Of n elements; sum: out = sum of the terms.
 struct Kernels {
-  void (*sum)(void* out, const WeightedRow* terms, int64_t num_terms, int64_t begin, int64_t n);
+  void (*sum)(void* out, const WeightedRow* terms, int64_t num_terms, int64_t n);
   float (*scale_and_dot)(void* out, const void* row, const void* y, float w, int64_t n);
 };
 
 // The attribute applies to plain functions only, hence the list.
 #define SMFREE_KERNELS(As)                                                                    \
   SMFREE_VECTORISED void Sum##As(void* out, const WeightedRow* terms, int64_t num_terms,      \
-                                 int64_t begin, int64_t n) {                                  \
-    Sum<As>(out, terms, num_terms, begin, n);                                                 \
+                                 int64_t n) {                                                 \
+    Sum<As>(out, terms, num_terms, n);                                                        \
   }                                                                                           \
   SMFREE_VECTORISED float ScaleAndDot##As(void* out, const void* row, const void* y, float w, \
                                           int64_t n) {                                        \
@@ -231,25 +229,18 @@ void FinishWrites(Writes) {}
 
 #endif
 
-void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n,
-             Writes writes) {
+// Never streaming: it reads more than it writes, and what it writes is read again soon.
+void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n) {
   const int64_t item_bytes = ItemBytes(dtype);
   if (num_terms == 0) {
     std::memset(out, 0, static_cast<size_t>(n * item_bytes));
     return;
   }
   if (num_terms == 1 && terms[0].weight == 1.0f) {  // the same bits, without the detour
-    return CopyRow(out, terms[0].row, n * item_bytes, writes);
+    std::memcpy(out, terms[0].row, static_cast<size_t>(n * item_bytes));
+    return;
   }
-  const Kernels& kernels = KernelsFor(dtype);
-  if (writes == Writes::kCached) return kernels.sum(out, terms, num_terms, 0, n);
-  constexpr int64_t kPiece = 1024;  // stays in the innermost cache
-  alignas(64) std::byte piece[kPiece * sizeof(float)];
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
-    const int64_t count = std::min(kPiece, n - begin);
-    kernels.sum(piece, terms, num_terms, begin, count);
-    CopyRow(out + begin * item_bytes, piece, count * item_bytes, writes);
-  }
+  KernelsFor(dtype).sum(out, terms, num_terms, n);
 }
 
 float ScaleRowAndDot(DType dtype, std::byte* out, std::byte* scaled, const std::byte* row,

@@ -30,19 +30,12 @@ struct WeightedRow {
 };
 
 // out = sum of weight * row over the terms in their order; zero without terms.
-void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n,
-             Writes writes);
+void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n);
 
 // out = w * row, by way of `scaled`, room for a row; returns <y, row>: 16 partial sums by index mod
 // 16, then halved pairwise.
 float ScaleRowAndDot(DType dtype, std::byte* out, std::byte* scaled, const std::byte* row,
                      const std::byte* y, float w, int64_t n, Writes writes);
-
-// Calls for the head of a row that will be read soon. Rows lie scattered: the processor guesses how
-// a row goes on, but not where the next one begins.
-inline void PrefetchRow(const std::byte* row) {
-  for (int64_t offset = 0; offset < 512; offset += 64) __builtin_prefetch(row + offset);
-}
 
 void FillNaN(DType dtype, std::byte* out, int64_t n);
 

@@ -97,15 +97,29 @@ TEST(SumsOfRows) {
           for (int64_t k = 0; k < num_terms; ++k) sum += terms[k].weight * rows[k][i];
           want.Set(i, sum);
         }
-        for (const Writes writes : {Writes::kCached, Writes::kStreaming}) {
-          const size_t bytes = static_cast<size_t>(n * ItemBytes(dtype));
-          std::vector<std::byte> out(bytes + 256, std::byte{0x5a});
-          SumRows(dtype, out.data() + offset, terms.data(), num_terms, n, writes);
-          FinishWrites(writes);
-          CHECK(std::memcmp(out.data() + offset, want.data(), bytes) == 0);
-          CHECK(offset == 0 || out[offset - 1] == std::byte{0x5a});
-          CHECK(out[offset + bytes] == std::byte{0x5a});
-        }
+        const size_t bytes = static_cast<size_t>(n * ItemBytes(dtype));
+        std::vector<std::byte> out(bytes + 256, std::byte{0x5a});
+        SumRows(dtype, out.data() + offset, terms.data(), num_terms, n);
+        CHECK(std::memcmp(out.data() + offset, want.data(), bytes) == 0);
+        CHECK(offset == 0 || out[offset - 1] == std::byte{0x5a});
+        CHECK(out[offset + bytes] == std::byte{0x5a});
+      }
+    }
+  }
+}
+
+TEST(CopiesOfRows) {
+  for (const size_t bytes : {1, 2, 30, 63, 64, 65, 127, 128, 1000, 4096}) {
+    for (size_t offset = 0; offset < 70; ++offset) {
+      std::vector<std::byte> row(bytes);
+      for (size_t i = 0; i < bytes; ++i) row[i] = static_cast<std::byte>(i * 7 + offset);
+      for (const Writes writes : {Writes::kCached, Writes::kStreaming}) {
+        std::vector<std::byte> out(bytes + 256, std::byte{0x5a});
+        CopyRow(out.data() + offset, row.data(), static_cast<int64_t>(bytes), writes);
+        FinishWrites(writes);
+        CHECK(std::memcmp(out.data() + offset, row.data(), bytes) == 0);
+        CHECK(offset == 0 || out[offset - 1] == std::byte{0x5a});
+        CHECK(out[offset + bytes] == std::byte{0x5a});
       }
     }
   }
@@ -151,7 +165,7 @@ TEST(LoopsRunInTheSameFloatingPointMode) {
     ParallelFor(1000, threads, [&](int64_t begin, int64_t end) {
       const WeightedRow terms[] = {{reinterpret_cast<const std::byte*>(&tiny), 3.0f}};
       for (int64_t i = begin; i < end; ++i) {
-        SumRows(DType::kF32, reinterpret_cast<std::byte*>(&out[i]), terms, 1, 1, Writes::kCached);
+        SumRows(DType::kF32, reinterpret_cast<std::byte*>(&out[i]), terms, 1, 1);
       }
     });
     uint32_t bits[1000];
