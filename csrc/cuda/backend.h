@@ -28,6 +28,9 @@ namespace smfree::cuda {
 
 enum class Phase : int32_t { kDispatchSend = 0, kDispatchRecv, kCombineSend, kCombineRecv };
 constexpr int32_t kPhases = 4;
+constexpr bool IsSend(Phase phase) {
+  return phase == Phase::kDispatchSend || phase == Phase::kCombineSend;
+}
 constexpr const char* Name(Phase phase) {
   constexpr const char* kNames[] = {"dispatch_send", "dispatch_recv", "combine_send",
                                     "combine_recv"};

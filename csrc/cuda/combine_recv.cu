@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ Term terms[kWarps][kMaxTopK];
   __shared__ const float* values[kWarps][kMaxTopK];
   const float nan = __int_as_float(0x7fc00000);
-  const bool nothing_sent = Token::Read(c.token).zero();
+  const bool nothing_sent = NothingWasSent(c);
   NoteBegin(c);
   const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
   const bool ok =
@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         here = false;
       } else {
         const Chunks chunks(num_rows[source], c.chunks);
-        const int32_t chunk = chunks.Of(row);
-        const int32_t wanted = chunk + 1 == chunks.count ? kAllChunks : chunk + 1;
+        const int32_t wanted = ChunksThrough(chunks.Of(row), chunks.count);
         here = WaitForChunks(c, begun.number, source, wanted, arrivals);
         const char* const message =
             MessageFrom(c, begun.number, source) + c.layout.header_bytes;
@@ -99,31 +98,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            c.tokens * c.x_row_bytes);
 }
 
-auto GatherFor(DType dtype, int32_t word_bytes) {
-  const bool wide = word_bytes == 16;
-  switch (dtype) {
-    case DType::kF32: return wide ? Gather<float, uint4> : Gather<float, uint32_t>;
-    case DType::kBF16: return wide ? Gather<__nv_bfloat16, uint4> : Gather<__nv_bfloat16, uint16_t>;
-    default: return wide ? Gather<__half, uint4> : Gather<__half, uint16_t>;
-  }
-}
+constexpr auto kGather = [](auto element, auto word) {
+  return Gather<decltype(element), decltype(word)>;
+};
 
 }  // namespace
 
-cudaError_t LoadCombineRecv() {
-  for (const DType dtype : kDTypes) {
-    const cudaError_t error =
-        LoadKernels({Kernel(GatherFor(dtype, 16)), Kernel(GatherFor(dtype, 4))});
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
+cudaError_t LoadCombineRecv() { return LoadKernelsFor(kGather); }
 
 cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArgs& args,
-                       const Launch& launch) {
+                              const Launch& launch) {
   const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
                             args.slots};
-  const auto kernel = GatherFor(launch.dtype, WordBytes(c));
+  const auto kernel = KernelFor(launch.dtype, WordBytes(c), kGather);
   kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, arrays);
   return cudaGetLastError();
 }

@@ -21,16 +21,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
   NoteBegin(c);
   const Begun begun = BeginSendPhase(c);
   if (!begun.ok) return;
-  if (blockIdx.x == 0) {
-    for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
-      const int32_t rows = a.recv_counts[peer];
-      if (rows < 0 || rows > c.tokens) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows});
-      } else {
-        WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rows);
-      }
-    }
-  }
+  WriteHeaders(c, begun.number, a.recv_counts);
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t slots_per_peer = int64_t{c.tokens} * c.top_k;
@@ -116,34 +107,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            static_cast<int64_t>(c.scratch->copies) * c.x_row_bytes, wire_rows * c.x_row_bytes);
 }
 
-auto PackFor(DType dtype, int32_t word_bytes) {
-  const bool wide = word_bytes == 16;
-  switch (dtype) {
-    case DType::kF32: return wide ? Pack<float, uint4> : Pack<float, uint32_t>;
-    case DType::kBF16: return wide ? Pack<__nv_bfloat16, uint4> : Pack<__nv_bfloat16, uint16_t>;
-    default: return wide ? Pack<__half, uint4> : Pack<__half, uint16_t>;
-  }
-}
+constexpr auto kPack = [](auto element, auto word) {
+  return Pack<decltype(element), decltype(word)>;
+};
 
 }  // namespace
 
 cudaError_t LoadCombineSend() {
-  cudaError_t error = LoadKernels({Kernel(LayOut)});
-  for (const DType dtype : kDTypes) {
-    if (error != cudaSuccess) return error;
-    error = LoadKernels({Kernel(PackFor(dtype, 16)), Kernel(PackFor(dtype, 4))});
-  }
-  return error;
+  const cudaError_t error = LoadKernels({Kernel(LayOut)});
+  return error == cudaSuccess ? LoadKernelsFor(kPack) : error;
 }
 
 cudaError_t LaunchCombineSend(const Context& c, const CombineSendArgs& args,
-                       const Launch& launch) {
+                              const Launch& launch) {
   LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
            launch.stream>>>(c, args);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
-  const auto kernel = PackFor(launch.dtype, WordBytes(c));
+  const auto kernel = KernelFor(launch.dtype, WordBytes(c), kPack);
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
   return cudaGetLastError();
 }

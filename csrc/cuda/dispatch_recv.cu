@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         waited_source = segment.source;
         waited_chunk = segment.chunk;
         const Chunks chunks(c.scratch->source_rows[waited_source], c.chunks);
-        const int32_t wanted = waited_chunk + 1 == chunks.count ? kAllChunks : waited_chunk + 1;
+        const int32_t wanted = ChunksThrough(waited_chunk, chunks.count);
         if (lane == 0) {
           here = WaitForChunks(c, begun.number, waited_source, wanted, arrivals);
         }
@@ -160,17 +160,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            a.capacity * c.x_row_bytes);
 }
 
-template <bool kWeighted>
-auto ScatterFor(DType dtype, int32_t word_bytes) {
-  const bool wide = word_bytes == 16;
-  switch (dtype) {
-    case DType::kF32: return wide ? Scatter<float, uint4, kWeighted>
-                                  : Scatter<float, uint32_t, kWeighted>;
-    case DType::kBF16: return wide ? Scatter<__nv_bfloat16, uint4, kWeighted>
-                                   : Scatter<__nv_bfloat16, uint16_t, kWeighted>;
-    default: return wide ? Scatter<__half, uint4, kWeighted> : Scatter<__half, uint16_t, kWeighted>;
-  }
-}
+constexpr auto kScatter = [](auto element, auto word) {
+  return Scatter<decltype(element), decltype(word), /*kWeighted=*/false>;
+};
+constexpr auto kScatterWeighted = [](auto element, auto word) {
+  return Scatter<decltype(element), decltype(word), /*kWeighted=*/true>;
+};
 
 }  // namespace
 
@@ -181,18 +176,12 @@ size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks) {
 
 cudaError_t LoadDispatchRecv(size_t place_shared_bytes) {
   cudaError_t error = LoadKernels({Kernel(Place, place_shared_bytes), Kernel(Mark)});
-  for (const DType dtype : kDTypes) {
-    for (const int32_t word : {16, 4}) {
-      if (error != cudaSuccess) return error;
-      error = LoadKernels({Kernel(ScatterFor<true>(dtype, word)),
-                           Kernel(ScatterFor<false>(dtype, word))});
-    }
-  }
-  return error;
+  if (error == cudaSuccess) error = LoadKernelsFor(kScatter);
+  return error == cudaSuccess ? LoadKernelsFor(kScatterWeighted) : error;
 }
 
 cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
-                        const Launch& launch) {
+                               const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   const PlaceArrays place{capacity, args.group_sizes, args.num_dropped, args.rows,
@@ -204,13 +193,13 @@ cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
   const ScatterArrays scatter{capacity, args.rows, nullptr, nullptr, static_cast<char*>(args.x),
                               args.weights};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
-  const auto kernel = ScatterFor<false>(launch.dtype, WordBytes(c));
+  const auto kernel = KernelFor(launch.dtype, WordBytes(c), kScatter);
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }
 
 cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArgs& args,
-                              const Launch& launch) {
+                                     const Launch& launch) {
   const auto capacity = static_cast<int32_t>(args.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, args.rows,
@@ -220,8 +209,8 @@ cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedA
   const ScatterArrays scatter{capacity, args.rows, static_cast<const char*>(args.y), args.w,
                               static_cast<char*>(args.x), args.values};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
-  const auto kernel = args.w ? ScatterFor<true>(launch.dtype, WordBytes(c))
-                             : ScatterFor<false>(launch.dtype, WordBytes(c));
+  const auto kernel = args.w ? KernelFor(launch.dtype, WordBytes(c), kScatterWeighted)
+                             : KernelFor(launch.dtype, WordBytes(c), kScatter);
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }

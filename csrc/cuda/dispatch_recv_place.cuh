@@ -12,9 +12,6 @@
 namespace smfree::cuda {
 namespace {
 
-// The cotangent of a dispatch or combine that nothing depends on: nothing was sent, all is zero.
-__device__ bool NothingWasSent(const Context& c) { return Token::Read(c.token).zero(); }
-
 __device__ void WriteSources(const Context& c, const int32_t* rows) {
   if (blockIdx.x != 0) return;
   for (int32_t source = threadIdx.x; source < c.num_ranks; source += blockDim.x) {
@@ -53,11 +50,7 @@ __device__ void LayOutGroups(const Context& c, int64_t number, int32_t capacity,
       const int32_t count = e < local_experts ? groups[e].dropped : 0;
       const int32_t aligned =
           (count + c.expert_alignment - 1) / c.expert_alignment * c.expert_alignment;
-      int64_t up_to = aligned;
-      for (int32_t distance = 1; distance < kWarp; distance *= 2) {
-        const int64_t other = __shfl_up_sync(~0u, up_to, distance);
-        if (lane >= distance) up_to += other;
-      }
+      const auto up_to = SumUpToLane<int64_t>(aligned);
       if (e < local_experts) {
         const auto begin = static_cast<int32_t>(min(start + up_to - aligned, int64_t{capacity}));
         const auto end = static_cast<int32_t>(min(start + up_to, int64_t{capacity}));

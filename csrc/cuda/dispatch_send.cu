@@ -42,16 +42,7 @@ __global__ void LayOut(const Context c, const CachedArrays a) {
   if (!begun.ok) return;
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  if (blockIdx.x == 0) {
-    for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
-      const int32_t rows = a.send_counts[peer];
-      if (rows < 0 || rows > c.tokens) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, c.tokens, rows});
-      } else {
-        WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rows);
-      }
-    }
-  }
+  WriteHeaders(c, begun.number, a.send_counts);
   for (int64_t at = thread; at < int64_t{c.tokens} * c.places_per_row; at += threads) {
     const int32_t place = a.places[at];
     if (place < 0) continue;

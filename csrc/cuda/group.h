@@ -60,7 +60,7 @@ struct GroupState {
 
   Status Allocate(const std::vector<int32_t>& devices);
   Status AllocateRank(Rank& rank);
-  Status StartMovers();
+  Status StartMovers(const std::vector<char*>& memories);
 };
 
 // Of a LaneScratch with its counts, flags and tags, each aligned to kAlignment.

@@ -151,13 +151,11 @@ Status GroupState::Allocate(const std::vector<int32_t>& devices) {
     if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     if (!status.ok()) return status;
   }
-  return StartMovers();
+  return StartMovers(memories);
 }
 
-Status GroupState::StartMovers() {
+Status GroupState::StartMovers(const std::vector<char*>& memories) {
   if (ranks.size() == 1) return {};
-  std::vector<char*> memories;
-  for (const auto& rank : ranks) memories.push_back(rank->memory.as<char>());
   for (const auto& rank : ranks) {
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
                                rank->queue.as<Descriptor>(), queue_mask,

@@ -46,8 +46,6 @@ inline int32_t WordBytes(const Context& c) {
   return c.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(c.x_row_bytes / c.hidden);
 }
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
-
 // A kernel has to be on the device before its first launch: loading it then could wait for the
 // whole device, and with it for a recv that waits for a peer.
 struct Kernel {

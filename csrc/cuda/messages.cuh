@@ -31,6 +31,19 @@ __device__ inline void WriteHeader(const Context& c, int64_t number, char* messa
       c.tokens, rows,        c.experts,   c.slots, c.chunks};
 }
 
+// The headers of all messages, of counts [R] that a handle says.
+__device__ inline void WriteHeaders(const Context& c, int64_t number, const int32_t* counts) {
+  if (blockIdx.x != 0) return;
+  for (int32_t peer = threadIdx.x; peer < c.num_ranks; peer += blockDim.x) {
+    const int32_t rows = counts[peer];
+    if (rows < 0 || rows > c.tokens) {
+      Report(c, FaultKind::kInvalidArgument, number, {peer, -1, c.tokens, rows});
+    } else {
+      WriteHeader(c, number, MessageTo(c, number, peer), rows);
+    }
+  }
+}
+
 // One message that this rank packs.
 struct Outgoing {
   char* rows;  // its first row

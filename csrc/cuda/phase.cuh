@@ -56,6 +56,17 @@ __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   return value;
 }
 
+// The sum of `value` over the lanes up to this one, by all lanes of a warp.
+template <typename T>
+__device__ T SumUpToLane(T value) {
+  const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  for (int32_t distance = 1; distance < kWarp; distance *= 2) {
+    const T other = __shfl_up_sync(~0u, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
 // ---- faults -------------------------------------------------------------------------------------
 
 __device__ inline bool Faulted(const Context& c) {
@@ -146,6 +157,9 @@ __device__ inline Begun BeginRecvPhase(const Context& c) {
   return begun;
 }
 
+// The cotangent of a dispatch or combine that nothing depends on: nothing was sent, all is zero.
+__device__ inline bool NothingWasSent(const Context& c) { return Token::Read(c.token).zero(); }
+
 // Called by the first kernel of a phase.
 __device__ inline void NoteBegin(const Context& c) {
   if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->begin_ns = NowNs();
@@ -171,7 +185,7 @@ __device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, i
   LaneScratch& scratch = *c.scratch;
   const int64_t begin_ns = scratch.begin_ns;
   const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
-  const bool send = c.phase == Phase::kDispatchSend || c.phase == Phase::kCombineSend;
+  const bool send = IsSend(c.phase);
   const auto phase = static_cast<int32_t>(c.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;

@@ -22,10 +22,6 @@ constexpr int32_t kBlockWarps = kThreads / 32;
 // How long a recv may be held back until its peers' sends are launched (launches.h), in seconds.
 constexpr double kMostHeldBackS = 5;
 
-constexpr bool IsSend(Phase phase) {
-  return phase == Phase::kDispatchSend || phase == Phase::kCombineSend;
-}
-
 // Whether the work goes into a CUDA graph, to be run later.
 bool IsCaptured(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/launch.h"
 #include "csrc/cuda/messages.cuh"
 
 namespace smfree::cuda {
@@ -34,6 +35,31 @@ template <>
 __device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 template <>
 __device__ inline __half FromFloat<__half>(float v) { return __float2half_rn(v); }
+
+// pick(T{}, Word{}) returns the kernel for elements T in words Word: the one for rows of `dtype` in
+// words of 16 bytes, or of one element.
+template <typename Pick>
+auto KernelFor(DType dtype, int32_t word_bytes, const Pick& pick) {
+  const bool wide = word_bytes == 16;
+  switch (dtype) {
+    case DType::kF32: return wide ? pick(float{}, uint4{}) : pick(float{}, uint32_t{});
+    case DType::kBF16:
+      return wide ? pick(__nv_bfloat16{}, uint4{}) : pick(__nv_bfloat16{}, uint16_t{});
+    default: return wide ? pick(__half{}, uint4{}) : pick(__half{}, uint16_t{});
+  }
+}
+
+// All kernels that KernelFor can return.
+template <typename Pick>
+cudaError_t LoadKernelsFor(const Pick& pick) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    for (const int32_t word_bytes : {16, 1}) {
+      const cudaError_t error = LoadKernels({Kernel(KernelFor(dtype, word_bytes, pick))});
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
 
 // The elements of a word.
 template <typename T, typename Word>
@@ -218,11 +244,7 @@ struct Segments {
       } else if (at < count) {
         size = num_rows[c.rank];
       }
-      int32_t up_to = size;  // inclusive sum over the lanes
-      for (int32_t distance = 1; distance < kWarp; distance *= 2) {
-        const int32_t other = __shfl_up_sync(~0u, up_to, distance);
-        if (lane >= distance) up_to += other;
-      }
+      const int32_t up_to = SumUpToLane(size);
       mine.first = before + up_to - size;
       if (at < count) segment[at] = mine;
       before += __shfl_sync(~0u, up_to, kWarp - 1);

@@ -28,9 +28,14 @@ SMFREE_HD constexpr uint64_t SignalValue(int64_t number, int32_t chunks) {
   return (static_cast<uint64_t>(number) << kChunkBits) | static_cast<uint64_t>(chunks);
 }
 
-// What the mover stores after chunk `chunk` (0 ≤ chunk < num_chunks) of a message in `num_chunks`.
+// How many chunks a signal vouches for once chunk `chunk` (0 ≤ chunk < num_chunks) has arrived.
+SMFREE_HD constexpr int32_t ChunksThrough(int32_t chunk, int32_t num_chunks) {
+  return chunk + 1 == num_chunks ? kAllChunks : chunk + 1;
+}
+
+// What the mover stores after chunk `chunk` of a message in `num_chunks`.
 SMFREE_HD constexpr uint64_t SignalAfterChunk(int64_t number, int32_t chunk, int32_t num_chunks) {
-  return SignalValue(number, chunk + 1 == num_chunks ? kAllChunks : chunk + 1);
+  return SignalValue(number, ChunksThrough(chunk, num_chunks));
 }
 
 // How many chunks of operation `number` a signal vouches for. A signal of a later operation vouches
