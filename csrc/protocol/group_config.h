@@ -17,6 +17,8 @@ enum class Overflow : int32_t { kError = 0, kDrop = 1 };
 
 struct GroupConfig {
   int32_t num_ranks = 1;
+  int32_t ranks_per_node = 0;  // 0 = all ranks form one node
+  bool hierarchical = false;
   int32_t num_experts = 1;
   int32_t top_k = 1;
   int32_t num_lanes = 1;
@@ -37,9 +39,20 @@ constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
                      config.expert_alignment);
 }
 
+constexpr Nodes NodesOf(const GroupConfig& config) {
+  return {config.num_ranks, config.ranks_per_node > 0 ? config.ranks_per_node : config.num_ranks,
+          config.hierarchical};
+}
+
 // Places of a row: the most ranks that one row goes to.
 constexpr int32_t PlacesPerRow(const GroupConfig& config) {
   return config.top_k < config.num_ranks ? config.top_k : config.num_ranks;
+}
+
+// The most ranks of one node that one row goes to.
+constexpr int32_t PlacesPerNode(const GroupConfig& config) {
+  const int32_t ranks = NodesOf(config).ranks_per_node;
+  return config.top_k < ranks ? config.top_k : ranks;
 }
 
 }  // namespace smfree

@@ -28,10 +28,7 @@
 // max_tokens * min(top_k, peers) rows, but a combine on the same lane packs what it received,
 // max_tokens * peers. A rank's own message is packed into its own recv region.
 //
-// Legs. Direct mode has one, kWire: every rank to every rank, peers = ranks. Hierarchical mode has
-// two: kWire to the rank of the same index in each node (one row per node), peers = nodes; and
-// kNode among the ranks of a node, peers = ranks_per_node * nodes: a node peer forwards, or has
-// reduced, one message per node. The own node's wire region exists as well, so that all nodes are
+// Legs and their regions: nodes.h. The own node's wire region exists as well, so that all nodes are
 // treated alike.
 #ifndef SMFREE_CSRC_PROTOCOL_LAYOUT_H_
 #define SMFREE_CSRC_PROTOCOL_LAYOUT_H_
@@ -41,6 +38,7 @@
 
 #include "csrc/protocol/host_device.h"
 #include "csrc/protocol/lanes.h"
+#include "csrc/protocol/nodes.h"
 
 namespace smfree {
 
@@ -81,9 +79,6 @@ struct MessageLayout {
         bytes(rows_offset + AlignUp(rows * row_bytes, kAlignment)) {}
 };
 
-enum Leg : int32_t { kWire = 0, kNode = 1 };
-constexpr int32_t kLegs = 2;
-
 // What the layout follows from; equal on all ranks. The caller has checked: everything positive,
 // num_experts a multiple of num_ranks, num_ranks a multiple of ranks_per_node.
 struct LayoutConfig {
@@ -112,11 +107,12 @@ struct Layout {
 
   SMFREE_HD static constexpr Layout Make(const LayoutConfig& config) {
     Layout layout{};
-    layout.num_nodes = config.num_ranks / config.ranks_per_node;
+    const Nodes nodes{config.num_ranks, config.ranks_per_node, config.hierarchical};
+    layout.num_nodes = nodes.count();
     layout.top_k = config.top_k;
     layout.set_count = LaneCount(config.num_lanes, config.differentiable) * kParities;
-    layout.peers[kWire] = config.hierarchical ? layout.num_nodes : config.num_ranks;
-    layout.peers[kNode] = config.hierarchical ? config.num_ranks : 0;
+    layout.peers[kWire] = nodes.Regions(kWire);
+    layout.peers[kNode] = nodes.Regions(kNode);
 
     // A wire message names the counts of all experts behind it: a rank's, or a node's.
     const int64_t experts_behind = config.num_experts / layout.peers[kWire];

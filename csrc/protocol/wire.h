@@ -11,17 +11,20 @@
 
 #include "csrc/protocol/faults.h"
 #include "csrc/protocol/identity.h"
+#include "csrc/protocol/nodes.h"
 
 namespace smfree::wire {
 
 constexpr uint32_t kMagic = 0x46724d53;  // "SMrF"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 // Describes a message: whose it is, and what its MessageLayout (layout.h) follows from.
 struct MessageHeader {
   Identity identity;
   int32_t source;
   int32_t destination;
+  Leg leg;
+  int32_t region;  // of the destination, see nodes.h
   int32_t tokens;  // T of the sender; equal on all ranks
   int32_t rows;
   int32_t experts;  // expert ids per row: top_k or 0
@@ -51,7 +54,8 @@ struct HelloPacket {
   int32_t cookie_bytes;
   char cookie[kMaxCookieBytes];
   // The group's configuration, which must be the same everywhere.
-  int32_t num_ranks, num_experts, top_k, num_lanes, expert_alignment, dtype, overflow, num_local;
+  int32_t num_ranks, ranks_per_node, hierarchical, num_experts, top_k, num_lanes;
+  int32_t expert_alignment, dtype, overflow, num_local;
   int64_t hidden, max_tokens, recv_capacity;
 };
 
@@ -84,7 +88,7 @@ struct GoodbyePacket {
   PacketKind kind;
 };
 
-static_assert(sizeof(MessageHeader) == 72 && sizeof(MessagePacket) == 96);
+static_assert(sizeof(MessageHeader) == 80 && sizeof(MessagePacket) == 104);
 static_assert(std::is_trivially_copyable_v<HelloPacket> &&
               std::is_trivially_copyable_v<MessagePacket>);
 
