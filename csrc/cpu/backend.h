@@ -9,11 +9,14 @@
 // row-major.
 //
 //   places      int32[T,P]    destination_rank * T + position in that destination's list,
-//                             ascending; -1 fills the end
+//                             ascending; -1 fills the end (places.h)
 //   send_counts int32[R]      rows sent to each rank
 //   rows        int32[R,T,K]  of source s, its i-th row here, its slot k: the row of the
 //                             expert-grouped array, or -1
 //   recv_counts int32[R]      rows received from each rank
+//   relay       int32[M,T,Q]  hierarchical mode, else not used: what this rank relays (relay.h). Of
+//                             the rank with its index in node n of M nodes, the i-th row here: its
+//                             places in this node of L ranks, index * T + position; Q = min(K, L)
 //   slots       float32[T,K]  one value per (row, slot) that rides along with the row
 //
 // Threads: every function may be called from any thread. A send returns when its rows are packed
@@ -48,13 +51,17 @@ struct Chaos {
 
 struct PhaseStats {
   int64_t calls = 0;
-  int64_t rows = 0;     // rows of the wire
+  int64_t rows = 0;     // rows of the messages that the phase sends or unpacks
   int64_t bytes = 0;    // bytes of these rows with their slots and expert ids
   int64_t wait_ns = 0;  // receives only: from the call until the last message was there
 };
 
 struct Stats {
   PhaseStats dispatch_send, dispatch_recv, combine_send, combine_recv;
+  int64_t rows_relayed = 0;   // hierarchical mode: what relays sent on the second leg
+  int64_t bytes_relayed = 0;  // bytes of these
+  int64_t dispatch_internode_bytes = 0;  // bytes of messages from one node to another, by operation
+  int64_t combine_internode_bytes = 0;
   int64_t rows_dropped = 0;        // copies that exceeded recv_capacity
   int64_t pending_receives = 0;    // receives that wait now
   int64_t messages_in_flight = 0;  // arrived here and not yet received
@@ -141,6 +148,7 @@ struct DispatchRecvArgs : Call {
   int32_t* num_dropped = nullptr;  // out []
   int32_t* rows = nullptr;         // out [R,T,K]
   int32_t* recv_counts = nullptr;  // out [R]
+  int32_t* relay = nullptr;        // out [M,T,Q]
 };
 void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done);
 
@@ -158,6 +166,7 @@ struct DispatchRecvCachedArgs : Call {
   int64_t rows_capacity = 0;             // N
   const int32_t* rows = nullptr;         // [R,T,K]
   const int32_t* recv_counts = nullptr;  // [R]
+  const int32_t* relay = nullptr;        // [M,T,Q]
   void* x = nullptr;                     // out [N,H]
   float* values = nullptr;               // out [N] or null
 };
@@ -171,13 +180,16 @@ struct DispatchRecvWeightedArgs : Call {
   const float* w = nullptr;              // [N]
   const int32_t* rows = nullptr;         // [R,T,K]
   const int32_t* recv_counts = nullptr;  // [R]
+  const int32_t* relay = nullptr;        // [M,T,Q]
   void* x = nullptr;                     // out [N,H]
   float* values = nullptr;               // out [N]
 };
 void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done);
 
 // Returns to source s, for its i-th row here, sum over k ascending of w[n] * y[n], n = rows[s,i,k],
-// in float32, rounded once; and as slot k values[n], or 0 without n.
+// in float32, rounded once; and as slot k values[n], or 0 without n. In hierarchical mode the relay
+// of s adds up what its node returns, ranks ascending, in the same way; that part runs when it has
+// arrived, and needs no array of the call.
 struct CombineSendArgs : Call {
   int64_t rows_capacity = 0;             // N
   const void* y = nullptr;               // [N,H]
@@ -185,11 +197,12 @@ struct CombineSendArgs : Call {
   const float* values = nullptr;         // [N] or null: no slots
   const int32_t* rows = nullptr;         // [R,T,K]
   const int32_t* recv_counts = nullptr;  // [R]
+  const int32_t* relay = nullptr;        // [M,T,Q]
 };
 Status CombineSend(Group& group, const CombineSendArgs& args);
 
-// out[t] = sum over the places of row t, ascending, of the row returned from there, in float32,
-// rounded once; slots likewise. Rows without a place are zero.
+// out[t] = sum over the places of row t (hierarchical mode: over their nodes), ascending, of the row
+// returned from there, in float32, rounded once; slots likewise. Rows without a place are zero.
 struct CombineRecvArgs : Call {
   const int32_t* places = nullptr;       // [T,P]
   const int32_t* send_counts = nullptr;  // [R]

@@ -5,6 +5,9 @@
 //   message to s, row i = sum over k ascending, n >= 0, of w[n] * y[n]     float32, rounded once
 //                 slot k = values[n], or 0 where n < 0
 //
+// In hierarchical mode the message goes to the relay of s, with the same rows, and this rank becomes
+// the relay of others (relay.h).
+//
 // S1. Allocate one block for all messages.  S2. Reduce and pack.  S3. Post.
 // Byte floor: one read of each row of y that is named, sum(recv_counts) * row_bytes written.
 #include <utility>
@@ -14,6 +17,7 @@
 #include "csrc/cpu/completion_pool.h"
 #include "csrc/cpu/handle.h"
 #include "csrc/cpu/outbox.h"
+#include "csrc/cpu/relay.h"
 #include "csrc/cpu/rows.h"
 
 namespace smfree::cpu {
@@ -22,7 +26,7 @@ namespace {
 Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& args) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
-  const Status status = outbox.Allocate(args.recv_counts, 0, args.values ? top_k : 0);
+  Status status = outbox.Allocate(args.recv_counts, 0, args.values ? top_k : 0);
   if (!status.ok()) return status;
 
   const auto* const y = static_cast<const std::byte*>(args.y);
@@ -45,18 +49,33 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& ar
   };
   ParallelFor(received.count(),
               ThreadsFor(received.count() * y_row_bytes, exchange.threads_per_rank()), pack);
-  return outbox.Post();
+  outbox.Post();
+  return status;
 }
 
 }  // namespace
 
 Status CombineSend(Group& group, const CombineSendArgs& args) {
+  constexpr const char* kPhase = "combine_send";
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, "combine_send", Operation::kCombine, args);
-  Status status = outbox.Begin(
-      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts));
+  const GroupConfig& config = exchange.config();
+  Status arguments =
+      CheckRows(config, args.tokens, args.rows_capacity, args.rows, args.recv_counts);
+  StatusOr<RelayCounts> relay = RelayCounts{};
+  if (config.hierarchical && arguments.ok()) {
+    relay = CheckRelay(config, args.tokens, args.relay);
+    arguments = relay.status();
+  }
+  Outbox outbox(exchange, kPhase, Operation::kCombine, args,
+                exchange.nodes().FirstLeg(Operation::kCombine));
+  Status status = outbox.Begin(arguments);
   if (status.ok()) status = PackAndPost(exchange, outbox, args);
-  return status.ok() ? status : outbox.Fail(std::move(status));
+  if (!status.ok()) return outbox.Fail(std::move(status));
+  if (config.hierarchical) {
+    RelayCombine(exchange, kPhase, args, args.values ? config.top_k : 0, args.relay,
+                 relay.value());
+  }
+  return status;
 }
 
 }  // namespace smfree::cpu

@@ -10,6 +10,8 @@
 // S3. Zero what no row was written to.
 // Byte floor: sum(recv_counts) * row_bytes read, N * row_bytes written.
 //
+// In hierarchical mode the relay comes first (relay.h); the messages are then the same.
+//
 // The cached forms start at S2 with rows that are known. The weighted one writes
 // x[n] = w[n] * row i and values[n] = <y[n], row i>: the gradient of a combine.
 #include <algorithm>
@@ -25,6 +27,7 @@
 #include "csrc/cpu/exchange.h"
 #include "csrc/cpu/handle.h"
 #include "csrc/cpu/pages.h"
+#include "csrc/cpu/relay.h"
 #include "csrc/cpu/rows.h"
 
 namespace smfree::cpu {
@@ -65,8 +68,8 @@ int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
 
   int32_t dropped = 0;
   std::fill_n(args.rows, config.num_ranks * args.tokens * top_k, -1);
-  for (const Message& message : messages) {
-    const int32_t source = message.header.source;
+  for (int32_t source = 0; source < config.num_ranks; ++source) {
+    const Message& message = messages[static_cast<size_t>(source)];
     const int32_t* const experts = experts_of(message);
     int32_t* const rows = args.rows + source * args.tokens * top_k;
     args.recv_counts[source] = message.header.rows;
@@ -169,18 +172,27 @@ Status Unpack(Exchange& exchange, const char* phase, const DispatchRecvArgs& arg
   return Status();
 }
 
+Expectation Expected(const Exchange& exchange, const char* phase, const Call& call) {
+  Expectation expected;
+  expected.phase = phase;
+  expected.rank = call.rank;
+  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.tokens = call.tokens;
+  return expected;
+}
+
+std::vector<int32_t> CountsOf(const Exchange& exchange, const int32_t* recv_counts) {
+  return {recv_counts, recv_counts + exchange.config().num_ranks};
+}
+
 }  // namespace
 
 void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done) {
   Exchange& exchange = group.exchange();
-  Expectation expected;
-  expected.phase = "dispatch_recv";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
+  Expectation expected = Expected(exchange, "dispatch_recv", args);
   expected.experts = expected.slots = exchange.config().top_k;
-  exchange.Expect(
-      expected, Status(),
+  ReceiveDispatch(
+      exchange, args, expected, Status(), {nullptr, args.relay},
       [&exchange, args, phase = expected.phase](const std::vector<Message>& messages) {
         return Unpack(exchange, phase, args, messages);
       },
@@ -189,16 +201,13 @@ void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done) {
 
 void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done done) {
   Exchange& exchange = group.exchange();
-  Expectation expected;
-  expected.phase = "dispatch_recv_cached";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
+  Expectation expected = Expected(exchange, "dispatch_recv_cached", args);
   expected.slots = args.values ? exchange.config().top_k : 0;
-  expected.counts = args.recv_counts;
-  exchange.Expect(
-      expected,
+  expected.counts = CountsOf(exchange, args.recv_counts);
+  ReceiveDispatch(
+      exchange, args, expected,
       CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
+      {args.relay, nullptr},
       [&exchange, args](const std::vector<Message>& messages) {
         Scatter(exchange,
                 {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values},
@@ -210,15 +219,12 @@ void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done d
 
 void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done) {
   Exchange& exchange = group.exchange();
-  Expectation expected;
-  expected.phase = "dispatch_recv_weighted";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
-  expected.counts = args.recv_counts;
-  exchange.Expect(
-      expected,
+  Expectation expected = Expected(exchange, "dispatch_recv_weighted", args);
+  expected.counts = CountsOf(exchange, args.recv_counts);
+  ReceiveDispatch(
+      exchange, args, expected,
       CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
+      {args.relay, nullptr},
       [&exchange, args](const std::vector<Message>& messages) {
         Scatter(exchange,
                 {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values,

@@ -5,23 +5,23 @@
 //   message to d, row i = x[t], expert ids topk_idx[t,:], slots topk_weights[t,:]
 //   places[t,p] = d * T + i          i counts the rows to d in the order of t
 //
+// In hierarchical mode the messages go to nodes in the same way (WirePlaces); places is the same.
+//
 // S1. Route: places and counts from topk_idx.   S2. Allocate one block for all messages.
 // S3. Pack: read each row of x once, write it once per destination.   S4. Post.
-// Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
+// Byte floor: T * row_bytes read, the rows of all messages written.
 //
 // The cached form starts at S2 with a routing that is known, and sends no expert ids.
 #include <algorithm>
-#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "csrc/cpu/backend.h"
-#include "csrc/cpu/completion_pool.h"
 #include "csrc/protocol/describe.h"
 #include "csrc/cpu/handle.h"
 #include "csrc/cpu/outbox.h"
-#include "csrc/cpu/rows.h"
+#include "csrc/cpu/places.h"
 
 namespace smfree::cpu {
 namespace {
@@ -36,16 +36,10 @@ Status BadRouting(const char* phase, const DispatchSendArgs& args, int32_t top_k
                     "]. Cure: name each expert of a row once, -1 for none.");
 }
 
-// S1.
-Status Route(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
-  const int32_t local_experts = config.num_experts / config.num_ranks;
+Status CheckRouting(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
   const int32_t top_k = config.top_k;
-  const int32_t places_per_row = PlacesPerRow(config);
-  std::fill_n(args.send_counts, config.num_ranks, 0);
   std::vector<int64_t> last_row(static_cast<size_t>(config.num_experts), -1);  // that named it
-  std::vector<int32_t> ranks;
   for (int64_t row = 0; row < args.tokens; ++row) {
-    ranks.clear();
     for (int32_t k = 0; k < top_k; ++k) {
       const int32_t expert = args.topk_idx[row * top_k + k];
       if (expert == -1) continue;
@@ -60,17 +54,19 @@ Status Route(const char* phase, const GroupConfig& config, const DispatchSendArg
                           "names expert " + std::to_string(expert) + " twice");
       }
       last = row;
-      const int32_t rank = expert / local_experts;
-      const auto at = std::lower_bound(ranks.begin(), ranks.end(), rank);
-      if (at == ranks.end() || *at != rank) ranks.insert(at, rank);
-    }
-    int32_t* const places = args.places + row * places_per_row;
-    std::fill_n(places, places_per_row, -1);
-    for (size_t p = 0; p < ranks.size(); ++p) {
-      places[p] = static_cast<int32_t>(ranks[p] * args.tokens) + args.send_counts[ranks[p]]++;
     }
   }
   return Status();
+}
+
+// S1.
+Status Route(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
+  Status status = CheckRouting(phase, config, args);
+  if (!status.ok()) return status;
+  std::fill_n(args.send_counts, config.num_ranks, 0);
+  PlaceByExpert(config, args.tokens, args.topk_idx, args.tokens, /*first_rank=*/0,
+                config.num_ranks, PlacesPerRow(config), args.places, args.send_counts);
+  return status;
 }
 
 // S2 to S4. `experts` and `slots` may be null.
@@ -78,33 +74,16 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
                    const int32_t* experts, const float* slots, const int32_t* places,
                    const int32_t* send_counts) {
   const GroupConfig& config = exchange.config();
-  const int32_t top_k = config.top_k;
-  const int32_t places_per_row = PlacesPerRow(config);
-  const Status status = outbox.Allocate(send_counts, experts ? top_k : 0, slots ? top_k : 0);
+  const WirePlaces wire(config, tokens, places, send_counts);
+  Status status =
+      outbox.Allocate(wire.counts().data(), experts ? config.top_k : 0, slots ? config.top_k : 0);
   if (!status.ok()) return status;
-
-  const auto* const source = static_cast<const std::byte*>(x);
-  const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
-  const int64_t wire_rows =
-      std::accumulate(send_counts, send_counts + config.num_ranks, int64_t{0});
-  const Writes writes = WritesFor(wire_rows * x_row_bytes * exchange.num_local());
-  const auto pack = [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int32_t p = 0; p < places_per_row; ++p) {
-        const int32_t place = places[row * places_per_row + p];
-        if (place < 0) break;
-        const auto rank = static_cast<int32_t>(place / tokens);
-        const int64_t i = place % tokens;
-        CopyRow(outbox.rows(rank) + i * exchange.row_bytes(), source + row * x_row_bytes,
-                x_row_bytes, writes);
-        if (experts) std::copy_n(experts + row * top_k, top_k, outbox.experts(rank) + i * top_k);
-        if (slots) std::copy_n(slots + row * top_k, top_k, outbox.slots(rank) + i * top_k);
-      }
-    }
-    FinishWrites(writes);
-  };
-  ParallelFor(tokens, ThreadsFor(wire_rows * x_row_bytes, exchange.threads_per_rank()), pack);
-  return outbox.Post();
+  PackAtPlaces(exchange,
+               {tokens, static_cast<const std::byte*>(x), config.hidden * ItemBytes(config.dtype),
+                experts, slots},
+               wire.places(), /*first_region=*/0, outbox);
+  outbox.Post();
+  return status;
 }
 
 }  // namespace
@@ -112,7 +91,7 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
 Status DispatchSend(Group& group, const DispatchSendArgs& args) {
   constexpr const char* kPhase = "dispatch_send";
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, kPhase, Operation::kDispatch, args);
+  Outbox outbox(exchange, kPhase, Operation::kDispatch, args, kWire);
   Status status = outbox.Begin();
   if (status.ok()) status = Route(kPhase, exchange.config(), args);
   if (status.ok()) {
@@ -124,7 +103,7 @@ Status DispatchSend(Group& group, const DispatchSendArgs& args) {
 
 Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args) {
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args);
+  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args, kWire);
   Status status =
       outbox.Begin(CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
   if (status.ok()) {

@@ -35,6 +35,7 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
     : group_id_(group_id),
       replica_(replica),
       config_(config),
+      nodes_(NodesOf(config)),
       process_of_rank_(std::move(process_of_rank)),
       my_process_(my_process),
       cookie_(std::move(cookie)),
@@ -46,8 +47,7 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
       owner_(getpid()),
       peer_closed_(static_cast<size_t>(num_processes_)) {
   for (int32_t rank = 0; rank < config_.num_ranks; ++rank) {
-    mailboxes_.push_back(IsLocal(rank) ? std::make_unique<Mailbox>(rank, config_.num_ranks)
-                                       : nullptr);
+    mailboxes_.push_back(IsLocal(rank) ? std::make_unique<Mailbox>(rank, nodes_) : nullptr);
   }
 }
 
@@ -88,6 +88,8 @@ Status Exchange::Connect(const std::vector<std::string>& addresses) {
   hello.cookie_bytes = static_cast<int32_t>(cookie_.size());
   std::memcpy(hello.cookie, cookie_.data(), cookie_.size());
   hello.num_ranks = config_.num_ranks;
+  hello.ranks_per_node = nodes_.ranks_per_node;
+  hello.hierarchical = nodes_.hierarchical;
   hello.num_experts = config_.num_experts;
   hello.top_k = config_.top_k;
   hello.num_lanes = config_.num_lanes;
@@ -191,11 +193,9 @@ void Exchange::OnPeerClosed(int32_t process) {
 
 Status Exchange::CheckPeersOpen(const Receive& receive) const {
   const Expectation& expected = receive.expected;
-  for (size_t source = 0; source < receive.messages.size(); ++source) {
-    const int32_t process = process_of_rank_[source];
-    if (receive.messages[source].data != nullptr || !peer_closed_[static_cast<size_t>(process)]) {
-      continue;
-    }
+  for (const int32_t source : MailboxOf(expected.rank).Missing(receive)) {
+    const int32_t process = process_of_rank_[static_cast<size_t>(source)];
+    if (!peer_closed_[static_cast<size_t>(process)]) continue;
     return Status(
         FaultKind::kPeerClosed,
         RanksOf(process) + " closed its group, and " +

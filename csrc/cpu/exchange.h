@@ -47,6 +47,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
 
   // ---- for the phases
   const GroupConfig& config() const { return config_; }
+  const Nodes& nodes() const { return nodes_; }
   int64_t group_id() const { return group_id_; }
   int32_t replica() const { return replica_; }
   bool IsLocal(int32_t rank) const;
@@ -80,7 +81,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   void OnPeerClosed(int32_t process) override;
   void OnPeerDied(int32_t process, const std::string& why) override;
 
-  Mailbox& MailboxOf(int32_t rank) { return *mailboxes_[static_cast<size_t>(rank)]; }
+  Mailbox& MailboxOf(int32_t rank) const { return *mailboxes_[static_cast<size_t>(rank)]; }
   Status CheckCall(const char* phase, int32_t rank, int64_t tokens, const Identity& identity,
                    const Status& arguments) const;
   // Under the mutex.
@@ -92,9 +93,12 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   // To the mailbox or the process of the destination.
   void Forward(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
                int64_t offset);
+  // Under the mutex: a message is on its way.
+  void NoteSent(const wire::MessageHeader& header);
   void Deliver(Message message);
   // Under the mutex: the last message of a receive is there.
   void NoteArrived(const Receive& receive);
+  Clock::time_point DeadlineOf(const Expectation& expected) const;
   void OnDeadline(const ReceivePtr& receive);
   void Finish(const ReceivePtr& receive);
   void Raise(const Status& fault, int32_t rank, bool tell_peers);
@@ -106,6 +110,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   const int64_t group_id_;
   const int32_t replica_;
   const GroupConfig config_;
+  const Nodes nodes_;
   const std::vector<int32_t> process_of_rank_;
   const int32_t my_process_;
   const std::string cookie_;

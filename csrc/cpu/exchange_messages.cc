@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The exchange's messages: begin a send, post, deliver, expect, finish.
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -89,10 +90,7 @@ void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Bl
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
-    PhaseStats& stats = header.identity.operation == Operation::kDispatch ? stats_.dispatch_send
-                                                                          : stats_.combine_send;
-    stats.rows += header.rows;
-    stats.bytes += header.bytes;
+    NoteSent(header);
     // As long as any message is held back, the others queue up behind it, so that a stream stays in
     // order when chaos ends.
     if (chaos_.enabled() || held_back_ > 0) {
@@ -111,6 +109,16 @@ void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Bl
   Forward(header, std::move(block), offset);
 }
 
+void Exchange::NoteSent(const wire::MessageHeader& header) {
+  const bool dispatch = header.identity.operation == Operation::kDispatch;
+  PhaseStats& phase = dispatch ? stats_.dispatch_send : stats_.combine_send;
+  const bool first_leg = header.leg == nodes_.FirstLeg(header.identity.operation);
+  (first_leg ? phase.rows : stats_.rows_relayed) += header.rows;
+  (first_leg ? phase.bytes : stats_.bytes_relayed) += header.bytes;
+  if (nodes_.NodeOf(header.source) == nodes_.NodeOf(header.destination)) return;
+  (dispatch ? stats_.dispatch_internode_bytes : stats_.combine_internode_bytes) += header.bytes;
+}
+
 void Exchange::Forward(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
                        int64_t offset) {
   if (!IsLocal(header.destination)) {
@@ -127,7 +135,9 @@ void Exchange::Forward(const wire::MessageHeader& header, std::shared_ptr<Arena:
 void Exchange::OnArrival(Message message) {
   const wire::MessageHeader& header = message.header;
   const bool sound =
-      IsLocal(header.destination) && header.source >= 0 && header.source < config_.num_ranks &&
+      IsLocal(header.destination) && (header.leg == kWire || header.leg == kNode) &&
+      header.region >= 0 && header.region < nodes_.Regions(header.leg) &&
+      header.source == nodes_.Peer(header.leg, header.destination, header.region) &&
       !IsLocal(header.source) && header.rows >= 0 && header.rows <= header.tokens &&
       header.tokens <= config_.max_tokens &&
       (header.experts == 0 || header.experts == config_.top_k) &&
@@ -161,15 +171,25 @@ void Exchange::Deliver(Message message) {
 
 void Exchange::NoteArrived(const Receive& receive) {
   Mover::Get().Cancel(receive.deadline);
-  PhaseStats& stats = receive.expected.identity.operation == Operation::kDispatch
-                          ? stats_.dispatch_recv
-                          : stats_.combine_recv;
+  const Operation operation = receive.expected.identity.operation;
+  if (receive.expected.leg != nodes_.LastLeg(operation)) return;  // a relay's
+  PhaseStats& stats =
+      operation == Operation::kDispatch ? stats_.dispatch_recv : stats_.combine_recv;
   ++stats.calls;
-  stats.wait_ns += NanosecondsSince(receive.since);
+  stats.wait_ns += NanosecondsSince(receive.expected.since);
   for (const Message& message : receive.messages) {
     stats.rows += message.header.rows;
     stats.bytes += message.header.bytes;
   }
+}
+
+Clock::time_point Exchange::DeadlineOf(const Expectation& expected) const {
+  const double timeout_s = config_.timeout_s;
+  // Whoever waits for a relay is more patient than the relay, so that the fault names the rank that
+  // is silent, not one that waits for it.
+  const bool for_relay = expected.leg != nodes_.FirstLeg(expected.identity.operation);
+  const double grace_s = for_relay ? std::min(1.0, timeout_s / 4) : 0.0;
+  return expected.since + SecondsToDuration(timeout_s + grace_s);
 }
 
 void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpacker unpack,
@@ -180,7 +200,6 @@ void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpa
   receive->expected = expected;
   receive->unpack = std::move(unpack);
   receive->done = std::move(done);
-  receive->since = Clock::now();
   bool complete = false;
   Status peers;
   Status status = CheckCall(expected.phase, rank, expected.tokens, identity, arguments);
@@ -192,7 +211,7 @@ void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpa
     if (status.ok() && !complete) {
       peers = CheckPeersOpen(*receive);
       receive->deadline =
-          Mover::Get().At(receive->since + SecondsToDuration(config_.timeout_s),
+          Mover::Get().At(DeadlineOf(expected),
                           [self = weak_from_this(), waiting = std::weak_ptr<Receive>(receive)] {
                             const auto exchange = self.lock();
                             const auto late = waiting.lock();

@@ -39,6 +39,7 @@ void CloseAtExit() {
 Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& process_of_rank,
                    int32_t my_process, const std::string& cookie) {
   const auto ranks = static_cast<int64_t>(process_of_rank.size());
+  const Nodes nodes = NodesOf(config);
   const auto is_process = [&](int32_t process) {
     return std::find(process_of_rank.begin(), process_of_rank.end(), process) !=
            process_of_rank.end();
@@ -47,6 +48,11 @@ Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& proces
   if (config.num_ranks < 1 || ranks != config.num_ranks) {
     wrong = "num_ranks is " + std::to_string(config.num_ranks) + " and process_of_rank names " +
             std::to_string(ranks) + " ranks";
+  } else if (nodes.ranks_per_node < 1 || nodes.num_ranks % nodes.ranks_per_node != 0 ||
+             (nodes.hierarchical && (nodes.count() == 1 || nodes.ranks_per_node == 1))) {
+    wrong = std::to_string(config.num_ranks) + " ranks in nodes of " +
+            std::to_string(config.ranks_per_node) +
+            ": nodes are equally large, and hierarchical mode needs several of several ranks";
   } else if (config.num_experts < 1 || config.num_experts % config.num_ranks != 0) {
     wrong = "num_experts " + std::to_string(config.num_experts) + " is no multiple of num_ranks " +
             std::to_string(config.num_ranks);

@@ -4,37 +4,44 @@
 #include <string>
 
 namespace smfree::cpu {
-namespace {
 
-Status Broken(const std::string& what) {
+Status BrokenHandle(const std::string& what) {
   return Status(FaultKind::kInvalidArgument,
                 what +
                     ". Cure: pass the handle of the dispatch unchanged, and only to the rank that "
                     "got it.");
 }
 
-}  // namespace
+StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
+                                           int32_t destinations, const char* what) {
+  std::vector<int32_t> counts(static_cast<size_t>(destinations));
+  const int32_t* const data = places.data;
+  for (int64_t i = 0; i < rows * places.width; ++i) {
+    const int32_t place = data[i];
+    if (place == -1) continue;
+    const int64_t destination = place / places.tokens;
+    const bool ascends = i % places.width == 0 || (data[i - 1] >= 0 && data[i - 1] < place);
+    if (place < 0 || destination >= destinations || !ascends ||
+        place % places.tokens != counts[static_cast<size_t>(destination)]++) {
+      return BrokenHandle("the handle's " + std::string(what) + " are broken: row " +
+                          std::to_string(i / places.width) + " has place " +
+                          std::to_string(place));
+    }
+  }
+  return counts;
+}
 
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
                    const int32_t* send_counts) {
-  const int32_t places_per_row = PlacesPerRow(config);
-  std::vector<int32_t> counted(static_cast<size_t>(config.num_ranks));
-  for (int64_t i = 0; i < tokens * places_per_row; ++i) {
-    const int32_t place = places[i];
-    if (place == -1) continue;
-    const int64_t rank = place / tokens;
-    const bool ascends = i % places_per_row == 0 || (places[i - 1] >= 0 && places[i - 1] < place);
-    if (place < 0 || rank >= config.num_ranks || !ascends ||
-        place % tokens != counted[static_cast<size_t>(rank)]++) {
-      return Broken("the handle's places are broken: row " + std::to_string(i / places_per_row) +
-                    " has place " + std::to_string(place));
-    }
-  }
+  const auto counted = CountPlaces({places, tokens, PlacesPerRow(config)}, tokens,
+                                   config.num_ranks, "places");
+  if (!counted.ok()) return counted.status();
   for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
-    if (send_counts[rank] == counted[static_cast<size_t>(rank)]) continue;
-    return Broken("the handle sends " + std::to_string(counted[static_cast<size_t>(rank)]) +
-                  " rows to rank " + std::to_string(rank) + " by its places and " +
-                  std::to_string(send_counts[rank]) + " by its counts");
+    const int32_t count = counted.value()[static_cast<size_t>(rank)];
+    if (send_counts[rank] == count) continue;
+    return BrokenHandle("the handle sends " + std::to_string(count) + " rows to rank " +
+                        std::to_string(rank) + " by its places and " +
+                        std::to_string(send_counts[rank]) + " by its counts");
   }
   return Status();
 }
@@ -44,13 +51,13 @@ Status CheckRows(const GroupConfig& config, int64_t tokens, int64_t rows_capacit
   for (int32_t source = 0; source < config.num_ranks; ++source) {
     const int32_t count = recv_counts[source];
     if (count < 0 || count > tokens) {
-      return Broken("the handle receives " + std::to_string(count) + " rows from rank " +
+      return BrokenHandle("the handle receives " + std::to_string(count) + " rows from rank " +
                     std::to_string(source) + " of at most " + std::to_string(tokens));
     }
     const int32_t* const of_source = rows + source * tokens * config.top_k;
     for (int64_t i = 0; i < int64_t{count} * config.top_k; ++i) {
       if (of_source[i] >= -1 && of_source[i] < rows_capacity) continue;
-      return Broken("the handle puts a row of rank " + std::to_string(source) + " at " +
+      return BrokenHandle("the handle puts a row of rank " + std::to_string(source) + " at " +
                     std::to_string(of_source[i]) + " of " + std::to_string(rows_capacity));
     }
   }

@@ -7,12 +7,22 @@
 #define SMFREE_CSRC_CPU_HANDLE_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "csrc/cpu/backend.h"
+#include "csrc/cpu/places.h"
 #include "csrc/protocol/status.h"
 
 namespace smfree::cpu {
+
+// The fault of a handle that no dispatch has made; `what` says what is wrong with it.
+Status BrokenHandle(const std::string& what);
+
+// How many of `rows` rows go to each of the `destinations`, if the places are what a dispatch makes;
+// `what` they are called in errors.
+StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
+                                           int32_t destinations, const char* what);
 
 // Whether `places` [T,P] and `send_counts` [R] are what dispatch_send makes of some routing.
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,

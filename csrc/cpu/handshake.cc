@@ -79,6 +79,8 @@ Status CheckHello(const wire::HelloPacket& mine, const wire::HelloPacket& theirs
       {"the group's id", mine.group_id, theirs.group_id},
       {"the group's replica", mine.replica, theirs.replica},
       {"num_ranks", mine.num_ranks, theirs.num_ranks},
+      {"ranks_per_node", mine.ranks_per_node, theirs.ranks_per_node},
+      {"hierarchical", mine.hierarchical, theirs.hierarchical},
       {"the number of its local ranks", ranks_of_process[p], theirs.num_local},
       {"num_experts", mine.num_experts, theirs.num_experts},
       {"top_k", mine.top_k, theirs.top_k},

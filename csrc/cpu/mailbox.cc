@@ -34,9 +34,10 @@ Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found
   if (found.rows > 0 && expected.slots != 0 && found.slots != expected.slots) {
     return Mismatch(expected, found, "expected rows with slots and got rows without");
   }
-  if (expected.counts != nullptr && found.rows != expected.counts[found.source]) {
+  const auto region = static_cast<size_t>(found.region);
+  if (!expected.counts.empty() && found.rows != expected.counts[region]) {
     return Mismatch(expected, found,
-                    "expected " + std::to_string(expected.counts[found.source]) +
+                    "expected " + std::to_string(expected.counts[region]) +
                         " rows by its handle and got " + std::to_string(found.rows));
   }
   return Status();
@@ -45,13 +46,17 @@ Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found
 }  // namespace
 
 bool Mailbox::Stream::empty() const {
-  return waiting.empty() && in_flight.empty() &&
-         std::all_of(arrived.begin(), arrived.end(), [](const auto& fifo) { return fifo.empty(); });
+  const auto all_read = [](const auto& regions) {
+    return std::all_of(regions.begin(), regions.end(), [](const auto& fifo) { return fifo.empty(); });
+  };
+  return waiting.empty() && in_flight.empty() && all_read(arrived[kWire]) && all_read(arrived[kNode]);
 }
 
 Mailbox::Stream& Mailbox::At(const Identity& identity) {
   Stream& stream = streams_[StreamKey(identity)];
-  if (stream.arrived.empty()) stream.arrived.resize(static_cast<size_t>(num_ranks_));
+  for (const Leg leg : {kWire, kNode}) {
+    stream.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
+  }
   return stream;
 }
 
@@ -70,11 +75,11 @@ Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
   return Status();
 }
 
-StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t source, Receive& receive) const {
-  auto& fifo = stream.arrived[static_cast<size_t>(source)];
-  Message& slot = receive.messages[static_cast<size_t>(source)];
-  if (fifo.empty() || slot.data != nullptr) return Match::kNone;
+StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t region, Receive& receive) const {
   const Expectation& expected = receive.expected;
+  auto& fifo = stream.arrived[expected.leg][static_cast<size_t>(region)];
+  Message& slot = receive.messages[static_cast<size_t>(region)];
+  if (fifo.empty() || slot.data != nullptr) return Match::kNone;
   const auto found = std::find_if(fifo.begin(), fifo.end(), [&](const Message& message) {
     return SameOperation(message.header.identity, expected.identity);
   });
@@ -101,21 +106,24 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t source, Recei
 }
 
 void Mailbox::Complete(Stream& stream, const Receive& receive) const {
+  const Expectation& expected = receive.expected;
+  if (expected.leg != nodes_.LastLeg(expected.identity.operation)) return;
   auto& sent = stream.in_flight;
   const auto it = std::find_if(sent.begin(), sent.end(), [&](const Identity& identity) {
-    return SameOperation(identity, receive.expected.identity);
+    return SameOperation(identity, expected.identity);
   });
   if (it != sent.end()) sent.erase(it);
 }
 
 Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
-  const int32_t source = message.header.source;
-  const Identity identity = message.header.identity;
-  last_from_[static_cast<size_t>(source)] = message.header;
+  const wire::MessageHeader header = message.header;
+  const Identity& identity = header.identity;
+  last_from_[static_cast<size_t>(header.source)] = header;
   Stream& stream = At(identity);
-  stream.arrived[static_cast<size_t>(source)].push_back(std::move(message));
+  stream.arrived[header.leg][static_cast<size_t>(header.region)].push_back(std::move(message));
   for (auto it = stream.waiting.begin(); it != stream.waiting.end(); ++it) {
-    const auto match = TakeFrom(stream, source, **it);
+    if ((*it)->expected.leg != header.leg) continue;
+    const auto match = TakeFrom(stream, header.region, **it);
     if (!match.ok()) return match.status();
     if (match.value() == Match::kNone) continue;
     if ((*it)->missing == 0) {
@@ -132,10 +140,11 @@ Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
 Status Mailbox::Expect(const ReceivePtr& receive, bool* complete) {
   const Identity& identity = receive->expected.identity;
   Stream& stream = At(identity);
-  receive->messages.resize(static_cast<size_t>(num_ranks_));
-  receive->missing = num_ranks_;
-  for (int32_t source = 0; source < num_ranks_; ++source) {
-    const auto match = TakeFrom(stream, source, *receive);
+  const int32_t regions = nodes_.Regions(receive->expected.leg);
+  receive->messages.resize(static_cast<size_t>(regions));
+  receive->missing = regions;
+  for (int32_t region = 0; region < regions; ++region) {
+    const auto match = TakeFrom(stream, region, *receive);
     if (!match.ok()) return match.status();
   }
   *complete = receive->missing == 0;
@@ -157,8 +166,10 @@ bool Mailbox::IsWaiting(const ReceivePtr& receive) const {
 
 std::vector<int32_t> Mailbox::Missing(const Receive& receive) const {
   std::vector<int32_t> missing;
-  for (int32_t source = 0; source < num_ranks_; ++source) {
-    if (receive.messages[static_cast<size_t>(source)].data == nullptr) missing.push_back(source);
+  for (size_t region = 0; region < receive.messages.size(); ++region) {
+    if (receive.messages[region].data != nullptr) continue;
+    const int32_t peer = nodes_.Peer(receive.expected.leg, rank_, static_cast<int32_t>(region));
+    if (std::find(missing.begin(), missing.end(), peer) == missing.end()) missing.push_back(peer);
   }
   return missing;
 }
@@ -167,12 +178,11 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
   // What lies unread from that source, in whatever stream: most often the operation that the peer
   // took instead of the expected one.
   std::string unread;
-  for (const auto& [key, stream] : streams_) {
-    for (const Message& message : stream.arrived[static_cast<size_t>(source)]) {
-      unread += (unread.empty() ? "; unread from it: " : ", ") +
-                DescribeOperation(message.header.identity);
-    }
-  }
+  ForEachUnread([&](const Message& message) {
+    if (message.header.source != source) return;
+    unread += (unread.empty() ? "; unread from it: " : ", ") +
+              DescribeOperation(message.header.identity);
+  });
   const auto& last = last_from_[static_cast<size_t>(source)];
   std::string text = "rank " + std::to_string(source) + ": nothing arrived; ";
   text +=
@@ -186,10 +196,10 @@ std::string Mailbox::DescribeWait(const Receive& receive) const {
   constexpr size_t kMaxDescribed = 4;
   const std::vector<int32_t> missing = Missing(receive);
   char waited[32];
-  std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.since));
+  std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
   std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
                      receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
-                     ") for ";
+                     ") for " + (receive.expected.leg == kNode ? "what comes inside its node: " : "");
   for (size_t i = 0; i < missing.size() && i < kMaxDescribed; ++i) {
     text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }
@@ -203,8 +213,10 @@ Mailbox::Contents Mailbox::TakeAll() {
   Contents contents;
   for (auto& [key, stream] : streams_) {
     for (ReceivePtr& receive : stream.waiting) contents.receives.push_back(std::move(receive));
-    for (auto& fifo : stream.arrived) {
-      for (Message& message : fifo) contents.messages.push_back(std::move(message));
+    for (auto& leg : stream.arrived) {
+      for (auto& fifo : leg) {
+        std::move(fifo.begin(), fifo.end(), std::back_inserter(contents.messages));
+      }
     }
   }
   streams_.clear();
@@ -220,11 +232,17 @@ std::vector<ReceivePtr> Mailbox::Waiting() const {
 }
 
 int64_t Mailbox::messages() const {
-  size_t count = 0;
+  int64_t count = 0;
+  ForEachUnread([&](const Message&) { ++count; });
+  return count;
+}
+
+void Mailbox::ForEachUnread(const std::function<void(const Message&)>& body) const {
   for (const auto& [key, stream] : streams_) {
-    for (const auto& fifo : stream.arrived) count += fifo.size();
+    for (const auto& leg : stream.arrived) {
+      for (const auto& fifo : leg) std::for_each(fifo.begin(), fifo.end(), body);
+    }
   }
-  return static_cast<int64_t>(count);
 }
 
 }  // namespace smfree::cpu

@@ -7,8 +7,9 @@
 // Rules, per stream (run, lane, derivation):
 //   * A send may begin if the rank has received its previous operation. In a replay stream, only
 //     the same operation twice is refused.
-//   * A receive takes from each source the first message of its operation. In a stream that is no
-//     replay this must be the first message of all; another one in its place is a mismatch.
+//   * A receive takes from each region of its leg (nodes.h) the first message of its operation. In
+//     a stream that is no replay this must be the first message of all; another one in its place is
+//     a mismatch.
 #ifndef SMFREE_CSRC_CPU_MAILBOX_H_
 #define SMFREE_CSRC_CPU_MAILBOX_H_
 
@@ -32,29 +33,30 @@ struct Expectation {
   int32_t rank = 0;
   Identity identity;
   int64_t tokens = 0;
-  int32_t experts = 0;              // expert ids per row that it needs, or 0
-  int32_t slots = 0;                // values per row that it needs, or 0
-  const int32_t* counts = nullptr;  // rows from each source if they are known, else null
+  int32_t experts = 0;          // expert ids per row that it needs, or 0
+  int32_t slots = 0;            // values per row that it needs, or 0
+  Leg leg = kWire;
+  std::vector<int32_t> counts;  // rows of each region's message if they are known, else empty
+  Clock::time_point since = Clock::now();  // when the phase was called, which the deadline is from
 };
 
-using Unpacker = std::function<Status(const std::vector<Message>&)>;  // messages by source
+using Unpacker = std::function<Status(const std::vector<Message>&)>;  // messages by region
 
 // A receive that was called and is not complete.
 struct Receive {
   Expectation expected;
   Unpacker unpack;
   Done done;
-  Clock::time_point since;
   Mover::TimerId deadline{};
-  std::vector<Message> messages;  // by source; without data until it is there
+  std::vector<Message> messages;  // by region; without data until it is there
   int32_t missing = 0;
 };
 using ReceivePtr = std::shared_ptr<Receive>;
 
 class Mailbox {
  public:
-  Mailbox(int32_t rank, int32_t num_ranks)
-      : rank_(rank), num_ranks_(num_ranks), last_from_(static_cast<size_t>(num_ranks)) {}
+  Mailbox(int32_t rank, const Nodes& nodes)
+      : rank_(rank), nodes_(nodes), last_from_(static_cast<size_t>(nodes.num_ranks)) {}
 
   Status BeginSend(const char* phase, const Identity& identity);
 
@@ -65,7 +67,7 @@ class Mailbox {
   Status Expect(const ReceivePtr& receive, bool* complete);
 
   bool IsWaiting(const ReceivePtr& receive) const;
-  // The sources that a receive still waits for.
+  // The ranks that a receive still waits for.
   std::vector<int32_t> Missing(const Receive& receive) const;
   // Who waits how long for whom, and what came instead.
   std::string DescribeWait(const Receive& receive) const;
@@ -81,7 +83,7 @@ class Mailbox {
 
  private:
   struct Stream {
-    std::vector<std::vector<Message>> arrived;  // FIFO by source; short, so erasing is cheap
+    std::vector<std::vector<Message>> arrived[kLegs];  // FIFO by region; short: erasing is cheap
     std::vector<ReceivePtr> waiting;
     std::vector<Identity> in_flight;  // sent by this rank and not received here
 
@@ -90,12 +92,14 @@ class Mailbox {
   enum class Match { kNone, kTaken };
 
   Stream& At(const Identity& identity);
-  StatusOr<Match> TakeFrom(Stream& stream, int32_t source, Receive& receive) const;
+  StatusOr<Match> TakeFrom(Stream& stream, int32_t region, Receive& receive) const;
+  // All of `receive` is there; on its operation's last leg the operation is in flight no more.
   void Complete(Stream& stream, const Receive& receive) const;
+  void ForEachUnread(const std::function<void(const Message&)>& body) const;
   std::string DescribeMissing(const Receive& receive, int32_t source) const;
 
   const int32_t rank_;
-  const int32_t num_ranks_;
+  const Nodes nodes_;
   std::map<StreamKey, Stream> streams_;
   std::vector<std::optional<wire::MessageHeader>> last_from_;  // the last arrival of each source
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The outbox of one send: a message for every rank, all in one block, written in place and then
-// posted. Every message is sent, also one without rows: receivers wait for all sources.
+// The outbox of one send: a message for every region of a leg, all in one block, written in place and
+// then posted. Every message is sent, also one without rows: receivers wait for all of them.
 #ifndef SMFREE_CSRC_CPU_OUTBOX_H_
 #define SMFREE_CSRC_CPU_OUTBOX_H_
 
@@ -16,28 +16,32 @@ namespace smfree::cpu {
 
 class Outbox {
  public:
-  Outbox(Exchange& exchange, const char* phase, Operation operation, const Call& call)
+  Outbox(Exchange& exchange, const char* phase, Operation operation, const Call& call, Leg leg)
       : exchange_(exchange),
         phase_(phase),
         call_(call),
+        leg_(leg),
         identity_(exchange.Complete(call.identity, operation)) {}
 
-  // `arguments`: what the phase found about them.
+  // Of a send phase; a relay does not begin anything. `arguments`: what was found about them.
   Status Begin(const Status& arguments = Status()) {
     return exchange_.BeginSend(phase_, call_, identity_, arguments);
   }
 
-  // Makes room for counts[d] rows to each rank d. Any thread may then write the parts.
+  // Makes room for counts[r] rows in each region r. Any thread may then write the parts.
   Status Allocate(const int32_t* counts, int32_t experts, int32_t slots) {
-    const int32_t num_ranks = exchange_.config().num_ranks;
+    const Nodes& nodes = exchange_.nodes();
     int64_t offset = 0;
-    for (int32_t rank = 0; rank < num_ranks; ++rank) {
-      const MessageLayout layout(counts[rank], experts, slots, exchange_.row_bytes());
+    for (int32_t region = 0; region < nodes.Regions(leg_); ++region) {
+      const int32_t rows = counts[region];
+      const MessageLayout layout(rows, experts, slots, exchange_.row_bytes());
       parts_.push_back(Part{{}, nullptr, nullptr, nullptr, offset});
-      parts_.back().header =
-          wire::MessageHeader{identity_,    call_.rank, rank,  static_cast<int32_t>(call_.tokens),
-                              counts[rank], experts,    slots, layout.bytes};
+      parts_.back().header = wire::MessageHeader{
+          identity_, call_.rank, nodes.Peer(leg_, call_.rank, region), leg_,
+          nodes.RegionAtPeer(leg_, call_.rank, region), static_cast<int32_t>(call_.tokens), rows,
+          experts, slots, layout.bytes};
       offset += layout.bytes;
+      total_rows_ += rows;
     }
     auto block = exchange_.Allocate(offset);
     if (!block.ok()) return block.status();
@@ -52,13 +56,20 @@ class Outbox {
     return Status();
   }
 
-  int32_t* experts(int32_t rank) { return part(rank).experts; }
-  float* slots(int32_t rank) { return part(rank).slots; }
-  std::byte* rows(int32_t rank) { return part(rank).rows; }
+  int32_t* experts(int32_t region) { return part(region).experts; }
+  float* slots(int32_t region) { return part(region).slots; }
+  std::byte* rows(int32_t region) { return part(region).rows; }
+  int64_t total_rows() const { return total_rows_; }
 
-  Status Post() {
-    for (const Part& part : parts_) exchange_.Post(part.header, block_, part.offset);
-    return Status();
+  // What goes to this rank itself goes last: an operation that has ended here has then handed over
+  // all that others need of it, and the group may be closed.
+  void Post() {
+    for (const bool to_itself : {false, true}) {
+      for (const Part& part : parts_) {
+        if ((part.header.destination == call_.rank) != to_itself) continue;
+        exchange_.Post(part.header, block_, part.offset);
+      }
+    }
   }
 
   // The send failed: so does the group, since the peers wait for it.
@@ -72,13 +83,15 @@ class Outbox {
     std::byte* rows;
     int64_t offset;
   };
-  Part& part(int32_t rank) { return parts_[static_cast<size_t>(rank)]; }
+  Part& part(int32_t region) { return parts_[static_cast<size_t>(region)]; }
 
   Exchange& exchange_;
   const char* const phase_;
-  const Call& call_;
+  const Call call_;
+  const Leg leg_;
   const Identity identity_;
-  std::vector<Part> parts_;  // by destination
+  std::vector<Part> parts_;  // by region
+  int64_t total_rows_ = 0;
   std::shared_ptr<Arena::Block> block_;
 };
 
