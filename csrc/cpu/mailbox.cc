@@ -199,7 +199,7 @@ std::string Mailbox::DescribeWait(const Receive& receive) const {
   std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
   std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
                      receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
-                     ") for " + (receive.expected.leg == kNode ? "what comes inside its node: " : "");
+                     ") " + (receive.expected.leg == kNode ? "inside its node " : "") + "for ";
   for (size_t i = 0; i < missing.size() && i < kMaxDescribed; ++i) {
     text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }

@@ -113,7 +113,8 @@ void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected,
   }
   auto state = std::make_shared<Relay>(Relay{exchange, expected.phase, call, expected.experts,
                                              expected.slots, {}, relay.routing});
-  if (relay.routing && arguments.ok()) {
+  const bool routed = expected.experts != 0;
+  if (!routed && arguments.ok()) {
     auto counts = CheckRelay(exchange.config(), call.tokens, relay.routing);
     if (counts.ok()) state->counts = std::move(counts.value());
     arguments = counts.status();
@@ -123,8 +124,8 @@ void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected,
   expected.leg = kNode;
   exchange.Expect(
       on_wire, arguments,
-      [state, routing_out = relay.routing_out](const std::vector<Message>& messages) {
-        if (routing_out) {
+      [state, routed, routing_out = relay.routing_out](const std::vector<Message>& messages) {
+        if (routed) {
           Route(*state, messages, routing_out);
           state->routing = routing_out;
         }

@@ -28,10 +28,10 @@ StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, cons
 
 // Receives a dispatch: `unpack` gets the messages by source rank. `expected` describes them, but for
 // the leg; its counts are empty, or those of the handle. In hierarchical mode it forwards first what
-// it has to, along the routing; one of the two is given.
+// it has to.
 struct DispatchRelay {
-  const int32_t* routing;  // [M,T,Q] of the handle
-  int32_t* routing_out;    // [M,T,Q] not known yet: filled in from the expert ids
+  const int32_t* routing;  // [M,T,Q] of the handle; not used if expected.experts != 0
+  int32_t* routing_out;    // [M,T,Q] filled in from the expert ids, if expected.experts != 0
 };
 void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected, Status arguments,
                      const DispatchRelay& relay, Unpacker unpack, Done done);

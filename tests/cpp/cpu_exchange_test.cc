@@ -6,102 +6,16 @@
 #include <atomic>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/cpp/check.h"
 #include "tests/cpp/cpu_ranks.h"
 #include "tests/cpp/cpu_reference.h"
+#include "tests/cpp/cpu_round_trip.h"
 
 namespace smfree::cpu::test {
 namespace {
-
-GroupConfig Config(int32_t num_ranks, int32_t num_experts, int32_t top_k,
-                   DType dtype = DType::kF32) {
-  GroupConfig config;
-  config.num_ranks = num_ranks;
-  config.num_experts = num_experts;
-  config.top_k = top_k;
-  config.num_lanes = 2;
-  config.hidden = 37;  // no multiple of any vector width
-  config.max_tokens = 50;
-  config.dtype = dtype;
-  config.timeout_s = 30;
-  return config;
-}
-
-World MakeWorld(const GroupConfig& config, int64_t tokens, Routing routing, unsigned seed) {
-  std::mt19937 random(seed);
-  World world;
-  for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
-    world.emplace_back(config, tokens);
-    FillInputs(config, world.back(), routing, random, rank);
-  }
-  return world;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float left, float right) {
-    return std::memcmp(&left, &right, sizeof(float)) == 0;
-  });
-}
-
-bool Same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
-
-void CheckDispatched(const Arrays& got, const Arrays& want) {
-  CHECK(got.places == want.places);
-  CHECK(got.send_counts == want.send_counts);
-  CHECK(got.rows == want.rows);
-  CHECK(got.recv_counts == want.recv_counts);
-  CHECK(got.group_sizes == want.group_sizes);
-  CHECK_EQ(got.num_dropped, want.num_dropped);
-  CHECK(got.dx == want.dx);
-  CHECK(SameBits(got.weights, want.weights));
-}
-
-void CheckCombined(const Arrays& got, const Arrays& want, bool with_slots) {
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < got.out.size(); ++i) wrong += !Same(got.out[i], want.out[i]);
-  CHECK_EQ(wrong, 0);
-  for (size_t i = 0; with_slots && i < got.slots.size(); ++i) CHECK_EQ(got.slots[i], want.slots[i]);
-}
-
-// Dispatch and combine through the group and through the reference.
-void RoundTrip(const GroupConfig& config, int64_t tokens, Routing routing, unsigned seed) {
-  World got = MakeWorld(config, tokens, routing, seed);
-  World want = got;
-  ReferenceDispatch(config, want);
-  const auto group = MakeLocalGroup(config);
-  const bool weighted = seed % 2 == 0, with_slots = seed % 3 == 0;
-  RunRanks(config.num_ranks, [&](int32_t rank) {
-    Arrays& a = got[rank];
-    CHECK_OK(Send(*group, rank, MakeIdentity(0), a));
-    CHECK_OK(Await([&](Done d) { Receive(*group, rank, MakeIdentity(0), a, std::move(d)); }));
-    CheckDispatched(a, want[rank]);
-    const float* const weights = a.weights.data();
-    CHECK_OK(SendBack(*group, rank, MakeIdentity(1), a, weighted ? weights : nullptr,
-                      with_slots ? weights : nullptr));
-    CHECK_OK(Await(
-        [&](Done d) { ReceiveBack(*group, rank, MakeIdentity(1), a, with_slots, std::move(d)); }));
-  });
-  std::vector<Array> y;
-  std::vector<std::vector<float>> weights;
-  for (const Arrays& a : want) {
-    y.push_back(a.dx);
-    weights.push_back(a.weights);
-  }
-  ReferenceCombine(config, want, y, weighted ? weights : std::vector<std::vector<float>>{},
-                   weights);
-  for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
-    CheckCombined(got[rank], want[rank], with_slots);
-  }
-  const Stats stats = group->stats();
-  CHECK_EQ(stats.dispatch_send.calls, config.num_ranks);
-  CHECK_EQ(stats.combine_recv.calls, config.num_ranks);
-  CHECK_EQ(stats.dispatch_send.rows, stats.dispatch_recv.rows);
-  CHECK_EQ(stats.messages_in_flight, 0);
-  CHECK_EQ(stats.arena_bytes_in_use, 0);
-  group->Close();
-}
 
 TEST(RoundTripsOfAllSizesDtypesAndRoutings) {
   unsigned seed = 0;
@@ -170,8 +84,9 @@ TEST(CapacityErrorPoisonsAndIsReportedOnce) {
 // The gradients' forms along the routing of a dispatch: x and slots to the experts, there grouped
 // again, or weighted and multiplied.
 TEST(CachedAndWeightedForms) {
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    const GroupConfig config = Config(4, 8, 3, dtype);
+  for (const auto& [dtype, ranks_per_node] :
+       {std::pair{DType::kF32, 4}, {DType::kBF16, 4}, {DType::kF16, 4}, {DType::kF32, 2}}) {
+    const GroupConfig config = InNodes(Config(4, 8, 3, dtype), ranks_per_node);
     World world = MakeWorld(config, 50, Routing::kSomeMissing, 11);
     ReferenceDispatch(config, world);  // of x and topk_weights; the cached dispatch sends the same
     const auto group = MakeLocalGroup(config);
@@ -191,6 +106,7 @@ TEST(CachedAndWeightedForms) {
         recv.rows_capacity = a.capacity;
         recv.rows = a.rows.data();
         recv.recv_counts = a.recv_counts.data();
+        recv.relay = a.relay.data();
         recv.x = x.data();
         recv.values = with_slots ? values.data() : nullptr;
         CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, recv, std::move(d)); }));
@@ -216,6 +132,7 @@ TEST(CachedAndWeightedForms) {
       recv.w = w.data();
       recv.rows = a.rows.data();
       recv.recv_counts = a.recv_counts.data();
+      recv.relay = a.relay.data();
       recv.x = x.data();
       recv.values = values.data();
       CHECK_OK(Await([&](Done d) { DispatchRecvWeighted(*group, recv, std::move(d)); }));

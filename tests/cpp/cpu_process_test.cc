@@ -22,9 +22,11 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-GroupConfig Config(int32_t num_ranks) {
+GroupConfig Config(int32_t num_ranks, int32_t ranks_per_node = 0) {
   GroupConfig config;
   config.num_ranks = num_ranks;
+  config.ranks_per_node = ranks_per_node;
+  config.hierarchical = ranks_per_node > 0;
   config.num_experts = num_ranks * 2;
   config.top_k = 2;
   config.num_lanes = 2;
@@ -84,12 +86,13 @@ Status ReceiveFirst(Member& member, int32_t rank, int64_t number) {
       [&](Done d) { Receive(*member.group, rank, MakeIdentity(number), a, std::move(d)); });
 }
 
-TEST(ExchangeAmongProcesses) {
-  for (const std::vector<int32_t>& process_of_rank :
-       {std::vector<int32_t>{0, 1}, {0, 0, 1, 1}, {0, 1, 0, 1}, {0, 1, 1, 2}}) {
+void Exchange(const std::vector<std::vector<int32_t>>& processes_of_ranks,
+              int32_t ranks_per_node = 0) {
+  for (const std::vector<int32_t>& process_of_rank : processes_of_ranks) {
     for (const bool chaotic : {false, true}) {
       CheckAllSucceeded(RunProcesses(process_of_rank, [&](Member& member) {
-        CHECK_OK(member.Join(Config(static_cast<int32_t>(process_of_rank.size()))));
+        const auto num_ranks = static_cast<int32_t>(process_of_rank.size());
+        CHECK_OK(member.Join(Config(num_ranks, ranks_per_node)));
         if (chaotic) member.group->SetChaos(Chaos{7, 500, true, 0.01, 2});
         const unsigned steps = kSanitized ? 20 : 100;
         for (unsigned seed = 0; seed < steps; ++seed) RoundTrip(member, seed);
@@ -101,6 +104,13 @@ TEST(ExchangeAmongProcesses) {
       }));
     }
   }
+}
+
+TEST(ExchangeAmongProcesses) { Exchange({{0, 1}, {0, 0, 1, 1}, {0, 1, 0, 1}, {0, 1, 1, 2}}); }
+
+// Nodes are processes, parts of them, or made of several.
+TEST(ExchangeAmongNodes) {
+  Exchange({{0, 0, 1, 1}, {0, 1, 0, 1}, {0, 1, 1, 2}, {0, 0, 0, 0, 1, 1, 2, 2}}, 2);
 }
 
 TEST(ManyLargeOperationsInFlightGrowTheArena) {
@@ -139,13 +149,14 @@ TEST(ManyLargeOperationsInFlightGrowTheArena) {
   }));
 }
 
-TEST(AKilledProcessIsNamedAtOnce) {
-  const auto statuses = RunProcesses({0, 0, 1, 2}, [](Member& member) {
-    CHECK_OK(member.Join(Config(4)));
+// Kills process 1 of {0, 0, 1, 2}.
+void KillOne(const GroupConfig& config) {
+  const auto statuses = RunProcesses({0, 0, 1, 2}, [&](Member& member) {
+    CHECK_OK(member.Join(config));
     RoundTrip(member, 0);
     member.Reach(member.shared.reached[0]);
     if (member.process == 1) {
-      Arrays a(Config(4), 40);
+      Arrays a(config, 40);
       std::fill(a.topk_idx.begin(), a.topk_idx.end(), -1);
       CHECK_OK(Send(*member.group, 2, MakeIdentity(5, 1), a));
       kill(getpid(), SIGKILL);
@@ -164,6 +175,9 @@ TEST(AKilledProcessIsNamedAtOnce) {
   CHECK_EQ(statuses[2], 0);
 }
 
+TEST(AKilledProcessIsNamedAtOnce) { KillOne(Config(4)); }
+TEST(AKilledProcessIsNamedAtOnceInNodes) { KillOne(Config(4, 2)); }
+
 TEST(APeerThatClosesIsNamed) {
   CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
     CHECK_OK(member.Join(Config(2)));
@@ -177,9 +191,11 @@ TEST(APeerThatClosesIsNamed) {
 // What was sent before closing is still received, however late; and a process that just exits says
 // goodbye as well.
 TEST(ClosingLosesNothing) {
-  for (const bool chaotic : {false, true}) {
-    CheckAllSucceeded(RunProcesses({0, 1}, [&](Member& member) {
-      CHECK_OK(member.Join(Config(2)));
+  for (const auto& [chaotic, nodes] : {std::pair{false, false}, {true, false}, {true, true}}) {
+    const std::vector<int32_t> process_of_rank =
+        nodes ? std::vector<int32_t>{0, 0, 1, 1} : std::vector<int32_t>{0, 1};
+    CheckAllSucceeded(RunProcesses(process_of_rank, [&](Member& member) {
+      CHECK_OK(member.Join(nodes ? Config(4, 2) : Config(2)));
       if (chaotic) member.group->SetChaos(Chaos{1, 50'000, true, 0, 0});
       if (member.process == 1) std::this_thread::sleep_for(milliseconds(100));
       RoundTrip(member, 1);

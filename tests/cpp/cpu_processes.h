@@ -35,15 +35,6 @@ struct Shared {
   std::atomic<int32_t> listening, reached[4];
 };
 
-inline bool WaitFor(const std::function<bool()>& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return true;
-}
-
 // One process of a group: its view of it.
 struct Member {
   Member(Shared& shared_in, int32_t process_in, std::vector<int32_t> process_of_rank_in)

@@ -5,6 +5,7 @@
 #ifndef SMFREE_TESTS_CPP_CPU_RANKS_H_
 #define SMFREE_TESTS_CPP_CPU_RANKS_H_
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -97,6 +98,7 @@ struct Arrays {
         group_sizes(c.num_experts / c.num_ranks, -7),
         rows(c.num_ranks * tokens * c.top_k, -7),
         recv_counts(c.num_ranks, -7),
+        relay(c.hierarchical ? NodesOf(c).count() * tokens * PlacesPerNode(c) : 0, -7),
         out(c.dtype, tokens * c.hidden),
         slots(tokens * c.top_k, -7) {}
 
@@ -109,7 +111,7 @@ struct Arrays {
   std::vector<float> weights;
   std::vector<int32_t> group_sizes;
   int32_t num_dropped = -7;
-  std::vector<int32_t> rows, recv_counts;
+  std::vector<int32_t> rows, recv_counts, relay;
   Array out;
   std::vector<float> slots;
 };
@@ -148,11 +150,22 @@ inline void CheckFault(const Status& status, FaultKind kind,
   }
 }
 
-inline Status Await(const std::function<void(Done)>& receive) {
+inline std::future<Status> Start(const std::function<void(Done)>& receive) {
   // Shared, because the thread that sets the value may still be inside set_value when get returns.
   auto promise = std::make_shared<std::promise<Status>>();
   receive([promise](Status status) { promise->set_value(std::move(status)); });
-  return promise->get_future().get();
+  return promise->get_future();
+}
+
+inline Status Await(const std::function<void(Done)>& receive) { return Start(receive).get(); }
+
+inline bool WaitFor(const std::function<bool()>& condition) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
 }
 
 inline void RunRanks(int32_t num_ranks, const std::function<void(int32_t)>& body) {
@@ -205,6 +218,7 @@ inline void Receive(Group& group, int32_t rank, const Identity& identity, Arrays
   args.num_dropped = &a.num_dropped;
   args.rows = a.rows.data();
   args.recv_counts = a.recv_counts.data();
+  args.relay = a.relay.data();
   DispatchRecv(group, args, std::move(done));
 }
 
@@ -218,6 +232,7 @@ inline Status SendBack(Group& group, int32_t rank, const Identity& identity, con
   args.values = values;
   args.rows = a.rows.data();
   args.recv_counts = a.recv_counts.data();
+  args.relay = a.relay.data();
   return CombineSend(group, args);
 }
 

@@ -5,8 +5,9 @@
 #ifndef SMFREE_TESTS_CPP_CPU_REFERENCE_H_
 #define SMFREE_TESTS_CPP_CPU_REFERENCE_H_
 
+#include <algorithm>
 #include <limits>
-#include <set>
+#include <utility>
 #include <vector>
 
 #include "tests/cpp/cpu_ranks.h"
@@ -33,6 +34,28 @@ inline std::vector<std::vector<int64_t>> SentTo(const GroupConfig& c, const Worl
   return sent;
 }
 
+// What `rank` relays: the rows that the ranks with its index send to its node, and where they go.
+inline void ReferenceRelay(const GroupConfig& c, World& world, int32_t rank) {
+  const Nodes nodes = NodesOf(c);
+  const int32_t L = nodes.ranks_per_node, Q = std::min(c.top_k, L);
+  Arrays& a = world[rank];
+  std::fill(a.relay.begin(), a.relay.end(), -1);
+  for (int32_t n = 0; n < nodes.count(); ++n) {
+    const int32_t source = n * L + rank % L;
+    int64_t row = 0;
+    std::vector<int32_t> sent(L, 0);
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      int32_t p = 0;
+      for (int32_t j = 0; j < L; ++j) {
+        const auto to_j = SentTo(c, world, rank / L * L + j)[source];
+        if (std::find(to_j.begin(), to_j.end(), t) == to_j.end()) continue;
+        a.relay[(n * a.tokens + row) * Q + p++] = static_cast<int32_t>(j * a.tokens + sent[j]++);
+      }
+      row += p > 0;
+    }
+  }
+}
+
 // Fills in everything that a dispatch produces, on every rank.
 inline void ReferenceDispatch(const GroupConfig& c, World& world) {
   const int32_t local = c.num_experts / c.num_ranks;
@@ -50,6 +73,7 @@ inline void ReferenceDispatch(const GroupConfig& c, World& world) {
       }
     }
 
+    if (c.hierarchical) ReferenceRelay(c, world, r);
     const auto sent = SentTo(c, world, r);
     std::fill(a.rows.begin(), a.rows.end(), -1);
     std::fill(a.weights.begin(), a.weights.end(), 0.0f);
@@ -116,11 +140,18 @@ inline void ReferenceCombine(const GroupConfig& c, World& world, const std::vect
         a.slots[t * c.top_k + k] = slot;
       }
       for (int64_t h = 0; h < c.hidden; ++h) {
-        float sum = 0;
+        // Over the ranks, or over the ranks of a node and then over the nodes.
+        float sum = 0, of_node = 0;
+        int64_t node = 0;
         for (int32_t p = 0; p < P; ++p) {
           const int32_t place = a.places[t * P + p];
           if (place < 0) continue;
           const int64_t d = place / a.tokens, i = place % a.tokens;
+          const int64_t node_of_d = c.hierarchical ? d / c.ranks_per_node : d;
+          if (node_of_d != node) {
+            sum += RoundTo(c.dtype, std::exchange(of_node, 0.0f));
+            node = node_of_d;
+          }
           float partial = 0;
           for (int32_t k = 0; k < c.top_k; ++k) {
             const int32_t n = world[d].rows[(r * a.tokens + i) * c.top_k + k];
@@ -128,9 +159,9 @@ inline void ReferenceCombine(const GroupConfig& c, World& world, const std::vect
             const float term = y[d][n * c.hidden + h];
             partial += w.empty() ? term : w[d][n] * term;
           }
-          sum += RoundTo(c.dtype, partial);
+          of_node += RoundTo(c.dtype, partial);
         }
-        a.out.Set(t * c.hidden + h, sum);
+        a.out.Set(t * c.hidden + h, sum + RoundTo(c.dtype, of_node));
       }
     }
   }
