@@ -41,7 +41,7 @@ struct PhaseStats {
   int64_t calls = 0;
   int64_t rows = 0;     // rows of the wire, those that stay on the rank counted in
   int64_t bytes = 0;    // bytes of these rows
-  int64_t wait_ns = 0;  // receives only: from the start of the phase to the last chunk waited for
+  int64_t wait_ns = 0;  // receives only: from the start of the kernel to the last chunk waited for
 };
 
 struct Stats {
