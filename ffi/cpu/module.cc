@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU part of the extension module: groups and handlers.
+// The CPU part of the extension module: groups.
 #include "ffi/module.h"
 
 #include <nanobind/stl/map.h>
@@ -17,8 +17,6 @@
 #include <vector>
 
 #include "csrc/cpu/backend.h"
-#include "ffi/cpu/decode.h"
-#include "ffi/handlers.h"
 
 namespace smfree {
 namespace {
@@ -77,32 +75,6 @@ Counters MemoryOf(const Group& group) {
 }
 
 }  // namespace
-
-nb::dict CpuTargets() {
-  nb::dict targets;
-  const auto send = [&](const char* name, auto handler) {
-    nb::dict stages;
-    stages["instantiate"] = Handler(SmfreeCpuNewSendInstance);
-    stages["execute"] = Handler(handler);
-    targets[name] = stages;
-  };
-  send("smfree_dispatch_send", SmfreeCpuDispatchSend);
-  send("smfree_dispatch_send_cached", SmfreeCpuDispatchSendCached);
-  send("smfree_combine_send", SmfreeCpuCombineSend);
-  send("smfree_combine_send_weighted", SmfreeCpuCombineSendWeighted);
-  targets["smfree_dispatch_recv"] = Handler(SmfreeCpuDispatchRecv);
-  targets["smfree_dispatch_recv_cached"] = Handler(SmfreeCpuDispatchRecvCached);
-  targets["smfree_dispatch_recv_weighted"] = Handler(SmfreeCpuDispatchRecvWeighted);
-  targets["smfree_combine_recv"] = Handler(SmfreeCpuCombineRecv);
-  return targets;
-}
-
-nb::dict CpuTypes() {
-  nb::dict types;
-  types["SmfreeSendInstance"] =
-      nb::make_tuple(nb::capsule(&SendInstance::id), nb::capsule(&SendInstance::info));
-  return types;
-}
 
 void BindCpu(nb::module_& m) {
   nb::class_<Group>(m, "CpuGroup")

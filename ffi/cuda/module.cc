@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA part of the extension module: groups and handlers.
+// The CUDA part of the extension module: groups.
 #include "ffi/module.h"
 
 #include <nanobind/stl/map.h>
@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "csrc/cuda/backend.h"
-#include "ffi/handlers.h"
 
 namespace smfree {
 namespace {
@@ -109,19 +108,6 @@ nb::list EndWireTrace(Group& group) {
 }
 
 }  // namespace
-
-nb::dict CudaTargets() {
-  nb::dict targets;
-  targets["smfree_dispatch_send"] = Handler(SmfreeCudaDispatchSend);
-  targets["smfree_dispatch_send_cached"] = Handler(SmfreeCudaDispatchSendCached);
-  targets["smfree_dispatch_recv"] = Handler(SmfreeCudaDispatchRecv);
-  targets["smfree_dispatch_recv_cached"] = Handler(SmfreeCudaDispatchRecvCached);
-  targets["smfree_dispatch_recv_weighted"] = Handler(SmfreeCudaDispatchRecvWeighted);
-  targets["smfree_combine_send"] = Handler(SmfreeCudaCombineSend);
-  targets["smfree_combine_send_weighted"] = Handler(SmfreeCudaCombineSendWeighted);
-  targets["smfree_combine_recv"] = Handler(SmfreeCudaCombineRecv);
-  return targets;
-}
 
 void BindCuda(nb::module_& m) {
   nb::class_<Group>(m, "CudaGroup")
