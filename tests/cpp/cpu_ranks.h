@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads, and
-// waiting for a receive.
+// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads,
+// waiting for a receive, and a small group with its arrays.
 #ifndef SMFREE_TESTS_CPP_CPU_RANKS_H_
 #define SMFREE_TESTS_CPP_CPU_RANKS_H_
 
@@ -209,6 +209,47 @@ inline void ReceiveBack(Group& group, int32_t rank, const Identity& identity, Ar
                with_slots ? a.slots.data() : nullptr},
               std::move(done));
 }
+
+inline GroupConfig SmallConfig(int32_t num_ranks) {
+  GroupConfig config;
+  config.num_ranks = num_ranks;
+  config.num_experts = num_ranks * 2;
+  config.top_k = 2;
+  config.num_lanes = 2;
+  config.hidden = 8;
+  config.max_tokens = 10;
+  config.timeout_s = 30;
+  return config;
+}
+
+// A group with one set of arrays per rank.
+struct Setup {
+  explicit Setup(const GroupConfig& config, int64_t tokens = 10)
+      : id(++last_id), group(MakeLocalGroup(config, id)) {
+    std::mt19937 random(1);
+    for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
+      arrays.emplace_back(config, tokens);
+      FillInputs(config, arrays.back(), Routing::kUniform, random, rank);
+    }
+  }
+  ~Setup() { group->Close(); }
+
+  Status SendOn(int32_t rank, const Identity& identity) {
+    return Send(*group, rank, identity, arrays[rank]);
+  }
+  std::future<Status> ReceiveOn(int32_t rank, const Identity& identity) {
+    auto promise = std::make_shared<std::promise<Status>>();
+    std::future<Status> future = promise->get_future();
+    Receive(*group, rank, identity, arrays[rank],
+            [promise](Status status) { promise->set_value(std::move(status)); });
+    return future;
+  }
+
+  static inline int64_t last_id = 0;
+  const int64_t id;
+  std::shared_ptr<Group> group;
+  std::vector<Arrays> arrays;
+};
 
 }  // namespace smfree::cpu::test
 
