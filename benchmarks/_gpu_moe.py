@@ -20,7 +20,7 @@ from _cases import AXIS
 from _gpu_cases import Case, GpuShape, Scale
 from _gpu_library import opened
 from _gpu_timing import Json, Run, batch_times, summary
-from _jax_ways import _route
+from _jax_ways import route
 from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +37,7 @@ Layer = Callable[[nn.MoeParams, Array], Array]
 def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
     """``nn.moe_layer`` with all_gather and gather, scatter-add and psum_scatter."""
     routes = nn.route(x, params.router, shape.top_k)
-    routing = _route(shape, routes.topk_idx)
+    routing = route(shape, routes.topk_idx)
     filled = jnp.arange(shape.capacity) < routing.group_sizes.sum()
     copy = routing.copy_of_row
     row = jnp.where(filled, copy // shape.top_k, shape.ranks * shape.rows)  # out of bounds: none

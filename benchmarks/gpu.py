@@ -147,7 +147,7 @@ def measure(session: Session, ranks: int, names: list[str], scale: Scale) -> Non
             movers(),
         )
         each_mover(SM_PUSH)
-    for name in _gpu_peers.PEERS[1:]:
+    for name in list(_gpu_peers.PEERS)[1:]:
         each(name, "peers", _gpu_peers.measure, name)
 
 

@@ -31,11 +31,11 @@ namespace smfree::cpu {
 namespace {
 
 // S1. Returns the number of copies that were dropped.
-int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
+int32_t Place(Exchange& exchange, const Call& call, const DispatchRecvArrays& a,
               const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
   const int32_t local_experts = config.num_experts / config.num_ranks;
-  const int32_t first_expert = args.rank * local_experts;
+  const int32_t first_expert = call.rank * local_experts;
   const int32_t top_k = config.top_k;
   const auto experts_of = [&](const Message& message) {
     return message.experts(MessageLayout(message.header.rows, top_k, top_k, exchange.row_bytes()));
@@ -56,20 +56,20 @@ int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
   int64_t start = 0;
   for (size_t expert = 0; expert < counts.size(); ++expert) {
     const int64_t aligned = AlignUp(counts[expert], config.expert_alignment);
-    const int64_t size = std::min(aligned, args.rows_capacity - start);
-    args.group_sizes[expert] = static_cast<int32_t>(size);
+    const int64_t size = std::min(aligned, a.rows_capacity - start);
+    a.group_sizes[expert] = static_cast<int32_t>(size);
     next[expert] = start;
     limit[expert] = start + size;
     start += size;
   }
 
   int32_t dropped = 0;
-  std::fill_n(args.rows, config.num_ranks * args.tokens * top_k, -1);
+  std::fill_n(a.rows, config.num_ranks * call.tokens * top_k, -1);
   for (const Message& message : messages) {
     const int32_t source = message.header.source;
     const int32_t* const experts = experts_of(message);
-    int32_t* const rows = args.rows + source * args.tokens * top_k;
-    args.recv_counts[source] = message.header.rows;
+    int32_t* const rows = a.rows + source * call.tokens * top_k;
+    a.recv_counts[source] = message.header.rows;
     for (int64_t i = 0; i < int64_t{message.header.rows} * top_k; ++i) {
       const auto expert = static_cast<uint32_t>(experts[i] - first_expert);
       if (expert >= static_cast<uint32_t>(local_experts)) continue;
@@ -83,18 +83,9 @@ int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
   return dropped;
 }
 
-struct Scattered {
-  int64_t tokens, rows_capacity;
-  const int32_t* rows;
-  const int32_t* recv_counts;
-  void* x;
-  float* values;            // may be null
-  const void* y = nullptr;  // weighted: both, else neither
-  const float* w = nullptr;
-};
-
 // S2 and S3.
-void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Message>& messages) {
+void Scatter(const Exchange& exchange, int64_t tokens, const DispatchRecvCachedArrays& to,
+             const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
   const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
@@ -112,7 +103,7 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
                                exchange.row_bytes());
     const std::byte* const row = message.rows(layout) + i * exchange.row_bytes();
     for (int32_t k = 0; k < top_k; ++k) {
-      const int64_t n = to.rows[(source * to.tokens + i) * top_k + k];
+      const int64_t n = to.rows[(source * tokens + i) * top_k + k];
       if (n < 0) continue;
       written[static_cast<size_t>(n)] = 1;
       if (to.w) {
@@ -145,85 +136,65 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
               ThreadsFor(to.rows_capacity * x_row_bytes, exchange.threads_per_rank()), zero);
 }
 
-Status Unpack(Exchange& exchange, const char* phase, const DispatchRecvArgs& args,
+Status Unpack(Exchange& exchange, const char* phase, const Call& call, const DispatchRecvArrays& a,
               const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
-  const int32_t dropped = Place(exchange, args, messages);
-  *args.num_dropped = dropped;
+  const int32_t dropped = Place(exchange, call, a, messages);
+  *a.num_dropped = dropped;
   if (dropped > 0 && config.overflow == Overflow::kError) {
-    FillNaN(config.dtype, static_cast<std::byte*>(args.x), args.rows_capacity * config.hidden);
-    std::fill_n(args.weights, args.rows_capacity, std::numeric_limits<float>::quiet_NaN());
+    FillNaN(config.dtype, static_cast<std::byte*>(a.x), a.rows_capacity * config.hidden);
+    std::fill_n(a.weights, a.rows_capacity, std::numeric_limits<float>::quiet_NaN());
     exchange.ReportDropped(
         dropped,
         Status(FaultKind::kOverflow,
-               DescribeCall(phase, args.rank, args.identity) + ": " + std::to_string(dropped) +
-                   " rows exceed recv_capacity " + std::to_string(args.rows_capacity) +
+               DescribeCall(phase, call.rank, call.identity) + ": " + std::to_string(dropped) +
+                   " rows exceed recv_capacity " + std::to_string(a.rows_capacity) +
                    "; the outputs are NaN. Cure: raise recv_capacity, or take "
                    "overflow='drop'."));
     return Status();
   }
   if (dropped > 0) exchange.ReportDropped(dropped, Status());
-  Scatter(exchange,
-          {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.weights},
+  Scatter(exchange, call.tokens,
+          {a.rows_capacity, a.rows, a.recv_counts, /*y=*/nullptr, /*w=*/nullptr, a.x, a.weights},
           messages);
   return Status();
 }
 
 }  // namespace
 
-void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done) {
+void DispatchRecv(Group& group, const Call& call, const DispatchRecvArrays& arrays, Done done) {
   Exchange& exchange = group.exchange();
   Expectation expected;
   expected.phase = "dispatch_recv";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
+  expected.rank = call.rank;
+  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.tokens = call.tokens;
   expected.experts = expected.slots = exchange.config().top_k;
   exchange.Expect(
       expected, Status(),
-      [&exchange, args, phase = expected.phase](const std::vector<Message>& messages) {
-        return Unpack(exchange, phase, args, messages);
+      [&exchange, call, arrays, phase = expected.phase](const std::vector<Message>& messages) {
+        return Unpack(exchange, phase, call, arrays, messages);
       },
       std::move(done));
 }
 
-void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done done) {
+void DispatchRecvCached(Group& group, const Call& call, const DispatchRecvCachedArrays& arrays,
+                        Done done) {
   Exchange& exchange = group.exchange();
+  const bool weighted = arrays.w != nullptr;
   Expectation expected;
-  expected.phase = "dispatch_recv_cached";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
-  expected.slots = args.values ? exchange.config().top_k : 0;
-  expected.counts = args.recv_counts;
+  expected.phase = weighted ? "dispatch_recv_weighted" : "dispatch_recv_cached";
+  expected.rank = call.rank;
+  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.tokens = call.tokens;
+  expected.slots = arrays.values && !weighted ? exchange.config().top_k : 0;
+  expected.counts = arrays.recv_counts;
   exchange.Expect(
       expected,
-      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
-      [&exchange, args](const std::vector<Message>& messages) {
-        Scatter(exchange,
-                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values},
-                messages);
-        return Status();
-      },
-      std::move(done));
-}
-
-void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done) {
-  Exchange& exchange = group.exchange();
-  Expectation expected;
-  expected.phase = "dispatch_recv_weighted";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kDispatch);
-  expected.tokens = args.tokens;
-  expected.counts = args.recv_counts;
-  exchange.Expect(
-      expected,
-      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
-      [&exchange, args](const std::vector<Message>& messages) {
-        Scatter(exchange,
-                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values,
-                 args.y, args.w},
-                messages);
+      CheckRows(exchange.config(), call.tokens, arrays.rows_capacity, arrays.rows,
+                arrays.recv_counts),
+      [&exchange, tokens = call.tokens, arrays](const std::vector<Message>& messages) {
+        Scatter(exchange, tokens, arrays, messages);
         return Status();
       },
       std::move(done));

@@ -26,37 +26,38 @@
 namespace smfree::cpu {
 namespace {
 
-Status BadRouting(const char* phase, const DispatchSendArgs& args, int32_t top_k, int64_t row,
-                  const std::string& what) {
-  const int32_t* const experts = args.topk_idx + row * top_k;
+Status BadRouting(const char* phase, const Call& call, const int32_t* experts, int32_t top_k,
+                  int64_t row, const std::string& what) {
   return Status(FaultKind::kInvalidRouting,
-                DescribeCall(phase, args.rank, args.identity) + ": row " + std::to_string(row) +
+                DescribeCall(phase, call.rank, call.identity) + ": row " + std::to_string(row) +
                     " " + what + ": topk_idx = [" +
                     JoinNumbers(std::vector<int32_t>(experts, experts + top_k)) +
                     "]. Cure: name each expert of a row once, -1 for none.");
 }
 
 // S1.
-Status Route(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
+Status Route(const char* phase, const GroupConfig& config, const Call& call,
+             const DispatchSendArrays& a) {
   const int32_t local_experts = config.num_experts / config.num_ranks;
   const int32_t top_k = config.top_k;
   const int32_t places_per_row = PlacesPerRow(config);
-  std::fill_n(args.send_counts, config.num_ranks, 0);
+  std::fill_n(a.send_counts, config.num_ranks, 0);
   std::vector<int64_t> last_row(static_cast<size_t>(config.num_experts), -1);  // that named it
   std::vector<int32_t> ranks;
-  for (int64_t row = 0; row < args.tokens; ++row) {
+  for (int64_t row = 0; row < call.tokens; ++row) {
+    const int32_t* const experts = a.topk_idx + row * top_k;
     ranks.clear();
     for (int32_t k = 0; k < top_k; ++k) {
-      const int32_t expert = args.topk_idx[row * top_k + k];
+      const int32_t expert = experts[k];
       if (expert == -1) continue;
       if (expert < -1 || expert >= config.num_experts) {
         return BadRouting(
-            phase, args, top_k, row,
+            phase, call, experts, top_k, row,
             "names expert " + std::to_string(expert) + " of " + std::to_string(config.num_experts));
       }
       int64_t& last = last_row[static_cast<size_t>(expert)];
       if (last == row) {
-        return BadRouting(phase, args, top_k, row,
+        return BadRouting(phase, call, experts, top_k, row,
                           "names expert " + std::to_string(expert) + " twice");
       }
       last = row;
@@ -64,41 +65,40 @@ Status Route(const char* phase, const GroupConfig& config, const DispatchSendArg
       const auto at = std::lower_bound(ranks.begin(), ranks.end(), rank);
       if (at == ranks.end() || *at != rank) ranks.insert(at, rank);
     }
-    int32_t* const places = args.places + row * places_per_row;
+    int32_t* const places = a.places + row * places_per_row;
     std::fill_n(places, places_per_row, -1);
     for (size_t p = 0; p < ranks.size(); ++p) {
-      places[p] = static_cast<int32_t>(ranks[p] * args.tokens) + args.send_counts[ranks[p]]++;
+      places[p] = static_cast<int32_t>(ranks[p] * call.tokens) + a.send_counts[ranks[p]]++;
     }
   }
   return Status();
 }
 
-// S2 to S4. `experts` and `slots` may be null.
-Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const void* x,
-                   const int32_t* experts, const float* slots, const int32_t* places,
-                   const int32_t* send_counts) {
+// S2 to S4. `experts` may be null.
+Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const int32_t* experts,
+                   const DispatchSendCachedArrays& a) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
   const int32_t places_per_row = PlacesPerRow(config);
-  const Status status = outbox.Allocate(send_counts, experts ? top_k : 0, slots ? top_k : 0);
+  const Status status = outbox.Allocate(a.send_counts, experts ? top_k : 0, a.slots ? top_k : 0);
   if (!status.ok()) return status;
 
-  const auto* const source = static_cast<const std::byte*>(x);
+  const auto* const source = static_cast<const std::byte*>(a.x);
   const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
   const int64_t wire_rows =
-      std::accumulate(send_counts, send_counts + config.num_ranks, int64_t{0});
+      std::accumulate(a.send_counts, a.send_counts + config.num_ranks, int64_t{0});
   const Writes writes = WritesFor(wire_rows * x_row_bytes * exchange.num_local());
   const auto pack = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int32_t p = 0; p < places_per_row; ++p) {
-        const int32_t place = places[row * places_per_row + p];
+        const int32_t place = a.places[row * places_per_row + p];
         if (place < 0) break;
         const auto rank = static_cast<int32_t>(place / tokens);
         const int64_t i = place % tokens;
         CopyRow(outbox.rows(rank) + i * exchange.row_bytes(), source + row * x_row_bytes,
                 x_row_bytes, writes);
         if (experts) std::copy_n(experts + row * top_k, top_k, outbox.experts(rank) + i * top_k);
-        if (slots) std::copy_n(slots + row * top_k, top_k, outbox.slots(rank) + i * top_k);
+        if (a.slots) std::copy_n(a.slots + row * top_k, top_k, outbox.slots(rank) + i * top_k);
       }
     }
     FinishWrites(writes);
@@ -109,27 +109,26 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
 
 }  // namespace
 
-Status DispatchSend(Group& group, const DispatchSendArgs& args) {
+Status DispatchSend(Group& group, const Call& call, const DispatchSendArrays& arrays) {
   constexpr const char* kPhase = "dispatch_send";
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, kPhase, Operation::kDispatch, args);
+  Outbox outbox(exchange, kPhase, Operation::kDispatch, call);
   Status status = outbox.Begin();
-  if (status.ok()) status = Route(kPhase, exchange.config(), args);
+  if (status.ok()) status = Route(kPhase, exchange.config(), call, arrays);
   if (status.ok()) {
-    status = PackAndPost(exchange, outbox, args.tokens, args.x, args.topk_idx, args.topk_weights,
-                         args.places, args.send_counts);
+    status = PackAndPost(exchange, outbox, call.tokens, arrays.topk_idx,
+                         {arrays.x, arrays.topk_weights, arrays.places, arrays.send_counts});
   }
   return status.ok() ? status : outbox.Fail(std::move(status));
 }
 
-Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args) {
+Status DispatchSendCached(Group& group, const Call& call, const DispatchSendCachedArrays& arrays) {
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args);
-  Status status =
-      outbox.Begin(CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
+  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, call);
+  Status status = outbox.Begin(
+      CheckPlaces(exchange.config(), call.tokens, arrays.places, arrays.send_counts));
   if (status.ok()) {
-    status = PackAndPost(exchange, outbox, args.tokens, args.x, /*experts=*/nullptr, args.slots,
-                         args.places, args.send_counts);
+    status = PackAndPost(exchange, outbox, call.tokens, /*experts=*/nullptr, arrays);
   }
   return status.ok() ? status : outbox.Fail(std::move(status));
 }
