@@ -109,6 +109,15 @@ class Library:
         out, _ = smfree.combine_recv(token)
         return out, a
 
+    def apart(self, gemms: int, *args: Array) -> tuple[Array, Array]:
+        """``gemms`` products between the operations, where no rows move."""
+        *inputs, a, w = args
+        d, token = smfree.dispatch(self.group.token(), *inputs)
+        token, a, w = smfree.tie(token, a, w)
+        token, a = smfree.tie(token, Gemms.chain(gemms, a, w))
+        out, _ = smfree.combine(token, d, d.x)
+        return out, a
+
     def record(self, run: Run) -> list[Recording]:
         assert self.tracer is not None
         # The first one may be the one that XLA compiles or captures for.
@@ -175,9 +184,17 @@ class Library:
         into["total"] = _against_floor(total, floor)
 
     def overlap(self, into: Json, gemms: Gemms, phases: Json, egress_gb_s: float | None) -> None:
-        """Chains of GEMMs with rows moving under them: what is left over, and what they suffer."""
+        """Chains of GEMMs with rows moving under them: what is left over, and what they suffer.
+
+        All in device time, and in runs of one kind: a GPU that multiplies back to back has another
+        clock than one that also unpacks.
+        """
         arguments = (*self.case.inputs, gemms.a, gemms.w)
-        programs = {"dispatch": self.around_dispatch, "both": self.around_both}
+        programs = {
+            "apart": self.apart,
+            "dispatch": self.around_dispatch,
+            "both": self.around_both,
+        }
         runs = prepare(
             self.case.mesh,
             {
@@ -186,23 +203,19 @@ class Library:
                 for count in GEMM_COUNTS
             },
         )
-        for name in programs:
-            operations = ("dispatch",) if name == "dispatch" else ("dispatch", "combine")
-            into[name] = []
-            for count in GEMM_COUNTS:
-                run = runs[f"{name} {count}"]
-                together = timed(run, self.scale)
-                alone = gemms.alone[count * len(operations)]
-                entry = {"gemms": count, "together": together, "alone_us": alone}
-                into[name].append(entry)
-                if self.tracer:
-                    recordings = self.record(run)
-                    per_chain = gemms.alone[count]
-                    _look_into(entry, recordings, operations, per_chain)
-                    wire_us = self.case.wire_bytes / egress_gb_s / 1e3 if egress_gb_s else None
-                    _hidden(entry, phases, operations, wire_us)
-                    if name == "both":
-                        into["timeline"] = recordings[-1].to_json()
+        wire_us = self.case.wire_bytes / egress_gb_s / 1e3 if egress_gb_s else None
+        into.update(dispatch=[], both=[])
+        for count in GEMM_COUNTS:
+            alone = _gap_us(self.record(runs[f"apart {count}"]), "dispatch_recv", "combine_send")
+            for name, operations in (("dispatch", KERNELS[:1]), ("both", KERNELS[::2])):
+                recordings = self.record(runs[f"{name} {count}"])
+                names = [send.removesuffix("_send") for send in operations]
+                entry = {"gemms": count, "alone_us": alone * len(names)}
+                into[name].append(
+                    {**entry, **_overlapped(recordings, names, alone, phases, wire_us)}
+                )
+                if name == "both":
+                    into["timeline"] = recordings[-1].to_json()
         self.group.check()
 
 
@@ -211,35 +224,41 @@ def _against_floor(times: list[float], floor_us: float) -> Json:
     return {**result, "floor_us": round(floor_us, 2), "ratio": round(result["p50"] / floor_us, 3)}
 
 
-def _look_into(
-    entry: Json, recordings: list[Recording], operations: tuple[str, ...], alone_us: float
-) -> None:
-    """From the traces: how much longer the GEMMs take, and how long the rows are on their way."""
-    slow = [
-        max(r.between_us(f"{o}_send", f"{o}_recv", outer=False) for o in operations) / alone_us
-        for r in recordings
-    ]
-    entry["slow_down"] = summary(slow)
+def _gap_us(recordings: list[Recording], before: str, after: str) -> float:
+    gaps = summary([r.between_us(before, after, outer=False) for r in recordings])
+    return float(gaps["p50"])
+
+
+def _overlapped(
+    recordings: list[Recording],
+    operations: list[str],
+    alone_us: float,
+    phases: Json,
+    wire_us: float | None,
+) -> Json:
+    """What operations with a chain of ``alone_us`` in each add to chain and phases, and to which
+    share of the transfer this amounts; how much longer the chains take.
+
+    Where no transfer was recorded, ``wire_us`` is what one takes at the rate of the copy engines.
+    """
+    pairs = [(f"{o}_send", f"{o}_recv") for o in operations]
+    together = [sum(r.between_us(*pair, outer=True) for pair in pairs) for r in recordings]
+    slow = [max(r.between_us(*pair, outer=False) for pair in pairs) / alone_us for r in recordings]
     transfers = [[r.transfer_us(o) for o in operations] for r in recordings]
     known = [sum(t) for t in transfers if None not in t]  # type: ignore[arg-type]
+    entry: Json = {"together": summary(together), "slow_down": summary(slow)}
+    phases_us = sum(phases[phase]["p50"] for pair in pairs for phase in pair)
+    exposed_us = entry["together"]["p50"] - alone_us * len(pairs) - phases_us
+    entry |= {"phases_us": round(phases_us, 2), "exposed_us": round(exposed_us, 2)}
     if known:
         entry["transfer"] = summary(known)
-
-
-def _hidden(entry: Json, phases: Json, operations: tuple[str, ...], wire_us: float | None) -> None:
-    """What communication adds beside its phases, in all and as a share of the transfer.
-
-    Where no transfer was recorded it is taken to go at the rate of the copy engines.
-    """
-    sm_us = sum(phases[f"{o}_{half}"]["p50"] for o in operations for half in ("send", "recv"))
-    exposed = entry["together"]["p50"] - entry["alone_us"] - sm_us
-    entry["phases_us"], entry["exposed_us"] = round(sm_us, 2), round(exposed, 2)
-    transfer = entry["transfer"]["p50"] if "transfer" in entry else None
-    if transfer is None and wire_us is not None:
-        transfer = wire_us * len(operations)
-    if transfer:
-        entry["transfer_us"] = round(transfer, 2)
-        entry["hidden"] = round(1 - exposed / transfer, 4)
+    transfer_us = entry["transfer"]["p50"] if known else wire_us and wire_us * len(pairs)
+    if transfer_us:
+        entry |= {
+            "transfer_us": round(transfer_us, 2),
+            "hidden": round(1 - exposed_us / transfer_us, 4),
+        }
+    return entry
 
 
 @contextlib.contextmanager

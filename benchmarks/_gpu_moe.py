@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ import numpy as np
 from _cases import AXIS
 from _gpu_cases import Case, GpuShape, Scale
 from _gpu_library import opened
-from _gpu_timing import Json, batch_times, summary
-from _jax_ways import _route
+from _gpu_timing import Json, Run, batch_times, summary
+from _jax_ways import route
 from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,7 +37,7 @@ Layer = Callable[[nn.MoeParams, Array], Array]
 def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
     """``nn.moe_layer`` with all_gather and gather, scatter-add and psum_scatter."""
     routes = nn.route(x, params.router, shape.top_k)
-    routing = _route(shape, routes.topk_idx)
+    routing = route(shape, routes.topk_idx)
     filled = jnp.arange(shape.capacity) < routing.group_sizes.sum()
     copy = routing.copy_of_row
     row = jnp.where(filled, copy // shape.top_k, shape.ranks * shape.rows)  # out of bounds: none
@@ -70,24 +71,34 @@ class _Model:
         shardings = jax.tree.map(lambda spec: NamedSharding(case.mesh, spec), self._specs)
         self.params = jax.jit(init, out_shardings=shardings)(key)
 
-    def compiled(self, f: Callable[..., Any]) -> Callable[[], Any]:
-        specs = (self._specs, P(AXIS))
-        program = jax.jit(
-            jax.shard_map(
-                f, mesh=self._case.mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False
-            )
+    def compiled(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Run]:
+        """Each of the parameters and x, compiled side by side and bound to these."""
+        mapped = functools.partial(
+            jax.shard_map,
+            mesh=self._case.mesh,
+            in_specs=(self._specs, P(AXIS)),
+            out_specs=P(AXIS),
+            check_vma=False,
         )
-        executable = program.lower(self.params, self._case.x).compile()
-        return functools.partial(executable, self.params, self._case.x)
+        operands = self.params, self._case.x
+        lowered = [jax.jit(mapped(f)).lower(*operands) for f in functions.values()]
+        with ThreadPoolExecutor() as pool:
+            executables = list(pool.map(lambda each: each.compile(), lowered))
+        return {
+            name: functools.partial(executable, *operands)
+            for name, executable in zip(functions, executables, strict=True)
+        }
 
-    def step(self, layer: Layer) -> Callable[[], Any]:
+    def steps(self, layers: Mapping[str, Layer]) -> dict[str, Run]:
         """Output and all gradients; those of what is replicated are not summed over the ranks."""
 
-        def forward_backward(params: nn.MoeParams, x: Array) -> Any:
+        def forward_backward(layer: Layer, params: nn.MoeParams, x: Array) -> Any:
             out, pull = jax.vjp(layer, params, x)
             return out, *pull(x)
 
-        return self.compiled(forward_backward)
+        return self.compiled(
+            {name: functools.partial(forward_backward, layer) for name, layer in layers.items()}
+        )
 
     def fullest(self) -> int:
         """Rows of the rank that the router sends most."""
@@ -97,7 +108,7 @@ class _Model:
             routes = nn.route(x, params.router, shape.top_k)
             return nn.expert_load(routes.topk_idx, shape.experts)
 
-        loads = np.asarray(self.compiled(load)()).reshape(shape.ranks, shape.ranks, -1)
+        loads = np.asarray(self.compiled({"": load})[""]()).reshape(shape.ranks, shape.ranks, -1)
         return int(loads.sum(axis=(0, 2)).max())
 
 
@@ -127,7 +138,7 @@ def measure(into: Json, case: Case, scale: Scale, **options: Any) -> None:
             "jax_smfree": ours,
             "all_gather": functools.partial(gathered_layer, shape),
         }
-        steps = {name: model.step(layer) for name, layer in layers.items()}
+        steps = model.steps(layers)
         into["relative_error"] = _compare(*(step() for step in steps.values()))
         library.group.check()
         if not into["relative_error"] <= MAX_RELATIVE_ERROR:

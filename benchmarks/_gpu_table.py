@@ -107,6 +107,16 @@ def _layers(result: Json) -> Iterator[list[str]]:
         ]
 
 
+def _crossover(result: Json) -> Iterator[list[str]]:
+    for entry in find(result, "crossover", "dispatch") or []:
+        times = (entry[name] for name in ("copy engine", "SM push"))
+        yield [
+            str(entry["rows"]),
+            f"{entry['message_bytes'] / 2**20:.2f}",
+            *(f"{t['p50']:.1f} ({t['p10']:.1f}–{t['p90']:.1f})" for t in times),
+        ]
+
+
 def _errors(place: Any, path: str = "") -> Iterator[str]:
     if isinstance(place, dict):
         for key, value in place.items():
@@ -165,9 +175,10 @@ def lines(result: Json) -> Iterator[str]:
             yield from table(["mover", "phase", "µs", "floor µs", "× floor"], phases)
         overlap = list(_overlap(shape))
         if overlap:
-            yield "Rows moving under GEMMs: exposed = together − GEMMs alone − phases; hidden = 1 −"
+            yield "Rows moving under GEMMs, in device time: together, from the send's first block"
+            yield "to the recv's last; exposed = together − GEMMs alone − phases; hidden = 1 −"
             yield "exposed / transfer; slow-down: from the send's end to the recv's begin over the"
-            yield "GEMMs alone."
+            yield "GEMMs alone, which are timed between a recv and a send, where no rows move."
             yield ""
             head = ["mover", "around", "GEMMs alone ms", "together ms", "phases ms", "exposed ms"]
             yield from table([*head, "transfer ms", "hidden %", "slow-down"], overlap)
@@ -178,6 +189,12 @@ def lines(result: Json) -> Iterator[str]:
     yield ""
     head = ["shape", "left ms", "phases forward ms", "phases backward ms", "layer jax_smfree ms"]
     yield from table([*head, "layer all_gather ms", "×"], _layers(result))
+    crossover = list(_crossover(result))
+    if crossover:
+        yield from ("## SM push or copy engine", "")
+        yield f"A dispatch of N×{result['crossover']['shape']}, first block to last, in µs."
+        yield ""
+        yield from table(["rows", "MiB per message", "copy engine", "SM push"], crossover)
     errors = list(_errors(result))
     if errors:
         yield from ("## Not measured", "", *errors, "")

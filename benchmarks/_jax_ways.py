@@ -8,7 +8,7 @@ Every way is a pair of functions for the inside of ``jax.shard_map``, with the s
     combine(shape, grouped, y[N,H]) -> out[T,H]
 
 and returns the rows in the library's order. The peers get every advantage that costs them nothing:
-all of them share the cheapest routing found (`_route`), nobody clears rows past the last group, and
+all of them share the cheapest routing found (`route`), nobody clears rows past the last group, and
 nobody counts what would be dropped (the inputs are checked to fit beforehand).
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from _cases import AXIS, PEERS, Shape
 from jax import Array, lax
@@ -45,23 +44,39 @@ class Way(NamedTuple):
     combine: Callable[[Shape, Grouped, Array], Array]
 
 
-def _route(s: Shape, topk_idx: Array) -> Routing:
+class SortedCopies(NamedTuple):
+    """The copies that this rank sends, in the order of their experts."""
+
+    expert: Array  # int32 [T*K]
+    copy: Array  # int32 [T*K], flat index in [T, K]
+    first: Array  # int32 [E + 1], where an expert's copies begin
+    counts: Array  # int32 [R, E], copies that each rank sends to each expert
+
+
+def before(counts: Array, axis: int) -> Array:
+    """The sum of all entries before each one."""
+    return jnp.cumsum(counts, axis=axis, dtype=jnp.int32) - counts
+
+
+def sort_copies(s: Shape, topk_idx: Array) -> SortedCopies:
+    copies = s.rows * s.top_k
+    key = jnp.sort(topk_idx.reshape(-1) * copies + jnp.arange(copies, dtype=jnp.int32))
+    expert, copy = key // copies, key % copies  # packed, because XLA sorts one operand faster
+    first = jnp.searchsorted(expert, jnp.arange(s.experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    return SortedCopies(expert, copy, first, lax.all_gather(jnp.diff(first), AXIS))
+
+
+def route(s: Shape, topk_idx: Array) -> Routing:
     """Each rank sorts its own copies only; the receivers invert the result by one scatter of ints.
 
     The textbook way, an argsort of the gathered indices on every rank, does R times the work.
     """
-    copies = s.rows * s.top_k
-    key = jnp.sort(topk_idx.reshape(-1) * copies + jnp.arange(copies, dtype=jnp.int32))
-    expert, copy = key // copies, key % copies  # packed, because XLA sorts one operand faster
-    mine = jnp.searchsorted(expert, jnp.arange(s.experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-    counts = lax.all_gather(jnp.diff(mine), AXIS)  # [R, E]
-    sizes = counts.sum(0)
-    first = (jnp.cumsum(sizes.reshape(s.ranks, -1), axis=1) - sizes.reshape(s.ranks, -1)).ravel()
-    before_me = jnp.cumsum(counts, axis=0)[lax.axis_index(AXIS)] - jnp.diff(mine)
-    row = (first + before_me - mine[:-1])[expert] + jnp.arange(copies, dtype=jnp.int32)
-    row = jnp.zeros_like(row).at[copy].set(row, mode="promise_in_bounds", unique_indices=True)
-
-    rank = lax.axis_index(AXIS)
+    mine, rank = sort_copies(s, topk_idx), lax.axis_index(AXIS)
+    sizes = mine.counts.sum(0)
+    first = before(sizes.reshape(s.ranks, -1), 1).ravel()
+    start = first + before(mine.counts, 0)[rank] - mine.first[:-1]
+    row = start[mine.expert] + jnp.arange(s.rows * s.top_k, dtype=jnp.int32)
+    row = jnp.zeros_like(row).at[mine.copy].set(row, mode="promise_in_bounds", unique_indices=True)
     row, owner = lax.all_gather(jnp.stack([row, topk_idx.reshape(-1)]), AXIS, axis=1)
     row = jnp.where(owner // s.local_experts == rank, row, s.capacity).reshape(-1)
     copy_of_row = jnp.zeros(s.capacity + 1, jnp.int32)
@@ -70,23 +85,23 @@ def _route(s: Shape, topk_idx: Array) -> Routing:
     return Routing(copy_of_row, row.reshape(s.ranks, s.rows, s.top_k), group_sizes)
 
 
-def _take(values: Array, index: Array) -> Array:
+def take(values: Array, index: Array) -> Array:
     return values.at[index].get(mode="promise_in_bounds")
 
 
 def _weights(s: Shape, routing: Routing, topk_weights: Array) -> Array:
     gathered = lax.all_gather(topk_weights, AXIS).reshape(-1)
     filled = jnp.arange(s.capacity) < routing.group_sizes.sum()
-    return jnp.where(filled, _take(gathered, routing.copy_of_row), 0)
+    return jnp.where(filled, take(gathered, routing.copy_of_row), 0)
 
 
 # all_gather: everything to everybody, then each rank picks its rows.
 
 
 def _gather_dispatch(s: Shape, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
-    routing = _route(s, topk_idx)
+    routing = route(s, topk_idx)
     everything = lax.all_gather(x, AXIS, tiled=True)
-    picked = _take(everything, routing.copy_of_row // s.top_k)
+    picked = take(everything, routing.copy_of_row // s.top_k)
     return Grouped(picked, routing.group_sizes, _weights(s, routing, topk_weights), routing)
 
 
@@ -97,14 +112,18 @@ def _scatter_combine(s: Shape, d: Grouped, y: Array) -> Array:
     return lax.psum_scatter(out.astype(y.dtype), AXIS, tiled=True)
 
 
+def weighted_sum(y: Array, rows: Array, weights: Array) -> Array:
+    """[M, K] rows of y and their weights -> [M, H]: the sums over K, in float32."""
+    total = jnp.zeros((), jnp.float32)
+    for slot in range(rows.shape[1]):
+        total += weights[:, slot, None] * take(y, rows[:, slot]).astype(jnp.float32)
+    return total
+
+
 def _sum_of_slots(s: Shape, d: Grouped, y: Array, rows: Array) -> Array:
     """[M, K] rows of y, ``capacity`` for none -> [M, H]: their weighted sums in float32."""
-    weights = jnp.where(rows < s.capacity, _take(d.weights, jnp.minimum(rows, s.capacity - 1)), 0)
-    rows = jnp.minimum(rows, s.capacity - 1)
-    total = jnp.zeros((), jnp.float32)
-    for slot in range(s.top_k):
-        total += weights[:, slot, None] * _take(y, rows[:, slot]).astype(jnp.float32)
-    return total
+    there = jnp.minimum(rows, s.capacity - 1)
+    return weighted_sum(y, there, jnp.where(rows < s.capacity, take(d.weights, there), 0))
 
 
 def _gather_combine(s: Shape, d: Grouped, y: Array) -> Array:
@@ -130,7 +149,7 @@ class PairRouting(NamedTuple):
 
 
 def _pair_dispatch(s: Shape, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
-    routing = _route(s, topk_idx)
+    routing = route(s, topk_idx)
     block = s.pair_capacity
     goes = (topk_idx[:, :, None] // s.local_experts == jnp.arange(s.ranks)).any(1)  # [T, R]
     place = jnp.where(goes, jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, block)
@@ -138,11 +157,11 @@ def _pair_dispatch(s: Shape, x: Array, topk_idx: Array, topk_weights: Array) -> 
     source = jnp.zeros(s.ranks * (block + 1), jnp.int32)
     source = source.at[slot].set(jnp.arange(s.rows, dtype=jnp.int32)[:, None])
     source = source.reshape(s.ranks, block + 1)[:, :block]
-    wire = _exchange(_take(x, source))
+    wire = _exchange(take(x, source))
 
     places_here = lax.all_to_all(place.T, AXIS, 0, 0)  # [R, T]
     in_wire = (jnp.arange(s.ranks)[:, None] * block + places_here).reshape(-1)
-    picked = _take(wire, _take(in_wire, routing.copy_of_row // s.top_k))
+    picked = take(wire, take(in_wire, routing.copy_of_row // s.top_k))
     rows = jnp.full((s.ranks, block + 1, s.top_k), s.capacity, jnp.int32)
     rows = rows.at[jnp.arange(s.ranks)[:, None], places_here].set(routing.row_of_copy)[:, :block]
     weights = _weights(s, routing, topk_weights)
@@ -157,7 +176,7 @@ def _pair_combine(s: Shape, d: Grouped, y: Array) -> Array:
     total = jnp.zeros((), jnp.float32)
     for rank in range(s.ranks):
         place = d.routing.place[:, rank]
-        row = _take(wire, rank * block + jnp.minimum(place, block - 1)).astype(jnp.float32)
+        row = take(wire, rank * block + jnp.minimum(place, block - 1)).astype(jnp.float32)
         total += jnp.where(place[:, None] < block, row, 0)
     return total.astype(y.dtype)
 
@@ -175,26 +194,3 @@ WAYS = dict(
 )
 """By name. The first is what most JAX code does: all_gather and gather, scatter-add and
 psum_scatter. The second sums the slots of a row instead of scattering; the third sends less."""
-
-
-def ragged_all_to_all_error(mesh: jax.sharding.Mesh) -> str | None:
-    """Why ``jax.lax.ragged_all_to_all`` cannot be a peer on this platform; ``None`` if it can."""
-    ranks = mesh.shape[AXIS]
-
-    def exchange(x: Array) -> Array:
-        ones = jnp.ones(ranks, jnp.int32)
-        offsets = jnp.arange(ranks, dtype=jnp.int32)
-        there = jnp.full(ranks, lax.axis_index(AXIS), jnp.int32)
-        return lax.ragged_all_to_all(
-            x, jnp.zeros_like(x), offsets, ones, there, ones, axis_name=AXIS
-        )
-
-    spec = jax.sharding.PartitionSpec(AXIS)
-    program = jax.jit(
-        jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    )
-    try:
-        jax.block_until_ready(program(jnp.zeros((ranks * ranks, 8))))
-    except jax.errors.JaxRuntimeError as error:
-        return str(error).splitlines()[0]
-    return None

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from _cases import AXIS, LIBRARY, Inputs, Shape, make_inputs, phase_bytes
-from _jax_ways import ragged_all_to_all_error
 from _programs import Floor, Launch, Library, Sample, on_mesh, peers
+from _ragged_way import ragged_all_to_all_error
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh

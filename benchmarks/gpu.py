@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _gpu_crossover
 import _gpu_machine
 import _gpu_moe
 import _gpu_peers
@@ -88,9 +89,9 @@ def measure_mover(
         part(into, "native", library.native)
         if library.tracer:
             part(into, "phases", library.phases, gemms, result["copy_rate"]["gb_s"])
-        if overlap:
+        if library.tracer and overlap:
             egress = _gpu_machine.egress_gb_s(result["link_ceilings"], case.shape.name)
-            part(into, "overlap", library.overlap, gemms, into.get("phases", {}), egress)
+            part(into, "overlap", library.overlap, gemms, into["phases"], egress)
 
 
 def describe(case: Case) -> Json:
@@ -133,11 +134,20 @@ def measure(session: Session, ranks: int, names: list[str], scale: Scale) -> Non
         if name in movers():
             each_mover(name)
     each("all_gather", "peers", _gpu_peers.measure, "all_gather")
-    each("training", None, _gpu_training.measure, gemms)
     each("moe", None, _gpu_moe.measure)
+    each("training", None, _gpu_training.measure, gemms)
     if SM_PUSH in movers():
+        part(
+            result,
+            "crossover",
+            _gpu_crossover.measure,
+            mesh,
+            scale,
+            (COPY_ENGINE, SM_PUSH),
+            movers(),
+        )
         each_mover(SM_PUSH)
-    for name in _gpu_peers.PEERS[1:]:
+    for name in list(_gpu_peers.PEERS)[1:]:
         each(name, "peers", _gpu_peers.measure, name)
 
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the handlers of all phases and platforms share: operands, attributes, errors.
+// What the handlers of all phases and platforms share: token, position, attributes, errors.
 #ifndef SMFREE_FFI_ATTRIBUTES_H_
 #define SMFREE_FFI_ATTRIBUTES_H_
 
@@ -24,15 +24,6 @@ struct Attributes {
 using TokenArg = ffi::Buffer<ffi::F32, 1>;
 using TokenRet = ffi::Result<TokenArg>;
 using PositionArg = ffi::Buffer<ffi::S32, 1>;  // {rank, replica}
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-
-inline const float* OrNull(const Floats& buffer) {
-  return buffer.element_count() ? buffer.typed_data() : nullptr;
-}
-inline float* OrNull(ffi::Result<Floats>& buffer) {
-  return buffer->element_count() ? buffer->typed_data() : nullptr;
-}
 
 // The rows are [*, hidden] in the group's dtype.
 Status CheckRows(const GroupConfig& config, const ffi::AnyBuffer& rows);

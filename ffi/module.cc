@@ -9,6 +9,7 @@
 #include <string>
 
 #include "csrc/protocol/describe.h"
+#include "csrc/protocol/group_config.h"
 #include "csrc/protocol/layout.h"
 
 namespace smfree {
@@ -17,11 +18,9 @@ void ThrowIfFailed(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());
 }
 
-DType DTypeOf(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBF16;
-  if (name == "float16") return DType::kF16;
-  throw std::invalid_argument("no such dtype: " + name);
+std::optional<std::string> FaultOf(const Status& status) {
+  if (status.ok()) return std::nullopt;
+  return status.message();
 }
 
 nb::capsule Handler(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
@@ -29,6 +28,36 @@ nb::capsule Handler(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 }
 
 namespace {
+
+DType DTypeOf(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
+  throw std::invalid_argument("no such dtype: " + name);
+}
+
+GroupConfig MakeGroupConfig(int32_t num_ranks, int32_t ranks_per_node, bool hierarchical,
+                            int32_t num_experts, int32_t top_k, int64_t hidden, int64_t max_tokens,
+                            const std::string& dtype, int64_t recv_capacity,
+                            int32_t expert_alignment, int32_t num_lanes, bool drop_overflow,
+                            bool differentiable, double timeout_s) {
+  GroupConfig config;
+  config.num_ranks = num_ranks;
+  config.ranks_per_node = ranks_per_node;
+  config.hierarchical = hierarchical;
+  config.num_experts = num_experts;
+  config.top_k = top_k;
+  config.num_lanes = num_lanes;
+  config.expert_alignment = expert_alignment;
+  config.hidden = hidden;
+  config.max_tokens = max_tokens;
+  config.recv_capacity = recv_capacity;
+  config.dtype = DTypeOf(dtype);
+  config.overflow = drop_overflow ? Overflow::kDrop : Overflow::kError;
+  config.differentiable = differentiable;
+  config.timeout_s = timeout_s;
+  return config;
+}
 
 LayoutConfig MakeLayoutConfig(int32_t num_ranks, int32_t ranks_per_node, int32_t num_experts,
                               int32_t top_k, int32_t num_lanes, int32_t itemsize, int64_t hidden,
@@ -45,6 +74,12 @@ NB_MODULE(_native, m) {
   // The registry and JAX's caches outlive the interpreter's order of destruction.
   nb::set_leak_warnings(false);
 
+  nb::class_<GroupConfig>(m, "GroupConfig")
+      .def(nb::new_(&MakeGroupConfig), nb::kw_only(), nb::arg("num_ranks"),
+           nb::arg("ranks_per_node"), nb::arg("hierarchical"), nb::arg("num_experts"),
+           nb::arg("top_k"), nb::arg("hidden"), nb::arg("max_tokens"), nb::arg("dtype"),
+           nb::arg("recv_capacity"), nb::arg("expert_alignment"), nb::arg("num_lanes"),
+           nb::arg("drop_overflow"), nb::arg("differentiable"), nb::arg("timeout_s"));
   BindCpu(m);
   m.def("cpu_targets", &CpuTargets);
   m.def("cpu_types", &CpuTypes);

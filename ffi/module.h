@@ -8,9 +8,9 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 
-#include "csrc/protocol/group_config.h"
 #include "csrc/protocol/status.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -21,7 +21,8 @@ namespace nb = nanobind;
 using Counters = std::map<std::string, int64_t>;
 
 void ThrowIfFailed(const Status& status);
-DType DTypeOf(const std::string& name);
+// None, or what is wrong.
+std::optional<std::string> FaultOf(const Status& status);
 nb::capsule Handler(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*));
 
 void BindCpu(nb::module_& m);

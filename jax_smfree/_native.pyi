@@ -3,15 +3,13 @@
 
 from typing import Any
 
-class CpuGroup:
+class GroupConfig:
     def __init__(
         self,
         *,
-        group_id: int,
-        replica: int,
-        process_of_rank: list[int],
-        process: int,
-        secret: str,
+        num_ranks: int,
+        ranks_per_node: int,
+        hierarchical: bool,
         num_experts: int,
         top_k: int,
         hidden: int,
@@ -21,7 +19,20 @@ class CpuGroup:
         expert_alignment: int,
         num_lanes: int,
         drop_overflow: bool,
+        differentiable: bool,
         timeout_s: float,
+    ) -> None: ...
+
+class CpuGroup:
+    def __init__(
+        self,
+        *,
+        group_id: int,
+        replica: int,
+        config: GroupConfig,
+        process_of_rank: list[int],
+        process: int,
+        secret: str,
     ) -> None: ...
     def address(self) -> str: ...
     def connect(self, addresses: list[str]) -> None: ...
@@ -43,22 +54,7 @@ class CudaGroup:
     """Only where `has_cuda`."""
 
     def __init__(
-        self,
-        *,
-        group_id: int,
-        devices: list[int],
-        num_experts: int,
-        top_k: int,
-        hidden: int,
-        max_tokens: int,
-        dtype: str,
-        recv_capacity: int,
-        expert_alignment: int,
-        num_lanes: int,
-        drop_overflow: bool,
-        timeout_s: float,
-        differentiable: bool,
-        sm_push_bytes: int,
+        self, *, group_id: int, config: GroupConfig, devices: list[int], sm_push_bytes: int
     ) -> None: ...
     def close(self) -> None: ...
     def check(self) -> str | None: ...

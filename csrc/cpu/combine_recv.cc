@@ -19,30 +19,30 @@
 
 namespace smfree::cpu {
 
-void CombineRecv(Group& group, const CombineRecvArgs& args, Done done) {
+void CombineRecv(Group& group, const Call& call, const CombineRecvArrays& arrays, Done done) {
   Exchange& exchange = group.exchange();
   const GroupConfig& config = exchange.config();
   Expectation expected;
   expected.phase = "combine_recv";
-  expected.rank = args.rank;
-  expected.identity = exchange.Complete(args.identity, Operation::kCombine);
-  expected.tokens = args.tokens;
-  expected.slots = args.slots ? config.top_k : 0;
-  const Status arguments = CheckPlaces(config, args.tokens, args.places, args.send_counts);
+  expected.rank = call.rank;
+  expected.identity = exchange.Complete(call.identity, Operation::kCombine);
+  expected.tokens = call.tokens;
+  expected.slots = arrays.slots ? config.top_k : 0;
+  const Status checked = CheckPlaces(config, call.tokens, arrays.places, arrays.send_counts);
   std::optional<WirePlaces> wire;
-  if (arguments.ok()) {
-    wire.emplace(config, args.tokens, args.places, args.send_counts);
+  if (checked.ok()) {
+    wire.emplace(config, call.tokens, arrays.places, arrays.send_counts);
     expected.counts = wire->counts();
   }
   exchange.Expect(
-      expected, arguments,
-      [&exchange, args, wire = std::move(wire)](const std::vector<Message>& messages) {
-        auto* const out = static_cast<std::byte*>(args.out);
-        const int64_t row_bytes =
-            exchange.config().hidden * ItemBytes(exchange.config().dtype);
-        AdviseHugePages(out, args.tokens * row_bytes);
+      expected, checked,
+      [&exchange, arrays, tokens = call.tokens,
+       wire = std::move(wire)](const std::vector<Message>& messages) {
+        auto* const out = static_cast<std::byte*>(arrays.out);
+        const int64_t row_bytes = exchange.config().hidden * ItemBytes(exchange.config().dtype);
+        AdviseHugePages(out, tokens * row_bytes);
         SumAtPlaces(exchange, messages, wire->places(), /*first_region=*/0,
-                    {args.tokens, out, row_bytes, args.slots});
+                    {tokens, out, row_bytes, arrays.slots});
         return Status();
       },
       std::move(done));

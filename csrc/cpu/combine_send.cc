@@ -23,25 +23,25 @@
 namespace smfree::cpu {
 namespace {
 
-Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& args) {
+Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const CombineSendArrays& a) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
-  Status status = outbox.Allocate(args.recv_counts, 0, args.values ? top_k : 0);
+  Status status = outbox.Allocate(a.recv_counts, 0, a.values ? top_k : 0);
   if (!status.ok()) return status;
 
-  const auto* const y = static_cast<const std::byte*>(args.y);
+  const auto* const y = static_cast<const std::byte*>(a.y);
   const int64_t y_row_bytes = config.hidden * ItemBytes(config.dtype);
-  const ReceivedRows received(args.recv_counts, config.num_ranks);
+  const ReceivedRows received(a.recv_counts, config.num_ranks);
   const auto pack = [&](int64_t begin, int64_t end) {
     std::vector<WeightedRow> terms(static_cast<size_t>(top_k));
     received.ForEach(begin, end, [&](int32_t source, int64_t i) {
-      const int32_t* const rows = args.rows + (source * args.tokens + i) * top_k;
+      const int32_t* const rows = a.rows + (source * tokens + i) * top_k;
       int64_t num_terms = 0;
       for (int32_t k = 0; k < top_k; ++k) {
         const int64_t n = rows[k];
-        if (args.values) outbox.slots(source)[i * top_k + k] = n < 0 ? 0.0f : args.values[n];
+        if (a.values) outbox.slots(source)[i * top_k + k] = n < 0 ? 0.0f : a.values[n];
         if (n < 0) continue;
-        terms[static_cast<size_t>(num_terms++)] = {y + n * y_row_bytes, args.w ? args.w[n] : 1.0f};
+        terms[static_cast<size_t>(num_terms++)] = {y + n * y_row_bytes, a.w ? a.w[n] : 1.0f};
       }
       SumRows(config.dtype, outbox.rows(source) + i * exchange.row_bytes(), terms.data(), num_terms,
               config.hidden);
@@ -55,24 +55,24 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArgs& ar
 
 }  // namespace
 
-Status CombineSend(Group& group, const CombineSendArgs& args) {
+Status CombineSend(Group& group, const Call& call, const CombineSendArrays& arrays) {
   constexpr const char* kPhase = "combine_send";
   Exchange& exchange = group.exchange();
   const GroupConfig& config = exchange.config();
-  Status arguments =
-      CheckRows(config, args.tokens, args.rows_capacity, args.rows, args.recv_counts);
+  Status checked = CheckRows(config, call.tokens, arrays.rows_capacity, arrays.rows,
+                             arrays.recv_counts);
   StatusOr<RelayCounts> relay = RelayCounts{};
-  if (config.hierarchical && arguments.ok()) {
-    relay = CheckRelay(config, args.tokens, args.relay);
-    arguments = relay.status();
+  if (config.hierarchical && checked.ok()) {
+    relay = CheckRelay(config, call.tokens, arrays.relay);
+    checked = relay.status();
   }
-  Outbox outbox(exchange, kPhase, Operation::kCombine, args,
+  Outbox outbox(exchange, kPhase, Operation::kCombine, call,
                 exchange.nodes().FirstLeg(Operation::kCombine));
-  Status status = outbox.Begin(arguments);
-  if (status.ok()) status = PackAndPost(exchange, outbox, args);
+  Status status = outbox.Begin(checked);
+  if (status.ok()) status = PackAndPost(exchange, outbox, call.tokens, arrays);
   if (!status.ok()) return outbox.Fail(std::move(status));
   if (config.hierarchical) {
-    RelayCombine(exchange, kPhase, args, args.values ? config.top_k : 0, args.relay,
+    RelayCombine(exchange, kPhase, call, arrays.values ? config.top_k : 0, arrays.relay,
                  relay.value());
   }
   return status;

@@ -34,11 +34,11 @@ namespace smfree::cpu {
 namespace {
 
 // S1. Returns the number of copies that were dropped.
-int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
+int32_t Place(Exchange& exchange, const Call& call, const DispatchRecvArrays& a,
               const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
   const int32_t local_experts = config.num_experts / config.num_ranks;
-  const int32_t first_expert = args.rank * local_experts;
+  const int32_t first_expert = call.rank * local_experts;
   const int32_t top_k = config.top_k;
   const auto experts_of = [&](const Message& message) {
     return message.experts(MessageLayout(message.header.rows, top_k, top_k, exchange.row_bytes()));
@@ -59,20 +59,20 @@ int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
   int64_t start = 0;
   for (size_t expert = 0; expert < counts.size(); ++expert) {
     const int64_t aligned = AlignUp(counts[expert], config.expert_alignment);
-    const int64_t size = std::min(aligned, args.rows_capacity - start);
-    args.group_sizes[expert] = static_cast<int32_t>(size);
+    const int64_t size = std::min(aligned, a.rows_capacity - start);
+    a.group_sizes[expert] = static_cast<int32_t>(size);
     next[expert] = start;
     limit[expert] = start + size;
     start += size;
   }
 
   int32_t dropped = 0;
-  std::fill_n(args.rows, config.num_ranks * args.tokens * top_k, -1);
+  std::fill_n(a.rows, config.num_ranks * call.tokens * top_k, -1);
   for (int32_t source = 0; source < config.num_ranks; ++source) {
     const Message& message = messages[static_cast<size_t>(source)];
     const int32_t* const experts = experts_of(message);
-    int32_t* const rows = args.rows + source * args.tokens * top_k;
-    args.recv_counts[source] = message.header.rows;
+    int32_t* const rows = a.rows + source * call.tokens * top_k;
+    a.recv_counts[source] = message.header.rows;
     for (int64_t i = 0; i < int64_t{message.header.rows} * top_k; ++i) {
       const auto expert = static_cast<uint32_t>(experts[i] - first_expert);
       if (expert >= static_cast<uint32_t>(local_experts)) continue;
@@ -86,18 +86,9 @@ int32_t Place(Exchange& exchange, const DispatchRecvArgs& args,
   return dropped;
 }
 
-struct Scattered {
-  int64_t tokens, rows_capacity;
-  const int32_t* rows;
-  const int32_t* recv_counts;
-  void* x;
-  float* values;            // may be null
-  const void* y = nullptr;  // weighted: both, else neither
-  const float* w = nullptr;
-};
-
 // S2 and S3.
-void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Message>& messages) {
+void Scatter(const Exchange& exchange, int64_t tokens, const DispatchRecvCachedArrays& to,
+             const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
   const int64_t x_row_bytes = config.hidden * ItemBytes(config.dtype);
@@ -115,7 +106,7 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
                                exchange.row_bytes());
     const std::byte* const row = message.rows(layout) + i * exchange.row_bytes();
     for (int32_t k = 0; k < top_k; ++k) {
-      const int64_t n = to.rows[(source * to.tokens + i) * top_k + k];
+      const int64_t n = to.rows[(source * tokens + i) * top_k + k];
       if (n < 0) continue;
       written[static_cast<size_t>(n)] = 1;
       if (to.w) {
@@ -148,88 +139,68 @@ void Scatter(const Exchange& exchange, const Scattered& to, const std::vector<Me
               ThreadsFor(to.rows_capacity * x_row_bytes, exchange.threads_per_rank()), zero);
 }
 
-Status Unpack(Exchange& exchange, const char* phase, const DispatchRecvArgs& args,
+Status Unpack(Exchange& exchange, const char* phase, const Call& call, const DispatchRecvArrays& a,
               const std::vector<Message>& messages) {
   const GroupConfig& config = exchange.config();
-  const int32_t dropped = Place(exchange, args, messages);
-  *args.num_dropped = dropped;
+  const int32_t dropped = Place(exchange, call, a, messages);
+  *a.num_dropped = dropped;
   if (dropped > 0 && config.overflow == Overflow::kError) {
-    FillNaN(config.dtype, static_cast<std::byte*>(args.x), args.rows_capacity * config.hidden);
-    std::fill_n(args.weights, args.rows_capacity, std::numeric_limits<float>::quiet_NaN());
+    FillNaN(config.dtype, static_cast<std::byte*>(a.x), a.rows_capacity * config.hidden);
+    std::fill_n(a.weights, a.rows_capacity, std::numeric_limits<float>::quiet_NaN());
     exchange.ReportDropped(
         dropped,
         Status(FaultKind::kOverflow,
-               DescribeCall(phase, args.rank, args.identity) + ": " + std::to_string(dropped) +
-                   " rows exceed recv_capacity " + std::to_string(args.rows_capacity) +
+               DescribeCall(phase, call.rank, call.identity) + ": " + std::to_string(dropped) +
+                   " rows exceed recv_capacity " + std::to_string(a.rows_capacity) +
                    "; the outputs are NaN. Cure: raise recv_capacity, or take "
                    "overflow='drop'."));
     return Status();
   }
   if (dropped > 0) exchange.ReportDropped(dropped, Status());
-  Scatter(exchange,
-          {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.weights},
+  Scatter(exchange, call.tokens,
+          {a.rows_capacity, a.rows, a.recv_counts, a.relay, /*y=*/nullptr, /*w=*/nullptr, a.x,
+           a.weights},
           messages);
   return Status();
 }
 
-Expectation Expected(const Exchange& exchange, const char* phase, const Call& call) {
+}  // namespace
+
+void DispatchRecv(Group& group, const Call& call, const DispatchRecvArrays& arrays, Done done) {
+  static constexpr const char* kPhase = "dispatch_recv";
+  Exchange& exchange = group.exchange();
   Expectation expected;
-  expected.phase = phase;
+  expected.phase = kPhase;
   expected.rank = call.rank;
   expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
   expected.tokens = call.tokens;
-  return expected;
-}
-
-std::vector<int32_t> CountsOf(const Exchange& exchange, const int32_t* recv_counts) {
-  return {recv_counts, recv_counts + exchange.config().num_ranks};
-}
-
-}  // namespace
-
-void DispatchRecv(Group& group, const DispatchRecvArgs& args, Done done) {
-  Exchange& exchange = group.exchange();
-  Expectation expected = Expected(exchange, "dispatch_recv", args);
   expected.experts = expected.slots = exchange.config().top_k;
   ReceiveDispatch(
-      exchange, args, expected, Status(), {nullptr, args.relay},
-      [&exchange, args, phase = expected.phase](const std::vector<Message>& messages) {
-        return Unpack(exchange, phase, args, messages);
+      exchange, call, std::move(expected), Status(), {/*routing=*/nullptr, arrays.relay},
+      [&exchange, call, arrays](const std::vector<Message>& messages) {
+        return Unpack(exchange, kPhase, call, arrays, messages);
       },
       std::move(done));
 }
 
-void DispatchRecvCached(Group& group, const DispatchRecvCachedArgs& args, Done done) {
+void DispatchRecvCached(Group& group, const Call& call, const DispatchRecvCachedArrays& arrays,
+                        Done done) {
   Exchange& exchange = group.exchange();
-  Expectation expected = Expected(exchange, "dispatch_recv_cached", args);
-  expected.slots = args.values ? exchange.config().top_k : 0;
-  expected.counts = CountsOf(exchange, args.recv_counts);
+  const bool weighted = arrays.w != nullptr;
+  Expectation expected;
+  expected.phase = weighted ? "dispatch_recv_weighted" : "dispatch_recv_cached";
+  expected.rank = call.rank;
+  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.tokens = call.tokens;
+  expected.slots = arrays.values && !weighted ? exchange.config().top_k : 0;
+  expected.counts.assign(arrays.recv_counts, arrays.recv_counts + exchange.config().num_ranks);
   ReceiveDispatch(
-      exchange, args, expected,
-      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
-      {args.relay, nullptr},
-      [&exchange, args](const std::vector<Message>& messages) {
-        Scatter(exchange,
-                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values},
-                messages);
-        return Status();
-      },
-      std::move(done));
-}
-
-void DispatchRecvWeighted(Group& group, const DispatchRecvWeightedArgs& args, Done done) {
-  Exchange& exchange = group.exchange();
-  Expectation expected = Expected(exchange, "dispatch_recv_weighted", args);
-  expected.counts = CountsOf(exchange, args.recv_counts);
-  ReceiveDispatch(
-      exchange, args, expected,
-      CheckRows(exchange.config(), args.tokens, args.rows_capacity, args.rows, args.recv_counts),
-      {args.relay, nullptr},
-      [&exchange, args](const std::vector<Message>& messages) {
-        Scatter(exchange,
-                {args.tokens, args.rows_capacity, args.rows, args.recv_counts, args.x, args.values,
-                 args.y, args.w},
-                messages);
+      exchange, call, std::move(expected),
+      CheckRows(exchange.config(), call.tokens, arrays.rows_capacity, arrays.rows,
+                arrays.recv_counts),
+      {arrays.relay, /*routing_out=*/nullptr},
+      [&exchange, tokens = call.tokens, arrays](const std::vector<Message>& messages) {
+        Scatter(exchange, tokens, arrays, messages);
         return Status();
       },
       std::move(done));

@@ -26,31 +26,32 @@
 namespace smfree::cpu {
 namespace {
 
-Status BadRouting(const char* phase, const DispatchSendArgs& args, int32_t top_k, int64_t row,
-                  const std::string& what) {
-  const int32_t* const experts = args.topk_idx + row * top_k;
+Status BadRouting(const char* phase, const Call& call, const int32_t* experts, int32_t top_k,
+                  int64_t row, const std::string& what) {
   return Status(FaultKind::kInvalidRouting,
-                DescribeCall(phase, args.rank, args.identity) + ": row " + std::to_string(row) +
+                DescribeCall(phase, call.rank, call.identity) + ": row " + std::to_string(row) +
                     " " + what + ": topk_idx = [" +
                     JoinNumbers(std::vector<int32_t>(experts, experts + top_k)) +
                     "]. Cure: name each expert of a row once, -1 for none.");
 }
 
-Status CheckRouting(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
+Status CheckRouting(const char* phase, const GroupConfig& config, const Call& call,
+                    const int32_t* topk_idx) {
   const int32_t top_k = config.top_k;
   std::vector<int64_t> last_row(static_cast<size_t>(config.num_experts), -1);  // that named it
-  for (int64_t row = 0; row < args.tokens; ++row) {
+  for (int64_t row = 0; row < call.tokens; ++row) {
+    const int32_t* const experts = topk_idx + row * top_k;
     for (int32_t k = 0; k < top_k; ++k) {
-      const int32_t expert = args.topk_idx[row * top_k + k];
+      const int32_t expert = experts[k];
       if (expert == -1) continue;
       if (expert < -1 || expert >= config.num_experts) {
         return BadRouting(
-            phase, args, top_k, row,
+            phase, call, experts, top_k, row,
             "names expert " + std::to_string(expert) + " of " + std::to_string(config.num_experts));
       }
       int64_t& last = last_row[static_cast<size_t>(expert)];
       if (last == row) {
-        return BadRouting(phase, args, top_k, row,
+        return BadRouting(phase, call, experts, top_k, row,
                           "names expert " + std::to_string(expert) + " twice");
       }
       last = row;
@@ -60,27 +61,27 @@ Status CheckRouting(const char* phase, const GroupConfig& config, const Dispatch
 }
 
 // S1.
-Status Route(const char* phase, const GroupConfig& config, const DispatchSendArgs& args) {
-  Status status = CheckRouting(phase, config, args);
+Status Route(const char* phase, const GroupConfig& config, const Call& call,
+             const DispatchSendArrays& a) {
+  Status status = CheckRouting(phase, config, call, a.topk_idx);
   if (!status.ok()) return status;
-  std::fill_n(args.send_counts, config.num_ranks, 0);
-  PlaceByExpert(config, args.tokens, args.topk_idx, args.tokens, /*first_rank=*/0,
-                config.num_ranks, PlacesPerRow(config), args.places, args.send_counts);
+  std::fill_n(a.send_counts, config.num_ranks, 0);
+  PlaceByExpert(config, call.tokens, a.topk_idx, call.tokens, /*first_rank=*/0, config.num_ranks,
+                PlacesPerRow(config), a.places, a.send_counts);
   return status;
 }
 
-// S2 to S4. `experts` and `slots` may be null.
-Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const void* x,
-                   const int32_t* experts, const float* slots, const int32_t* places,
-                   const int32_t* send_counts) {
+// S2 to S4. `experts` may be null.
+Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const int32_t* experts,
+                   const DispatchSendCachedArrays& a) {
   const GroupConfig& config = exchange.config();
-  const WirePlaces wire(config, tokens, places, send_counts);
+  const WirePlaces wire(config, tokens, a.places, a.send_counts);
   Status status =
-      outbox.Allocate(wire.counts().data(), experts ? config.top_k : 0, slots ? config.top_k : 0);
+      outbox.Allocate(wire.counts().data(), experts ? config.top_k : 0, a.slots ? config.top_k : 0);
   if (!status.ok()) return status;
   PackAtPlaces(exchange,
-               {tokens, static_cast<const std::byte*>(x), config.hidden * ItemBytes(config.dtype),
-                experts, slots},
+               {tokens, static_cast<const std::byte*>(a.x), config.hidden * ItemBytes(config.dtype),
+                experts, a.slots},
                wire.places(), /*first_region=*/0, outbox);
   outbox.Post();
   return status;
@@ -88,27 +89,26 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const voi
 
 }  // namespace
 
-Status DispatchSend(Group& group, const DispatchSendArgs& args) {
+Status DispatchSend(Group& group, const Call& call, const DispatchSendArrays& arrays) {
   constexpr const char* kPhase = "dispatch_send";
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, kPhase, Operation::kDispatch, args, kWire);
+  Outbox outbox(exchange, kPhase, Operation::kDispatch, call, kWire);
   Status status = outbox.Begin();
-  if (status.ok()) status = Route(kPhase, exchange.config(), args);
+  if (status.ok()) status = Route(kPhase, exchange.config(), call, arrays);
   if (status.ok()) {
-    status = PackAndPost(exchange, outbox, args.tokens, args.x, args.topk_idx, args.topk_weights,
-                         args.places, args.send_counts);
+    status = PackAndPost(exchange, outbox, call.tokens, arrays.topk_idx,
+                         {arrays.x, arrays.topk_weights, arrays.places, arrays.send_counts});
   }
   return status.ok() ? status : outbox.Fail(std::move(status));
 }
 
-Status DispatchSendCached(Group& group, const DispatchSendCachedArgs& args) {
+Status DispatchSendCached(Group& group, const Call& call, const DispatchSendCachedArrays& arrays) {
   Exchange& exchange = group.exchange();
-  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, args, kWire);
-  Status status =
-      outbox.Begin(CheckPlaces(exchange.config(), args.tokens, args.places, args.send_counts));
+  Outbox outbox(exchange, "dispatch_send_cached", Operation::kDispatch, call, kWire);
+  Status status = outbox.Begin(
+      CheckPlaces(exchange.config(), call.tokens, arrays.places, arrays.send_counts));
   if (status.ok()) {
-    status = PackAndPost(exchange, outbox, args.tokens, args.x, /*experts=*/nullptr, args.slots,
-                         args.places, args.send_counts);
+    status = PackAndPost(exchange, outbox, call.tokens, /*experts=*/nullptr, arrays);
   }
   return status.ok() ? status : outbox.Fail(std::move(status));
 }

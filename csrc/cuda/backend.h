@@ -4,9 +4,8 @@
 // phases that exchange rows between them. No XLA, no Python.
 //
 // Every phase only launches kernels on the given stream: no allocation, no host synchronisation, no
-// counter on the host, so that it can be captured into a CUDA graph and replayed. What the arrays
-// hold is said in csrc/cpu/backend.h; results are the same, bit for bit (but for the sums over
-// `hidden` in dispatch_recv_weighted).
+// counter on the host, so that it can be captured into a CUDA graph and replayed. Results are
+// those of the CPU backend, bit for bit (but for the sums over `hidden` in dispatch_recv_weighted).
 //
 // Faults of a phase that runs on the device end in NaN outputs and in Group::Check; from then on
 // the phases return the fault.
@@ -19,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "csrc/protocol/arrays.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
 #include "csrc/protocol/lanes.h"
@@ -41,7 +41,7 @@ struct PhaseStats {
   int64_t calls = 0;
   int64_t rows = 0;     // rows of the wire, those that stay on the rank counted in
   int64_t bytes = 0;    // bytes of these rows
-  int64_t wait_ns = 0;  // receives only: from the start of the phase to the last chunk waited for
+  int64_t wait_ns = 0;  // receives only: from the start of the kernel to the last chunk waited for
 };
 
 struct Stats {
@@ -117,7 +117,7 @@ class Group {
 std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
 const GroupConfig& ConfigOf(const Rank& rank);
 
-// What every phase needs. All pointers are to device memory.
+// What every phase needs beside its arrays. All pointers are to device memory.
 struct Call {
   int32_t lane = 0;
   int32_t derivation = 0;
@@ -128,64 +128,18 @@ struct Call {
   float* token_out = nullptr;         // [Token::kSize]
 };
 
-struct DispatchSendArgs : Call {
-  const void* x = nullptr;              // [T,H]
-  const int32_t* topk_idx = nullptr;    // [T,K], -1 = no expert
-  const float* topk_weights = nullptr;  // [T,K]
-  int32_t* places = nullptr;            // out [T,P]
-  int32_t* send_counts = nullptr;       // out [R]
-};
-Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t stream);
-
-struct DispatchSendCachedArgs : Call {
-  const void* x = nullptr;               // [T,H]
-  const float* slots = nullptr;          // [T,K] or null
-  const int32_t* places = nullptr;       // [T,P]
-  const int32_t* send_counts = nullptr;  // [R]
-};
-Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream);
-
-struct DispatchRecvArgs : Call {
-  int64_t rows_capacity = 0;       // N
-  void* x = nullptr;               // out [N,H]
-  float* weights = nullptr;        // out [N]
-  int32_t* group_sizes = nullptr;  // out [El]
-  int32_t* num_dropped = nullptr;  // out []
-  int32_t* rows = nullptr;         // out [R,T,K]
-  int32_t* recv_counts = nullptr;  // out [R]
-};
-Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream);
-
-// With y and w: x[n] = w[n] * r and values[n] = <y[n], r>, r the received row. Without: x[n] = r,
-// values[n] = its slot.
-struct DispatchRecvCachedArgs : Call {
-  int64_t rows_capacity = 0;             // N
-  const int32_t* rows = nullptr;         // [R,T,K]
-  const int32_t* recv_counts = nullptr;  // [R]
-  const void* y = nullptr;               // [N,H] or null
-  const float* w = nullptr;              // [N] or null
-  void* x = nullptr;                     // out [N,H]
-  float* values = nullptr;               // out [N] or null
-};
-Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream);
-
-struct CombineSendArgs : Call {
-  int64_t rows_capacity = 0;             // N
-  const void* y = nullptr;               // [N,H]
-  const float* w = nullptr;              // [N] or null: ones
-  const float* values = nullptr;         // [N] or null: no slots
-  const int32_t* rows = nullptr;         // [R,T,K]
-  const int32_t* recv_counts = nullptr;  // [R]
-};
-Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream);
-
-struct CombineRecvArgs : Call {
-  const int32_t* places = nullptr;       // [T,P]
-  const int32_t* send_counts = nullptr;  // [R]
-  void* out = nullptr;                   // out [T,H]
-  float* slots = nullptr;                // out [T,K] or null
-};
-Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream);
+Status DispatchSend(Rank& rank, const Call& call, const DispatchSendArrays& arrays,
+                    cudaStream_t stream);
+Status DispatchSendCached(Rank& rank, const Call& call, const DispatchSendCachedArrays& arrays,
+                          cudaStream_t stream);
+Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arrays,
+                    cudaStream_t stream);
+Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCachedArrays& arrays,
+                          cudaStream_t stream);
+Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays,
+                   cudaStream_t stream);
+Status CombineRecv(Rank& rank, const Call& call, const CombineRecvArrays& arrays,
+                   cudaStream_t stream);
 
 }  // namespace smfree::cuda
 

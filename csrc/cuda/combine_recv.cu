@@ -106,12 +106,12 @@ constexpr auto kGather = [](auto element, auto word) {
 
 cudaError_t LoadCombineRecv() { return LoadKernelsFor(kGather); }
 
-cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArgs& args,
+cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
                               const Launch& launch) {
-  const GatherArrays arrays{args.places, args.send_counts, static_cast<char*>(args.out),
-                            args.slots};
+  const GatherArrays gather{arrays.places, arrays.send_counts, static_cast<char*>(arrays.out),
+                            arrays.slots};
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kGather);
-  kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, arrays);
+  kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, gather);
   return cudaGetLastError();
 }
 

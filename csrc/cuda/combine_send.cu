@@ -17,7 +17,7 @@
 namespace smfree::cuda {
 namespace {
 
-__global__ void LayOut(const Context c, const CombineSendArgs a) {
+__global__ void LayOut(const Context c, const CombineSendArrays a) {
   NoteBegin(c);
   const Begun begun = BeginSendPhase(c);
   if (!begun.ok) return;
@@ -43,7 +43,7 @@ __global__ void LayOut(const Context c, const CombineSendArgs a) {
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const Context c, const CombineSendArgs a) {
+    Pack(const Context c, const CombineSendArrays a) {
   __shared__ Segments segments;
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ int32_t num_rows[kMaxRanks];
@@ -118,15 +118,15 @@ cudaError_t LoadCombineSend() {
   return error == cudaSuccess ? LoadKernelsFor(kPack) : error;
 }
 
-cudaError_t LaunchCombineSend(const Context& c, const CombineSendArgs& args,
+cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
                               const Launch& launch) {
   LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
-           launch.stream>>>(c, args);
+           launch.stream>>>(c, arrays);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kPack);
-  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, args);
+  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, arrays);
   return cudaGetLastError();
 }
 

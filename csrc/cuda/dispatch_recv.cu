@@ -180,37 +180,37 @@ cudaError_t LoadDispatchRecv(size_t place_shared_bytes) {
   return error == cudaSuccess ? LoadKernelsFor(kScatterWeighted) : error;
 }
 
-cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
+cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& arrays,
                                const Launch& launch) {
-  const auto capacity = static_cast<int32_t>(args.rows_capacity);
+  const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
-  const PlaceArrays place{capacity, args.group_sizes, args.num_dropped, args.rows,
-                          args.recv_counts};
+  const PlaceArrays place{capacity, arrays.group_sizes, arrays.num_dropped, arrays.rows,
+                          arrays.recv_counts};
   Place<<<launch.BlocksForItems(slots), kThreads, PlaceSharedBytes(c.num_experts, c.num_ranks),
           launch.stream>>>(c, place);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const ScatterArrays scatter{capacity, args.rows, nullptr, nullptr, static_cast<char*>(args.x),
-                              args.weights};
+  const ScatterArrays scatter{capacity, arrays.rows, nullptr, nullptr, static_cast<char*>(arrays.x),
+                              arrays.weights};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kScatter);
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }
 
-cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArrays& arrays,
                                      const Launch& launch) {
-  const auto capacity = static_cast<int32_t>(args.rows_capacity);
+  const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
-  Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, args.rows,
-                                                                     args.recv_counts);
+  Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, arrays.rows,
+                                                                     arrays.recv_counts);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const ScatterArrays scatter{capacity, args.rows, static_cast<const char*>(args.y), args.w,
-                              static_cast<char*>(args.x), args.values};
+  const ScatterArrays scatter{capacity, arrays.rows, static_cast<const char*>(arrays.y), arrays.w,
+                              static_cast<char*>(arrays.x), arrays.values};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
-  const auto kernel = args.w ? KernelFor(launch.dtype, WordBytes(c), kScatterWeighted)
-                             : KernelFor(launch.dtype, WordBytes(c), kScatter);
+  const auto kernel = arrays.w ? KernelFor(launch.dtype, WordBytes(c), kScatterWeighted)
+                               : KernelFor(launch.dtype, WordBytes(c), kScatter);
   kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
   return cudaGetLastError();
 }

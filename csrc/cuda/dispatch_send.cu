@@ -23,12 +23,6 @@
 namespace smfree::cuda {
 namespace {
 
-struct CachedArrays {
-  const float* slots;
-  const int32_t* places;
-  const int32_t* send_counts;
-};
-
 // A place that no dispatch of this group can have made.
 __device__ bool IsBroken(const Context& c, int32_t place, const int32_t* send_counts) {
   if (place == -1) return false;
@@ -36,7 +30,7 @@ __device__ bool IsBroken(const Context& c, int32_t place, const int32_t* send_co
          place % c.tokens >= send_counts[place / c.tokens];
 }
 
-__global__ void LayOut(const Context c, const CachedArrays a) {
+__global__ void LayOut(const Context c, const DispatchSendCachedArrays a) {
   NoteBegin(c);
   const Begun begun = BeginSendPhase(c);
   if (!begun.ok) return;
@@ -143,25 +137,23 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
                       Kernel(Pack<uint32_t>), Kernel(Pack<uint16_t>)});
 }
 
-cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args,
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArrays& arrays,
                                const Launch& launch) {
   const RouteShape shape(c.tokens, c.num_experts + c.num_ranks);
-  const RouteArrays arrays{args.topk_idx, args.topk_weights, args.places, args.send_counts};
   Route<<<shape.blocks, kRouteThreads, shape.shared_bytes, launch.stream>>>(c, arrays,
                                                                             shape.rows_per_block);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return LaunchPack(c, args.x, args.places, args.send_counts, launch);
+  return LaunchPack(c, arrays.x, arrays.places, arrays.send_counts, launch);
 }
 
-cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
-                              const Launch& launch) {
-  const CachedArrays arrays{args.slots, args.places, args.send_counts};
+cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArrays& arrays,
+                                     const Launch& launch) {
   LayOut<<<launch.BlocksForItems(int64_t{c.tokens} * c.places_per_row), kThreads, 0,
            launch.stream>>>(c, arrays);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return LaunchPack(c, args.x, args.places, args.send_counts, launch);
+  return LaunchPack(c, arrays.x, arrays.places, arrays.send_counts, launch);
 }
 
 }  // namespace smfree::cuda

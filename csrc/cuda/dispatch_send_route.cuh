@@ -13,13 +13,6 @@
 namespace smfree::cuda {
 namespace {
 
-struct RouteArrays {
-  const int32_t* topk_idx;
-  const float* topk_weights;
-  int32_t* places;
-  int32_t* send_counts;
-};
-
 // The bits of the rows of a block that go to expert or rank `bin`.
 struct RowBits {
   uint32_t* words;
@@ -55,7 +48,7 @@ __device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
 __global__ void __launch_bounds__(kRouteThreads)
-    Route(const Context c, const RouteArrays a, const int32_t rows_per_block) {
+    Route(const Context c, const DispatchSendArrays a, const int32_t rows_per_block) {
   extern __shared__ uint32_t shared[];
   const int32_t bins = c.num_experts + c.num_ranks;  // first the experts, then the ranks
   const RowBits bits{shared, rows_per_block / 32};

@@ -9,6 +9,7 @@
 #include <shared_mutex>
 #include <vector>
 
+#include "csrc/cuda/allocation.h"
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/launches.h"
@@ -24,7 +25,7 @@ class Rank {
   int32_t num_sms = 0;
   GroupState* group = nullptr;
 
-  Allocation memory;        // symmetric: signals and regions
+  LocalMemory memory;       // symmetric: signals and regions
   Allocation state;         // RankState
   Allocation scratch;       // [lane index], see lane_scratch_bytes
   Allocation peer_table;    // [R] pointers to the memories
@@ -59,7 +60,7 @@ struct GroupState {
   Status TakeOverflow();
 
   Status Allocate(const std::vector<int32_t>& devices);
-  Status AllocateRank(Rank& rank);
+  Status AllocateRank(Rank& rank, const std::vector<int32_t>& devices);
   Status StartMovers(const std::vector<char*>& memories);
 };
 

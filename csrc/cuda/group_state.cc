@@ -50,7 +50,7 @@ Context Rank::ContextFor(int32_t lane_index) const {
   c.expert_alignment = options.expert_alignment;
   c.drop_overflow = options.overflow == Overflow::kDrop;
   c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
-  c.memory = memory.as<char>();
+  c.memory = memory.data();
   c.memories = peer_table.as<char*>();
   c.state = state.as<RankState>();
   c.scratch = reinterpret_cast<LaneScratch*>(lane);
@@ -67,7 +67,7 @@ Context Rank::ContextFor(int32_t lane_index) const {
   return c;
 }
 
-Status GroupState::AllocateRank(Rank& rank) {
+Status GroupState::AllocateRank(Rank& rank, const std::vector<int32_t>& devices) {
   const DeviceScope scope(rank.device);
   cudaDeviceProp properties;
   Status status =
@@ -99,8 +99,10 @@ Status GroupState::AllocateRank(Rank& rank) {
     allocation = std::move(made.value());
     return Status();
   };
-  status = on_device(rank.memory, layout.TotalBytes());
-  if (status.ok()) status = on_device(rank.state, sizeof(RankState));
+  auto memory = LocalMemory::Map(rank.device, devices, static_cast<size_t>(layout.TotalBytes()));
+  if (!memory.ok()) return memory.status();
+  rank.memory = std::move(memory.value());
+  status = on_device(rank.state, sizeof(RankState));
   if (status.ok()) status = on_device(rank.scratch, lanes * LaneScratchLayout(options).bytes);
   if (status.ok()) status = on_device(rank.peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
@@ -127,8 +129,6 @@ Status GroupState::Allocate(const std::vector<int32_t>& devices) {
   launches = std::make_unique<Launches>(options.num_ranks,
                                         LaneCount(options.num_lanes, options.differentiable));
 
-  Status status = EnablePeerAccess(devices);
-  if (!status.ok()) return status;
   auto made = Allocation::OnHost(sizeof(uint32_t));
   if (!made.ok()) return made.status();
   failed = std::move(made.value());
@@ -137,14 +137,14 @@ Status GroupState::Allocate(const std::vector<int32_t>& devices) {
     ranks[r]->rank = static_cast<int32_t>(r);
     ranks[r]->device = devices[r];
     ranks[r]->group = this;
-    status = AllocateRank(*ranks[r]);
+    const Status status = AllocateRank(*ranks[r], devices);
     if (!status.ok()) return status;
   }
   std::vector<char*> memories;
-  for (const auto& rank : ranks) memories.push_back(rank->memory.as<char>());
+  for (const auto& rank : ranks) memories.push_back(rank->memory.data());
   for (const auto& rank : ranks) {
     const DeviceScope scope(rank->device);
-    status = CudaStatus(cudaMemcpy(rank->peer_table.as<char*>(), memories.data(),
+    Status status = CudaStatus(cudaMemcpy(rank->peer_table.as<char*>(), memories.data(),
                                    memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
                         "cudaMemcpy");
     // The signals are zero on all ranks before the first send of any of them.

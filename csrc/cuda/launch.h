@@ -80,18 +80,18 @@ cudaError_t LoadCombineRecv();
 cudaError_t LoadReadClock();
 
 // Each returns at the first launch that fails.
-cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArgs& args,
+cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArrays& arrays,
                                const Launch& launch);
-cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArgs& args,
+cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArrays& arrays,
+                                     const Launch& launch);
+cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& arrays,
+                               const Launch& launch);
+cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArrays& arrays,
+                                     const Launch& launch);
+cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
                               const Launch& launch);
-cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArgs& args,
-                        const Launch& launch);
-cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArgs& args,
+cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
                               const Launch& launch);
-cudaError_t LaunchCombineSend(const Context& c, const CombineSendArgs& args,
-                       const Launch& launch);
-cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArgs& args,
-                       const Launch& launch);
 cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 
 }  // namespace smfree::cuda

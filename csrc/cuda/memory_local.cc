@@ -1,97 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/cuda/memory_local.h"
 
-#include <cstring>
+#include <cuda_runtime_api.h>
+
 #include <string>
-#include <utility>
+
+#include "csrc/cuda/allocation.h"
 
 namespace smfree::cuda {
+namespace {
 
-Status CudaStatus(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return {};
-  return Status(FaultKind::kSystem, std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-Status EnablePeerAccess(const std::vector<int32_t>& devices) {
-  for (const int32_t device : devices) {
-    const DeviceScope scope(device);
-    for (const int32_t peer : devices) {
-      if (peer == device) continue;
-      int can_access = 0;
-      Status status = CudaStatus(cudaDeviceCanAccessPeer(&can_access, device, peer),
-                                 "cudaDeviceCanAccessPeer");
+Status CheckReach(int32_t device, const std::vector<int32_t>& devices) {
+  for (const int32_t peer : devices) {
+    int reached = peer == device;
+    if (!reached) {
+      const Status status = CudaStatus(cudaDeviceCanAccessPeer(&reached, peer, device),
+                                       "cudaDeviceCanAccessPeer");
       if (!status.ok()) return status;
-      if (!can_access) {
-        return Status(FaultKind::kInvalidArgument,
-                      "GPU " + std::to_string(device) + " cannot reach the memory of GPU " +
-                          std::to_string(peer) +
-                          " (no NVLink or PCIe peer access between them). Cure: make the group of "
-                          "GPUs that can (nvidia-smi topo -p2p r shows it).");
-      }
-      const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
-      if (error == cudaErrorPeerAccessAlreadyEnabled) {
-        (void)cudaGetLastError();  // XLA has done it
-      } else if (error != cudaSuccess) {
-        return CudaStatus(error, "cudaDeviceEnablePeerAccess");
-      }
+    }
+    if (!reached) {
+      return Status(FaultKind::kInvalidArgument,
+                    "GPU " + std::to_string(peer) + " cannot reach the memory of GPU " +
+                        std::to_string(device) +
+                        " (no NVLink or PCIe peer access between them). Cure: make the group of "
+                        "GPUs that can (nvidia-smi topo -p2p r shows it).");
     }
   }
   return {};
 }
 
-StatusOr<Allocation> Allocation::OnDevice(int32_t device, size_t bytes) {
+CUmemLocation LocationOf(int32_t device) {
+  CUmemLocation location{};
+  location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  location.id = device;
+  return location;
+}
+
+}  // namespace
+
+StatusOr<LocalMemory> LocalMemory::Map(int32_t device, const std::vector<int32_t>& devices,
+                                       size_t bytes) {
+  Status status = CheckReach(device, devices);
+  if (!status.ok()) return status;
+  auto driver = Driver::Get();
+  if (!driver.ok()) return driver.status();
+  LocalMemory memory;
+  memory.driver_ = driver.value();
+  memory.bytes_ = bytes;
+  status = memory.MapPages(device, devices);
+  if (!status.ok()) return status;
   const DeviceScope scope(device);
-  Allocation allocation;
-  const cudaError_t error = cudaMalloc(&allocation.data_, bytes);
-  if (error == cudaErrorMemoryAllocation) {
-    (void)cudaGetLastError();
-    size_t free_bytes = 0, total_bytes = 0;
-    (void)cudaMemGetInfo(&free_bytes, &total_bytes);
-    return Status(FaultKind::kOutOfMemory,
-                  "the group needs " + std::to_string(bytes) + " bytes on GPU " +
-                      std::to_string(device) + ", " + std::to_string(free_bytes) + " of " +
-                      std::to_string(total_bytes) +
-                      " are free. Cure: lower EpConfig.max_tokens or num_lanes, or "
-                      "differentiable=False where no gradient is taken; or let XLA preallocate "
-                      "less, XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 (default 0.75).");
+  status = CudaStatus(cudaMemset(memory.data(), 0, memory.bytes()), "cudaMemset");
+  if (!status.ok()) return status;
+  return memory;
+}
+
+Status LocalMemory::MapPages(int32_t device, const std::vector<int32_t>& devices) {
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location = LocationOf(device);
+  size_t page = 0;
+  Status status = driver_->ToStatus(driver_->mem_get_allocation_granularity(
+                                        &page, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                                    "cuMemGetAllocationGranularity");
+  if (!status.ok()) return status;
+  bytes_ = (bytes_ + page - 1) / page * page;
+
+  CUmemGenericAllocationHandle pages{};
+  const CUresult created = driver_->mem_create(&pages, bytes_, &properties, 0);
+  if (created == CUDA_ERROR_OUT_OF_MEMORY) return OutOfMemory(device, bytes_);
+  status = driver_->ToStatus(created, "cuMemCreate");
+  if (!status.ok()) return status;
+  status = driver_->ToStatus(driver_->mem_address_reserve(&address_, bytes_, 0, 0, 0),
+                             "cuMemAddressReserve");
+  if (status.ok()) {
+    status = driver_->ToStatus(driver_->mem_map(address_, bytes_, 0, pages, 0), "cuMemMap");
+    mapped_ = status.ok();
   }
-  if (error != cudaSuccess) return CudaStatus(error, "cudaMalloc");
-  allocation.bytes_ = bytes;
-  allocation.device_ = device;
-  const Status status = CudaStatus(cudaMemset(allocation.data_, 0, bytes), "cudaMemset");
+  (void)driver_->mem_release(pages);  // the mapping keeps them
   if (!status.ok()) return status;
-  return allocation;
+
+  std::vector<CUmemAccessDesc> access;
+  for (const int32_t peer : devices) {
+    access.push_back({LocationOf(peer), CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
+  }
+  return driver_->ToStatus(driver_->mem_set_access(address_, bytes_, access.data(), access.size()),
+                           "cuMemSetAccess");
 }
 
-StatusOr<Allocation> Allocation::OnHost(size_t bytes) {
-  Allocation allocation;
-  const Status status = CudaStatus(
-      cudaHostAlloc(&allocation.data_, bytes, cudaHostAllocPortable | cudaHostAllocMapped),
-      "cudaHostAlloc");
-  if (!status.ok()) return status;
-  allocation.bytes_ = bytes;
-  std::memset(allocation.data_, 0, bytes);
-  return allocation;
-}
-
-Allocation& Allocation::operator=(Allocation&& other) noexcept {
+LocalMemory& LocalMemory::operator=(LocalMemory&& other) noexcept {
   if (this == &other) return *this;
   Free();
-  data_ = std::exchange(other.data_, nullptr);
+  driver_ = other.driver_;
   bytes_ = std::exchange(other.bytes_, 0);
-  device_ = other.device_;
+  address_ = std::exchange(other.address_, 0);
+  mapped_ = std::exchange(other.mapped_, false);
   return *this;
 }
 
-void Allocation::Free() {
-  if (data_ == nullptr) return;
-  if (device_ < 0) {
-    (void)cudaFreeHost(data_);
-  } else {
-    const DeviceScope scope(device_);
-    (void)cudaFree(data_);
-  }
-  data_ = nullptr;
+void LocalMemory::Free() {
+  if (mapped_) (void)driver_->mem_unmap(address_, bytes_);
+  if (address_ != 0) (void)driver_->mem_address_free(address_, bytes_);
+  mapped_ = false;
+  address_ = 0;
+  bytes_ = 0;
 }
 
 }  // namespace smfree::cuda

@@ -1,61 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory of a group whose ranks are GPUs of one process: one allocation per device, which the other
-// devices reach by peer access.
+// The symmetric memory of a rank whose peers are GPUs of the same process: kernels and copy engines
+// of all of them read and write it.
+//
+// It is mapped, not taken from cudaMalloc, because what is mapped belongs to no context: the movers
+// have one of their own (mover_context.h).
 #ifndef SMFREE_CSRC_CUDA_MEMORY_LOCAL_H_
 #define SMFREE_CSRC_CUDA_MEMORY_LOCAL_H_
 
-#include <cuda_runtime_api.h>
+#include <cuda.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
+#include "csrc/cuda/driver.h"
 #include "csrc/protocol/status.h"
 
 namespace smfree::cuda {
 
-// Makes `device` current for this thread, for a while.
-class DeviceScope {
+class LocalMemory {
  public:
-  explicit DeviceScope(int32_t device) {
-    (void)cudaGetDevice(&before_);
-    (void)cudaSetDevice(device);
-  }
-  ~DeviceScope() { (void)cudaSetDevice(before_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
+  // At least `bytes` on `device`, zeroed, within reach of all `devices`. Freed at the end.
+  static StatusOr<LocalMemory> Map(int32_t device, const std::vector<int32_t>& devices,
+                                   size_t bytes);
+  LocalMemory() = default;
+  LocalMemory(LocalMemory&& other) noexcept { *this = std::move(other); }
+  LocalMemory& operator=(LocalMemory&& other) noexcept;
+  ~LocalMemory() { Free(); }
+
+  char* data() const { return reinterpret_cast<char*>(address_); }
+  size_t bytes() const { return bytes_; }  // whole pages
 
  private:
-  int before_ = 0;
-};
-
-// What went wrong in a CUDA call, or ok.
-Status CudaStatus(cudaError_t error, const char* what);
-
-// Lets every device read and write the memory of every other one.
-Status EnablePeerAccess(const std::vector<int32_t>& devices);
-
-// Zeroed device memory, or pinned host memory that all devices map; freed at the end.
-class Allocation {
- public:
-  static StatusOr<Allocation> OnDevice(int32_t device, size_t bytes);
-  static StatusOr<Allocation> OnHost(size_t bytes);
-  Allocation() = default;
-  Allocation(Allocation&& other) noexcept { *this = std::move(other); }
-  Allocation& operator=(Allocation&& other) noexcept;
-  ~Allocation() { Free(); }
-
-  template <typename T>
-  T* as() const { return static_cast<T*>(data_); }
-  size_t bytes() const { return bytes_; }
-
- private:
+  Status MapPages(int32_t device, const std::vector<int32_t>& devices);
   void Free();
 
-  void* data_ = nullptr;
+  const Driver* driver_ = nullptr;
   size_t bytes_ = 0;
-  int32_t device_ = -1;  // -1: host
+  CUdeviceptr address_ = 0;
+  bool mapped_ = false;
 };
 
 }  // namespace smfree::cuda

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/cuda/mover.h"
 
-#include <cuda.h>
 #include <sys/prctl.h>
 
 #include <chrono>
@@ -9,24 +8,15 @@
 #include <string>
 #include <utility>
 
+#include "csrc/cuda/allocation.h"
 #include "csrc/cuda/launch.h"
-#include "csrc/cuda/memory_local.h"
+#include "csrc/cuda/mover_context.h"
 #include "csrc/protocol/signals.h"
 
 namespace smfree::cuda {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-// cuStreamWriteValue64, without linking libcuda: the module must load where there is no driver.
-decltype(&cuStreamWriteValue64) StreamWriteValue() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuStreamWriteValue64", &function,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<decltype(&cuStreamWriteValue64)>(function);
-}
 
 // How long to sleep after having found nothing for `idle`: not at all while operations follow one
 // another, then a growing fraction of the time that has gone by, so that a first operation after a
@@ -41,12 +31,12 @@ std::chrono::microseconds NapAfter(Clock::duration idle) {
 }  // namespace
 
 StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
-  if (StreamWriteValue() == nullptr) {
-    return Status(FaultKind::kSystem,
-                  "the CUDA driver has no cuStreamWriteValue64. Cure: driver 525 or newer.");
-  }
-  std::unique_ptr<Mover> mover(new Mover(std::move(wiring)));
-  const DeviceScope scope(mover->wiring_.device);
+  auto driver = Driver::Get();
+  if (!driver.ok()) return driver.status();
+  auto context = MoverContext(wiring.device);
+  if (!context.ok()) return context.status();
+  std::unique_ptr<Mover> mover(new Mover(std::move(wiring), *driver.value(), context.value()));
+  const ContextScope scope(*driver.value(), context.value());
   int least = 0, greatest = 0;
   Status status = CudaStatus(cudaDeviceGetStreamPriorityRange(&least, &greatest),
                              "cudaDeviceGetStreamPriorityRange");
@@ -64,7 +54,7 @@ StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
 Mover::~Mover() {
   stop_.store(true);
   if (thread_.joinable()) thread_.join();
-  const DeviceScope scope(wiring_.device);
+  const ContextScope scope(driver_, context_);
   ForgetTimed();
   if (trace_origin_ != nullptr) (void)cudaEventDestroy(trace_origin_);
   for (const cudaStream_t stream : streams_) {
@@ -74,7 +64,7 @@ Mover::~Mover() {
 }
 
 void Mover::Run() {
-  (void)cudaSetDevice(wiring_.device);
+  const ContextScope scope(driver_, context_);
   // XLA may be capturing a graph on another thread: nothing that is done here takes part in it.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
@@ -86,10 +76,8 @@ void Mover::Run() {
   for (uint32_t turn = 0;; ++turn) {
     const Descriptor& chunk = wiring_.queue[next & wiring_.queue_mask];
     if (load_acquire_system(&chunk.ticket) == next + 1) {
-      const cudaError_t error = Move(chunk);
-      if (error != cudaSuccess) {
-        return wiring_.on_error(CudaStatus(error, "the copy to a peer failed"));
-      }
+      Status status = Move(chunk);
+      if (!status.ok()) return wiring_.on_error(std::move(status));
       ++next;
       last_work = Clock::now();
       continue;
@@ -102,8 +90,7 @@ void Mover::Run() {
   }
 }
 
-cudaError_t Mover::Move(const Descriptor& chunk) {
-  static const auto write_value = StreamWriteValue();
+Status Mover::Move(const Descriptor& chunk) {
   const Layout& layout = wiring_.layout;
   const int64_t number = NumberOf(chunk.signal);
   char* const here = wiring_.memories[static_cast<size_t>(wiring_.rank)];
@@ -116,18 +103,20 @@ cudaError_t Mover::Move(const Descriptor& chunk) {
   std::unique_lock<std::mutex> tracing(trace_mutex_, std::defer_lock);
   if (tracing_.load(std::memory_order_relaxed)) tracing.lock();
   const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk) : nullptr;
-  cudaError_t error = timed ? cudaEventRecord(timed->begin, stream) : cudaSuccess;
-  if (error == cudaSuccess) {
-    error = cudaMemcpyAsync(to, from, static_cast<size_t>(chunk.bytes), cudaMemcpyDefault, stream);
-  }
-  if (error == cudaSuccess && timed) error = cudaEventRecord(timed->end, stream);
-  if (error != cudaSuccess) return error;
+  const auto address = [](const char* p) { return reinterpret_cast<CUdeviceptr>(p); };
+  if (timed) (void)cudaEventRecord(timed->begin, stream);
+  Status status = driver_.ToStatus(
+      driver_.memcpy_dtod_async(address(to), address(from), static_cast<size_t>(chunk.bytes),
+                                stream),
+      "the copy to a peer");
+  if (!status.ok()) return status;
+  if (timed) (void)cudaEventRecord(timed->end, stream);
   // The default flag orders the store behind the copy, system wide.
-  char* const signal =
+  const char* const signal =
       there + layout.SignalOffset(kWire, chunk.lane_index, number, wiring_.rank);
-  const CUresult result = write_value(stream, reinterpret_cast<CUdeviceptr>(signal), chunk.signal,
-                                      CU_STREAM_WRITE_VALUE_DEFAULT);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
+  return driver_.ToStatus(driver_.stream_write_value64(stream, address(signal), chunk.signal,
+                                                       CU_STREAM_WRITE_VALUE_DEFAULT),
+                          "the signal to a peer");
 }
 
 const Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
@@ -149,7 +138,7 @@ void Mover::ForgetTimed() {
 }
 
 Status Mover::StartTrace() {
-  const DeviceScope scope(wiring_.device);
+  const ContextScope scope(driver_, context_);
   const std::lock_guard<std::mutex> lock(trace_mutex_);
   ForgetTimed();
   auto word = Allocation::OnHost(sizeof(int64_t));
@@ -169,7 +158,7 @@ Status Mover::StartTrace() {
 }
 
 std::vector<WireRecord> Mover::EndTrace() {
-  const DeviceScope scope(wiring_.device);
+  const ContextScope scope(driver_, context_);
   const std::lock_guard<std::mutex> lock(trace_mutex_);
   tracing_.store(false);
   std::vector<WireRecord> records;

@@ -8,10 +8,12 @@
 // peers run side by side.
 //
 // The thread looks for descriptors all the time while there is work, and ever less often while
-// there is none: kernels that are replayed from a CUDA graph have no other way to wake it.
+// there is none: kernels that are replayed from a CUDA graph have no other way to wake it. What it
+// calls in CUDA is in a context of its own (mover_context.h).
 #ifndef SMFREE_CSRC_CUDA_MOVER_H_
 #define SMFREE_CSRC_CUDA_MOVER_H_
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -22,6 +24,7 @@
 #include <thread>
 #include <vector>
 
+#include "csrc/cuda/driver.h"
 #include "csrc/cuda/state.h"
 #include "csrc/protocol/status.h"
 
@@ -55,7 +58,8 @@ class Mover {
   void Wake() { awake_.store(true, std::memory_order_relaxed); }
 
  private:
-  explicit Mover(Wiring wiring) : wiring_(std::move(wiring)) {}
+  Mover(Wiring wiring, const Driver& driver, CUcontext context)
+      : wiring_(std::move(wiring)), driver_(driver), context_(context) {}
   // A copy with the events around it.
   struct Timed {
     Descriptor chunk;
@@ -63,12 +67,14 @@ class Mover {
   };
 
   void Run();
-  cudaError_t Move(const Descriptor& chunk);
+  Status Move(const Descriptor& chunk);
   // Under trace_mutex_; null if the trace has ended or is full.
   const Timed* NextTimed(const Descriptor& chunk);
   void ForgetTimed();
 
   Wiring wiring_;
+  const Driver& driver_;
+  CUcontext context_;
   std::vector<cudaStream_t> streams_;  // by peer
   std::atomic<bool> stop_{false};
   std::atomic<bool> awake_{false};

@@ -127,54 +127,60 @@ Status End(Rank& rank, const Launching& work, cudaError_t error) {
 
 }  // namespace
 
-Status DispatchSend(Rank& rank, const DispatchSendArgs& args, cudaStream_t stream) {
-  auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
+Status DispatchSend(Rank& rank, const Call& call, const DispatchSendArrays& arrays,
+                    cudaStream_t stream) {
+  auto work = Begin(rank, call, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchSend(context, args, launch));
+  return End(rank, work.value(), LaunchDispatchSend(context, arrays, launch));
 }
 
-Status DispatchSendCached(Rank& rank, const DispatchSendCachedArgs& args, cudaStream_t stream) {
-  auto work = Begin(rank, args, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
-                    /*has_slots=*/args.slots != nullptr, stream);
+Status DispatchSendCached(Rank& rank, const Call& call, const DispatchSendCachedArrays& arrays,
+                          cudaStream_t stream) {
+  auto work = Begin(rank, call, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
+                    /*has_slots=*/arrays.slots != nullptr, stream);
   if (!work.ok()) return work.status();
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchSendCached(context, args, launch));
+  return End(rank, work.value(), LaunchDispatchSendCached(context, arrays, launch));
 }
 
-Status DispatchRecv(Rank& rank, const DispatchRecvArgs& args, cudaStream_t stream) {
-  auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
+Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arrays,
+                    cudaStream_t stream) {
+  auto work = Begin(rank, call, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
                     /*has_slots=*/true, stream);
   if (!work.ok()) return work.status();
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchRecv(context, args, launch));
+  return End(rank, work.value(), LaunchDispatchRecv(context, arrays, launch));
 }
 
-Status DispatchRecvCached(Rank& rank, const DispatchRecvCachedArgs& args, cudaStream_t stream) {
-  const bool weighted = args.w != nullptr;
-  auto work = Begin(rank, args, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/false,
-                    /*has_slots=*/args.values != nullptr && !weighted, stream);
+Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCachedArrays& arrays,
+                          cudaStream_t stream) {
+  const bool weighted = arrays.w != nullptr;
+  auto work = Begin(rank, call, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/false,
+                    /*has_slots=*/arrays.values != nullptr && !weighted, stream);
   if (!work.ok()) return work.status();
   if (weighted) work.value().context.pieces = 1;  // a warp sums over the whole row
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchRecvCached(context, args, launch));
+  return End(rank, work.value(), LaunchDispatchRecvCached(context, arrays, launch));
 }
 
-Status CombineSend(Rank& rank, const CombineSendArgs& args, cudaStream_t stream) {
-  auto work = Begin(rank, args, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
-                    /*has_slots=*/args.values != nullptr, stream);
+Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays,
+                   cudaStream_t stream) {
+  auto work = Begin(rank, call, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
+                    /*has_slots=*/arrays.values != nullptr, stream);
   if (!work.ok()) return work.status();
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchCombineSend(context, args, launch));
+  return End(rank, work.value(), LaunchCombineSend(context, arrays, launch));
 }
 
-Status CombineRecv(Rank& rank, const CombineRecvArgs& args, cudaStream_t stream) {
-  auto work = Begin(rank, args, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
-                    /*has_slots=*/args.slots != nullptr, stream);
+Status CombineRecv(Rank& rank, const Call& call, const CombineRecvArrays& arrays,
+                   cudaStream_t stream) {
+  auto work = Begin(rank, call, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
+                    /*has_slots=*/arrays.slots != nullptr, stream);
   if (!work.ok()) return work.status();
   const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchCombineRecv(context, args, launch));
+  return End(rank, work.value(), LaunchCombineRecv(context, arrays, launch));
 }
 
 }  // namespace smfree::cuda

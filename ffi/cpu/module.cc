@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU part of the extension module: groups and handlers.
+// The CPU part of the extension module: groups.
 #include "ffi/module.h"
 
 #include <nanobind/stl/map.h>
@@ -11,38 +11,20 @@
 
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "csrc/cpu/backend.h"
-#include "ffi/cpu/decode.h"
-#include "ffi/handlers.h"
 
 namespace smfree {
 namespace {
 
 using cpu::Group;
 
-std::shared_ptr<Group> NewGroup(int64_t group_id, int32_t replica,
+std::shared_ptr<Group> NewGroup(int64_t group_id, int32_t replica, const GroupConfig& config,
                                 std::vector<int32_t> process_of_rank, int32_t process,
-                                std::string secret, int32_t num_experts, int32_t top_k,
-                                int64_t hidden, int64_t max_tokens, const std::string& dtype,
-                                int64_t recv_capacity, int32_t expert_alignment, int32_t num_lanes,
-                                bool drop_overflow, double timeout_s) {
-  GroupConfig config;
-  config.num_ranks = static_cast<int32_t>(process_of_rank.size());
-  config.num_experts = num_experts;
-  config.top_k = top_k;
-  config.num_lanes = num_lanes;
-  config.expert_alignment = expert_alignment;
-  config.hidden = hidden;
-  config.max_tokens = max_tokens;
-  config.recv_capacity = recv_capacity;
-  config.dtype = DTypeOf(dtype);
-  config.overflow = drop_overflow ? Overflow::kDrop : Overflow::kError;
-  config.timeout_s = timeout_s;
+                                std::string secret) {
   auto group = Group::Create(group_id, replica, config, std::move(process_of_rank), process,
                              std::move(secret));
   ThrowIfFailed(group.status());
@@ -51,7 +33,11 @@ std::shared_ptr<Group> NewGroup(int64_t group_id, int32_t replica,
 
 Counters StatsOf(const Group& group) {
   const cpu::Stats stats = group.stats();
-  Counters counters{{"rows_dropped", stats.rows_dropped},
+  Counters counters{{"rows_relayed", stats.rows_relayed},
+                    {"bytes_relayed", stats.bytes_relayed},
+                    {"dispatch_internode_bytes", stats.dispatch_internode_bytes},
+                    {"combine_internode_bytes", stats.combine_internode_bytes},
+                    {"rows_dropped", stats.rows_dropped},
                     {"pending_receives", stats.pending_receives},
                     {"messages_in_flight", stats.messages_in_flight}};
   const std::pair<const char*, const cpu::PhaseStats&> phases[] = {
@@ -78,39 +64,10 @@ Counters MemoryOf(const Group& group) {
 
 }  // namespace
 
-nb::dict CpuTargets() {
-  nb::dict targets;
-  const auto send = [&](const char* name, auto handler) {
-    nb::dict stages;
-    stages["instantiate"] = Handler(SmfreeCpuNewSendInstance);
-    stages["execute"] = Handler(handler);
-    targets[name] = stages;
-  };
-  send("smfree_dispatch_send", SmfreeCpuDispatchSend);
-  send("smfree_dispatch_send_cached", SmfreeCpuDispatchSendCached);
-  send("smfree_combine_send", SmfreeCpuCombineSend);
-  send("smfree_combine_send_weighted", SmfreeCpuCombineSendWeighted);
-  targets["smfree_dispatch_recv"] = Handler(SmfreeCpuDispatchRecv);
-  targets["smfree_dispatch_recv_cached"] = Handler(SmfreeCpuDispatchRecvCached);
-  targets["smfree_dispatch_recv_weighted"] = Handler(SmfreeCpuDispatchRecvWeighted);
-  targets["smfree_combine_recv"] = Handler(SmfreeCpuCombineRecv);
-  return targets;
-}
-
-nb::dict CpuTypes() {
-  nb::dict types;
-  types["SmfreeSendInstance"] =
-      nb::make_tuple(nb::capsule(&SendInstance::id), nb::capsule(&SendInstance::info));
-  return types;
-}
-
 void BindCpu(nb::module_& m) {
   nb::class_<Group>(m, "CpuGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),
-           nb::arg("process_of_rank"), nb::arg("process"), nb::arg("secret"),
-           nb::arg("num_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("max_tokens"),
-           nb::arg("dtype"), nb::arg("recv_capacity"), nb::arg("expert_alignment"),
-           nb::arg("num_lanes"), nb::arg("drop_overflow"), nb::arg("timeout_s"))
+           nb::arg("config"), nb::arg("process_of_rank"), nb::arg("process"), nb::arg("secret"))
       .def("address", &Group::address)
       .def("connect",
            [](Group& group, const std::vector<std::string>& addresses) {
@@ -123,12 +80,7 @@ void BindCpu(nb::module_& m) {
            },
            nb::arg("addresses"))
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
-      .def("check",
-           [](Group& group) -> std::optional<std::string> {
-             const Status status = group.Check();
-             if (status.ok()) return std::nullopt;
-             return status.message();
-           })
+      .def("check", [](Group& group) { return FaultOf(group.Check()); })
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
       .def("set_chaos",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA part of the extension module: groups and handlers.
+// The CUDA part of the extension module: groups.
 #include "ffi/module.h"
 
 #include <nanobind/stl/map.h>
@@ -10,40 +10,20 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "csrc/cuda/backend.h"
-#include "ffi/handlers.h"
 
 namespace smfree {
 namespace {
 
 using cuda::Group;
 
-std::shared_ptr<Group> NewGroup(int64_t group_id, const std::vector<int32_t>& devices,
-                                int32_t num_experts, int32_t top_k, int64_t hidden,
-                                int64_t max_tokens, const std::string& dtype,
-                                int64_t recv_capacity, int32_t expert_alignment, int32_t num_lanes,
-                                bool drop_overflow, double timeout_s, bool differentiable,
-                                int64_t sm_push_bytes) {
-  cuda::GroupOptions options;
-  options.num_ranks = static_cast<int32_t>(devices.size());
-  options.num_experts = num_experts;
-  options.top_k = top_k;
-  options.num_lanes = num_lanes;
-  options.expert_alignment = expert_alignment;
-  options.hidden = hidden;
-  options.max_tokens = max_tokens;
-  options.recv_capacity = recv_capacity;
-  options.dtype = DTypeOf(dtype);
-  options.overflow = drop_overflow ? Overflow::kDrop : Overflow::kError;
-  options.timeout_s = timeout_s;
-  options.differentiable = differentiable;
-  options.sm_push_bytes = sm_push_bytes;
-  auto group = Group::Create(group_id, options, devices);
+std::shared_ptr<Group> NewGroup(int64_t group_id, const GroupConfig& config,
+                                const std::vector<int32_t>& devices, int64_t sm_push_bytes) {
+  auto group = Group::Create(group_id, {config, sm_push_bytes}, devices);
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -110,33 +90,12 @@ nb::list EndWireTrace(Group& group) {
 
 }  // namespace
 
-nb::dict CudaTargets() {
-  nb::dict targets;
-  targets["smfree_dispatch_send"] = Handler(SmfreeCudaDispatchSend);
-  targets["smfree_dispatch_send_cached"] = Handler(SmfreeCudaDispatchSendCached);
-  targets["smfree_dispatch_recv"] = Handler(SmfreeCudaDispatchRecv);
-  targets["smfree_dispatch_recv_cached"] = Handler(SmfreeCudaDispatchRecvCached);
-  targets["smfree_dispatch_recv_weighted"] = Handler(SmfreeCudaDispatchRecvWeighted);
-  targets["smfree_combine_send"] = Handler(SmfreeCudaCombineSend);
-  targets["smfree_combine_send_weighted"] = Handler(SmfreeCudaCombineSendWeighted);
-  targets["smfree_combine_recv"] = Handler(SmfreeCudaCombineRecv);
-  return targets;
-}
-
 void BindCuda(nb::module_& m) {
   nb::class_<Group>(m, "CudaGroup")
-      .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("devices"),
-           nb::arg("num_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("max_tokens"),
-           nb::arg("dtype"), nb::arg("recv_capacity"), nb::arg("expert_alignment"),
-           nb::arg("num_lanes"), nb::arg("drop_overflow"), nb::arg("timeout_s"),
-           nb::arg("differentiable"), nb::arg("sm_push_bytes"))
+      .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("config"),
+           nb::arg("devices"), nb::arg("sm_push_bytes"))
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
-      .def("check",
-           [](Group& group) -> std::optional<std::string> {
-             const Status status = group.Check();
-             if (status.ok()) return std::nullopt;
-             return status.message();
-           })
+      .def("check", [](Group& group) { return FaultOf(group.Check()); })
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
       .def("trace", &TraceOf)

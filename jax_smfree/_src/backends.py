@@ -39,20 +39,22 @@ def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
     ]
 
 
-def _sizes(config: EpConfig) -> dict[str, Any]:
+def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
     """The part of the config that every backend is told."""
-    return {
-        "num_experts": config.num_experts,
-        "top_k": config.top_k,
-        "hidden": config.hidden,
-        "max_tokens": config.max_tokens,
-        "dtype": config.dtype.name,
-        "recv_capacity": config.recv_capacity or 0,
-        "expert_alignment": config.expert_alignment,
-        "num_lanes": config.num_lanes,
-        "drop_overflow": config.overflow == "drop",
-        "timeout_s": config.timeout_s,
-    }
+    return _native.GroupConfig(
+        num_ranks=num_ranks,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        hidden=config.hidden,
+        max_tokens=config.max_tokens,
+        dtype=config.dtype.name,
+        recv_capacity=config.recv_capacity or 0,
+        expert_alignment=config.expert_alignment,
+        num_lanes=config.num_lanes,
+        drop_overflow=config.overflow == "drop",
+        differentiable=config.differentiable,
+        timeout_s=config.timeout_s,
+    )
 
 
 def cuda_groups(
@@ -76,12 +78,11 @@ def cuda_groups(
         try:
             yield _native.CudaGroup(
                 group_id=group_id,
+                config=_native_config(config, len(devices)),
                 devices=[device.local_hardware_id for device in devices],
-                differentiable=config.differentiable,
                 sm_push_bytes=(
                     SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
                 ),
-                **_sizes(config),
             )
         except RuntimeError as error:
             raise SmfreeError(f"EpGroup.create: {error}") from error
@@ -107,10 +108,10 @@ def cpu_groups(
         group = _native.CpuGroup(
             group_id=group_id,
             replica=replica,
+            config=_native_config(config, len(devices)),
             process_of_rank=[processes.index(p) for p in process_of_rank],
             process=processes.index(me),
             secret=secret,
-            **_sizes(config),
         )
         yield group
         if len(processes) > 1:

@@ -18,7 +18,7 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that ranks of the same node reach over NVLink.
 
-    See `rdma_size_hint`.
+    See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
     return _native.nvl_size_hint(_layout(config, num_ranks))
 

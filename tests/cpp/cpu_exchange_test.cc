@@ -94,48 +94,34 @@ TEST(CachedAndWeightedForms) {
       Arrays& a = world[rank];
       for (const bool with_slots : {true, false}) {
         const Identity identity = MakeIdentity(with_slots, 0, 2);
-        auto send = MakeArgs<DispatchSendCachedArgs>(rank, identity, a);
-        send.x = a.x.data();
-        send.slots = with_slots ? a.topk_weights.data() : nullptr;
-        send.places = a.places.data();
-        send.send_counts = a.send_counts.data();
-        CHECK_OK(DispatchSendCached(*group, send));
-        auto recv = MakeArgs<DispatchRecvCachedArgs>(rank, identity, a);
+        const Call call = MakeCall(rank, identity, a);
+        CHECK_OK(DispatchSendCached(*group, call,
+                                    {a.x.data(), with_slots ? a.topk_weights.data() : nullptr,
+                                     a.places.data(), a.send_counts.data()}));
         Array x(dtype, a.dx.size());
         std::vector<float> values(a.capacity, -7);
-        recv.rows_capacity = a.capacity;
-        recv.rows = a.rows.data();
-        recv.recv_counts = a.recv_counts.data();
-        recv.relay = a.relay.data();
-        recv.x = x.data();
-        recv.values = with_slots ? values.data() : nullptr;
-        CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, recv, std::move(d)); }));
+        const DispatchRecvCachedArrays recv{
+            a.capacity,     a.rows.data(),  a.recv_counts.data(),
+            a.relay.data(), /*y=*/nullptr,  /*w=*/nullptr,
+            x.data(),       with_slots ? values.data() : nullptr};
+        CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, call, recv, std::move(d)); }));
         CHECK(x == a.dx);
         if (with_slots) CHECK(SameBits(values, a.weights));
       }
 
-      const Identity identity = MakeIdentity(2, 0, 2);
-      auto send = MakeArgs<DispatchSendCachedArgs>(rank, identity, a);
-      send.x = a.x.data();
-      send.places = a.places.data();
-      send.send_counts = a.send_counts.data();
-      CHECK_OK(DispatchSendCached(*group, send));
+      const Call call = MakeCall(rank, MakeIdentity(2, 0, 2), a);
+      CHECK_OK(DispatchSendCached(
+          *group, call, {a.x.data(), /*slots=*/nullptr, a.places.data(), a.send_counts.data()}));
       std::mt19937 random(rank);
       std::normal_distribution<float> normal;
       Array y(dtype, a.dx.size()), x(dtype, a.dx.size());
       std::vector<float> w(a.capacity), values(a.capacity, -7);
       for (int64_t i = 0; i < y.size(); ++i) y.Set(i, normal(random));
       for (float& weight : w) weight = normal(random);
-      auto recv = MakeArgs<DispatchRecvWeightedArgs>(rank, identity, a);
-      recv.rows_capacity = a.capacity;
-      recv.y = y.data();
-      recv.w = w.data();
-      recv.rows = a.rows.data();
-      recv.recv_counts = a.recv_counts.data();
-      recv.relay = a.relay.data();
-      recv.x = x.data();
-      recv.values = values.data();
-      CHECK_OK(Await([&](Done d) { DispatchRecvWeighted(*group, recv, std::move(d)); }));
+      const DispatchRecvCachedArrays recv{
+          a.capacity, a.rows.data(), a.recv_counts.data(), a.relay.data(),
+          y.data(),   w.data(),      x.data(),             values.data()};
+      CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, call, recv, std::move(d)); }));
       int64_t wrong = 0;
       for (int64_t n = 0; n < a.capacity; ++n) {
         double product = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads, and
-// waiting for a receive.
+// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads,
+// waiting for a receive, and a small group with its arrays.
 #ifndef SMFREE_TESTS_CPP_CPU_RANKS_H_
 #define SMFREE_TESTS_CPP_CPU_RANKS_H_
 
@@ -190,61 +190,77 @@ inline Identity MakeIdentity(int64_t number, int32_t lane = 0, int32_t derivatio
   return identity;
 }
 
-template <typename Args>
-Args MakeArgs(int32_t rank, const Identity& identity, const Arrays& a) {
-  Args args;
-  args.rank = rank;
-  args.identity = identity;
-  args.tokens = a.tokens;
-  return args;
+inline Call MakeCall(int32_t rank, const Identity& identity, const Arrays& a) {
+  return {rank, identity, a.tokens};
 }
 
 inline Status Send(Group& group, int32_t rank, const Identity& identity, Arrays& a) {
-  auto args = MakeArgs<DispatchSendArgs>(rank, identity, a);
-  args.x = a.x.data();
-  args.topk_idx = a.topk_idx.data();
-  args.topk_weights = a.topk_weights.data();
-  args.places = a.places.data();
-  args.send_counts = a.send_counts.data();
-  return DispatchSend(group, args);
+  return DispatchSend(group, MakeCall(rank, identity, a),
+                      {a.x.data(), a.topk_idx.data(), a.topk_weights.data(), a.places.data(),
+                       a.send_counts.data()});
 }
 
 inline void Receive(Group& group, int32_t rank, const Identity& identity, Arrays& a, Done done) {
-  auto args = MakeArgs<DispatchRecvArgs>(rank, identity, a);
-  args.rows_capacity = a.capacity;
-  args.x = a.dx.data();
-  args.weights = a.weights.data();
-  args.group_sizes = a.group_sizes.data();
-  args.num_dropped = &a.num_dropped;
-  args.rows = a.rows.data();
-  args.recv_counts = a.recv_counts.data();
-  args.relay = a.relay.data();
-  DispatchRecv(group, args, std::move(done));
+  DispatchRecv(group, MakeCall(rank, identity, a),
+               {a.capacity, a.dx.data(), a.weights.data(), a.group_sizes.data(), &a.num_dropped,
+                a.rows.data(), a.recv_counts.data(), a.relay.data()},
+               std::move(done));
 }
 
 // Returns dx, weighted or not, with `values` as slots or without.
 inline Status SendBack(Group& group, int32_t rank, const Identity& identity, const Arrays& a,
                        const float* w, const float* values) {
-  auto args = MakeArgs<CombineSendArgs>(rank, identity, a);
-  args.rows_capacity = a.capacity;
-  args.y = a.dx.data();
-  args.w = w;
-  args.values = values;
-  args.rows = a.rows.data();
-  args.recv_counts = a.recv_counts.data();
-  args.relay = a.relay.data();
-  return CombineSend(group, args);
+  return CombineSend(
+      group, MakeCall(rank, identity, a),
+      {a.capacity, a.dx.data(), w, values, a.rows.data(), a.recv_counts.data(), a.relay.data()});
 }
 
 inline void ReceiveBack(Group& group, int32_t rank, const Identity& identity, Arrays& a,
                         bool with_slots, Done done) {
-  auto args = MakeArgs<CombineRecvArgs>(rank, identity, a);
-  args.places = a.places.data();
-  args.send_counts = a.send_counts.data();
-  args.out = a.out.data();
-  args.slots = with_slots ? a.slots.data() : nullptr;
-  CombineRecv(group, args, std::move(done));
+  CombineRecv(group, MakeCall(rank, identity, a),
+              {a.places.data(), a.send_counts.data(), a.out.data(),
+               with_slots ? a.slots.data() : nullptr},
+              std::move(done));
 }
+
+inline GroupConfig SmallConfig(int32_t num_ranks) {
+  GroupConfig config;
+  config.num_ranks = num_ranks;
+  config.num_experts = num_ranks * 2;
+  config.top_k = 2;
+  config.num_lanes = 2;
+  config.hidden = 8;
+  config.max_tokens = 10;
+  config.timeout_s = 30;
+  return config;
+}
+
+// A group with one set of arrays per rank.
+struct Setup {
+  explicit Setup(const GroupConfig& config, int64_t tokens = 10)
+      : id(++last_id), group(MakeLocalGroup(config, id)) {
+    std::mt19937 random(1);
+    for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
+      arrays.emplace_back(config, tokens);
+      FillInputs(config, arrays.back(), Routing::kUniform, random, rank);
+    }
+  }
+  ~Setup() { group->Close(); }
+
+  Status SendOn(int32_t rank, const Identity& identity) {
+    return Send(*group, rank, identity, arrays[rank]);
+  }
+  std::future<Status> ReceiveOn(int32_t rank, const Identity& identity) {
+    return Start([&](Done done) {
+      Receive(*group, rank, identity, arrays[rank], std::move(done));
+    });
+  }
+
+  static inline int64_t last_id = 0;
+  const int64_t id;
+  std::shared_ptr<Group> group;
+  std::vector<Arrays> arrays;
+};
 
 }  // namespace smfree::cpu::test
 

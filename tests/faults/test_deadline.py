@@ -110,7 +110,9 @@ def test_a_slow_rank_is_no_fault(groups):
     outcome = run(group, local)
     assert outcome.errors == [None] * group.num_ranks
     assert outcome.seconds < 20.0
-    if others(group):
+    assert outcome.seconds > 0.05
+    # A loop of so many launches is late on the host too, and a GPU's recv is launched after it.
+    if others(group) and backend() == "cpu":
         assert group.stats()["dispatch_recv_wait_ns"] > 0.05e9
     assert_works(group)
 

@@ -52,12 +52,12 @@ def group_of(groups):
 def test_before_the_deadline(group_of):
     group = group_of(timeout_s=30.0)
     expected = run(group, round_trip)
-    waited_before = group.stats()["dispatch_recv_wait_ns"]
-    late = run(group, late_round_trip(2.0))
+    late_one = late_round_trip(2.0)
+    begin = time.monotonic()
+    late = run(group, late_one)
+    assert time.monotonic() - begin > 1.0
     assert expected.errors == late.errors == [None] * group.num_ranks
     np.testing.assert_array_equal(late.out, expected.out)
-    waited = group.stats()["dispatch_recv_wait_ns"] - waited_before
-    assert waited > 0.5e9 * (group.num_ranks - 1)
 
 
 def test_after_the_deadline(group_of):

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA handlers. Tokens and positions are device memory: the kernels read them.
+#include <cstdint>
+
+#include "csrc/cuda/backend.h"
+#include "ffi/combine_recv.h"
+#include "ffi/combine_send.h"
+#include "ffi/dispatch_recv.h"
+#include "ffi/dispatch_send.h"
+#include "ffi/module.h"
+
+namespace smfree {
+namespace {
+
+// The handler that runs `phase` on the arrays of `operands_of`. It only launches kernels, the same
+// ones each time: XLA may capture them into a CUDA graph and replay it.
+template <auto phase, auto operands_of>
+nb::capsule Launching() {
+  constexpr auto launch = [](cudaStream_t stream, int32_t device, TokenArg token,
+                             PositionArg position, TokenRet token_out, Attributes attributes,
+                             auto... buffers) {
+    const auto operands = operands_of(buffers...);
+    const auto rank = cuda::FindRank(attributes.group, device);
+    if (rank == nullptr) return ToError(NoSuchGroup());
+    if (Status status = CheckRows(cuda::ConfigOf(*rank), operands.rows); !status.ok()) {
+      return ToError(status);
+    }
+    cuda::Call call;
+    call.lane = static_cast<int32_t>(attributes.lane);
+    call.derivation = static_cast<int32_t>(attributes.derivation);
+    call.call_site = static_cast<uint32_t>(attributes.call_site);
+    call.tokens = operands.tokens;
+    call.token = token.typed_data();
+    call.position = position.typed_data();
+    call.token_out = token_out->typed_data();
+    return ToError(phase(*rank, call, operands.arrays, stream));
+  };
+  XLA_FFI_DEFINE_HANDLER(handler, launch,
+                         BindOperands(ffi::Ffi::Bind()
+                                          .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                          .Ctx<ffi::DeviceOrdinal>()
+                                          .Arg<TokenArg>()
+                                          .Arg<PositionArg>()
+                                          .Ret<TokenArg>()
+                                          .Attrs<Attributes>(),
+                                      operands_of),
+                         {ffi::Traits::kCmdBufferCompatible});
+  return Handler(handler);
+}
+
+}  // namespace
+
+nb::dict CudaTargets() {
+  nb::dict targets;
+  targets["smfree_dispatch_send"] = Launching<cuda::DispatchSend, DispatchSendOperands>();
+  targets["smfree_dispatch_send_cached"] =
+      Launching<cuda::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_dispatch_recv"] = Launching<cuda::DispatchRecv, DispatchRecvOperands>();
+  targets["smfree_dispatch_recv_cached"] =
+      Launching<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
+  targets["smfree_dispatch_recv_weighted"] =
+      Launching<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
+  targets["smfree_combine_send"] = Launching<cuda::CombineSend, CombineSendOperands>();
+  targets["smfree_combine_send_weighted"] =
+      Launching<cuda::CombineSend, CombineSendWeightedOperands>();
+  targets["smfree_combine_recv"] = Launching<cuda::CombineRecv, CombineRecvOperands>();
+  return targets;
+}
+
+}  // namespace smfree
