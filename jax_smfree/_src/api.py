@@ -95,13 +95,12 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
     """
     group = checks.check_token("dispatch_recv", token, "dispatch")
     assert token.state is not None
-    array, x, weights, group_sizes, num_dropped, rows, recv_counts = p.dispatch_recv_p.bind(
+    array, x, weights, group_sizes, num_dropped, *received = p.dispatch_recv_p.bind(
         token.array,
         _position(group),
         call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=True),
     )
-    places, send_counts = token.routing
-    handle = Handle(places, send_counts, rows, recv_counts, token.state.num_tokens)
+    handle = Handle(*token.routing, *received, num_tokens=token.state.num_tokens)
     d = DispatchResult(x, group_sizes, weights, num_dropped, handle)
     return d, Token(array, (), group, token.lane, None)
 
@@ -132,7 +131,7 @@ def combine_send(
     shape = (n, group.config.hidden)
     y = checks.check_array(name, "y", y, shape, group.config.dtype, "[N, hidden], as d.x, ")
     handle = d.handle
-    routing = (handle.rows, handle.recv_counts)
+    routing = (handle.rows, handle.recv_counts, handle.relay)
     site = targets.call_site()
     call = _call(token, site, handle.num_tokens, carries_slots=False)
     position = _position(group)
@@ -156,7 +155,8 @@ def combine_recv(token: Token) -> tuple[jax.Array, Token]:
     """The recv phase of a combine: waits for the rows and sums them over the ranks.
 
     Returns: ``(out, token)``, ``out`` [T, H] in the group's dtype: the sum over the ranks in
-      ascending order, in float32, rounded once. A row without experts is zero.
+      ascending order, in float32, rounded once. In hierarchical mode the ranks of each node are
+      summed so, and then the nodes. A row without experts is zero.
 
     Differentiation: in the backward pass this is the send phase of a dispatch.
 

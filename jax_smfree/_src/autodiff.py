@@ -130,9 +130,9 @@ def _dispatch_recv_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call:
     out = dispatch_recv_p.bind(*primals, call=call)
     if _is_zero(tangents[0]):
         return out, _zeros_of(out)
-    *_, rows, recv_counts = out
+    routing = out[5:]
     tangents_out = dispatch_recv_cached_p.bind(
-        tangents[0], primals[1], rows, recv_counts, call=_tangent_call(call)
+        tangents[0], primals[1], *routing, call=_tangent_call(call)
     )
     return out, [*tangents_out, *_zeros_of(out[3:])]
 

@@ -39,10 +39,24 @@ def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
     ]
 
 
+def nodes_of_ranks(mesh: Mesh, axis: str) -> list[list[int]]:
+    """Of each group along ``axis``, in which node its ranks are: a process on CPUs.
+
+    The GPUs that this build connects reach each other over NVLink: they are one node.
+    """
+    return [
+        [device.process_index if device.platform == "cpu" else 0 for device in devices]
+        for devices in _replicas(mesh, axis)
+    ]
+
+
 def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
     """The part of the config that every backend is told."""
+    assert config.ranks_per_node is not None  # nodes.resolve
     return _native.GroupConfig(
         num_ranks=num_ranks,
+        ranks_per_node=config.ranks_per_node,
+        hierarchical=config.mode == "hierarchical",
         num_experts=config.num_experts,
         top_k=config.top_k,
         hidden=config.hidden,

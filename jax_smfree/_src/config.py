@@ -17,6 +17,13 @@ _DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
 class EpConfig:
     """Sizes and policies of an expert-parallel (EP) group.
 
+    Nodes and mode: the ranks of a node reach each other over fast links, those of different nodes
+    over a network. In ``"direct"`` mode a row goes to each rank that it needs; in
+    ``"hierarchical"`` mode it crosses once to each *node*, where a rank hands it on, and one sum
+    per node comes back. The mode is hierarchical if there is more than one node and more than one
+    rank in each, else direct; ``mode`` overrides that. ``group.config`` says what was chosen. A
+    dispatch has the same bits in both; for the sums of a combine see `combine_recv`.
+
     Attributes:
       num_experts: experts over all ranks, a multiple of the number of ranks. Rank ``r`` owns the
         experts ``[r * num_experts / ranks, (r + 1) * num_experts / ranks)``.
@@ -29,7 +36,10 @@ class EpConfig:
       expert_alignment: every entry of ``d.group_sizes`` is a multiple of it, filled up with zero
         rows.
       num_lanes: operations that may be in flight at the same time (micro-batches).
-      ranks_per_node: overrides how many ranks form a node; ``None`` asks the hardware.
+      ranks_per_node: how many ranks, one after the other, form a node. ``None`` asks the hardware:
+        GPUs that reach each other over NVLink, or the CPU devices of a process.
+      mode: ``"direct"`` or ``"hierarchical"``; ``None`` follows the rule above. GPUs know the
+        direct mode only.
       timeout_s: deadline of every wait for a peer, in seconds.
       overflow: when more rows arrive than ``recv_capacity``: ``"error"`` poisons the outputs with
         NaN and raises in ``group.check()``; ``"drop"`` drops in a fixed order (the last experts,
@@ -53,6 +63,7 @@ class EpConfig:
     expert_alignment: int = 1
     num_lanes: int = 1
     ranks_per_node: int | None = None
+    mode: Literal["direct", "hierarchical"] | None = None
     timeout_s: float = 60.0
     overflow: Literal["error", "drop"] = "error"
     sm_push_bytes: int | None = None
@@ -86,6 +97,10 @@ class EpConfig:
         if push is not None and (not isinstance(push, (int, np.integer)) or push < 0):
             raise ValueError(
                 f"EpConfig: got sm_push_bytes={push!r}, expected None or a number of bytes."
+            )
+        if self.mode not in (None, "direct", "hierarchical"):
+            raise ValueError(
+                f"EpConfig: got mode={self.mode!r}, expected 'direct', 'hierarchical' or None."
             )
         if self.overflow not in ("error", "drop"):
             raise ValueError(

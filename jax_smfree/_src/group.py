@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, targets
+from jax_smfree._src import backends, checks, compat, nodes, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -27,6 +27,11 @@ class EpGroup:
 
     Along every other axis of the mesh each coordinate is a group of its own. A context manager:
     leaving it closes the group. It is static data of tokens, hence hashed by identity.
+
+    Attributes:
+      mesh, axis: as given to `create`.
+      config: as given to `create`, with what the group chose for ``ranks_per_node`` and ``mode``.
+      num_ranks: the size of the axis.
     """
 
     def __init__(self, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str, ordinal: int):
@@ -56,7 +61,8 @@ class EpGroup:
 
         Raises:
           ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
-            over the ranks, devices without a backend.
+            over the ranks, nodes that are not equally large and contiguous, hierarchical mode on
+            GPUs, devices without a backend.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
             another mesh or config; when a GPU has too little free memory, or cannot reach another.
         """
@@ -76,12 +82,6 @@ class EpGroup:
                 f"EpGroup.create: got num_experts={config.num_experts} over {ranks} ranks, "
                 "expected a multiple of the number of ranks: each owns the same number of experts."
             )
-        if config.ranks_per_node not in (None, ranks):
-            raise ValueError(
-                f"EpGroup.create: got ranks_per_node={config.ranks_per_node} for {ranks} ranks, "
-                f"expected None or {ranks}: this backend knows the direct mode only, in which all "
-                "ranks form one node."
-            )
         most_rows = max(ranks * config.max_tokens, config.num_recv_rows(config.max_tokens, ranks))
         if most_rows >= 2**31:
             raise ValueError(
@@ -92,10 +92,16 @@ class EpGroup:
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         ordinal = _created[fingerprint]
         _created[fingerprint] += 1
-        group = cls(mesh, axis, config, fingerprint, ordinal)
-
         device = mesh.devices.flat[0]
         platform = "cpu" if device.platform == "cpu" else "CUDA"
+        config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(mesh, axis))
+        if platform == "CUDA" and config.mode == "hierarchical":
+            raise ValueError(
+                f"EpGroup.create: got {ranks} GPUs in nodes of {config.ranks_per_node} and mode="
+                "'hierarchical', expected the direct mode: the CUDA backend knows no other yet. Set "
+                "EpConfig(mode='direct')."
+            )
+        group = cls(mesh, axis, config, fingerprint, ordinal)
         targets.register(platform)
         if compat.is_compile_only(device):
             return group

@@ -2,15 +2,21 @@
 """How many bytes a GPU group takes, from the code that lays the buffers out."""
 
 from jax_smfree import _native
+from jax_smfree._src import nodes
 from jax_smfree._src.config import EpConfig
 
 
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that other nodes reach over the network.
 
-    With ``config.ranks_per_node`` ranks in a node (``None``: all in one). In every lane, direction
-    of differentiation and parity these are ``max_tokens * hidden * itemsize * nodes * 2`` and
-    headers; zero for a single node.
+    With ``config.ranks_per_node`` ranks in a node (``None``: all in one), in the mode of the config.
+    In every lane, direction of differentiation and parity these are ``max_tokens * hidden *
+    itemsize * nodes * 2`` and headers; in direct mode ``ranks`` instead of ``nodes``. Zero for a
+    single node.
+
+    Raises:
+      ValueError: for experts that do not divide over the ranks, or ranks that do not over the
+        nodes.
     """
     return _native.rdma_size_hint(_layout(config, num_ranks))
 
@@ -24,16 +30,16 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
 
 def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
-    ranks_per_node = config.ranks_per_node or num_ranks
-    if config.num_experts % num_ranks or num_ranks % ranks_per_node:
+    if config.num_experts % num_ranks:
         raise ValueError(
-            f"size hint: got num_experts={config.num_experts}, num_ranks={num_ranks}, "
-            f"ranks_per_node={ranks_per_node}, expected num_experts a multiple of num_ranks, and "
-            "num_ranks one of ranks_per_node."
+            f"size hint: got num_experts={config.num_experts} over {num_ranks} ranks, expected a "
+            "multiple of the number of ranks."
         )
+    config = nodes.resolve("size hint", config, [[0] * num_ranks])
+    assert config.ranks_per_node is not None
     return _native.LayoutConfig(
         num_ranks=num_ranks,
-        ranks_per_node=ranks_per_node,
+        ranks_per_node=config.ranks_per_node,
         num_experts=config.num_experts,
         top_k=config.top_k,
         num_lanes=config.num_lanes,
@@ -41,5 +47,5 @@ def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
         hidden=config.hidden,
         max_tokens=config.max_tokens,
         differentiable=config.differentiable,
-        hierarchical=ranks_per_node < num_ranks,
+        hierarchical=config.mode == "hierarchical",
     )

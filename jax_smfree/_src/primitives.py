@@ -3,20 +3,22 @@
 
 Sizes, per rank: T rows sent, H hidden, K top_k, R ranks, N rows of ``d.x``; S is K when the
 operation carries a float for every slot of a row, else 0. ``position`` is int32[2], the rank and
-which group along the other mesh axes. See ``token.Handle`` for places, send_counts, rows and
-recv_counts.
+which group along the other mesh axes. See ``token.Handle`` for places, send_counts, rows,
+recv_counts and relay.
 
 =======================  =====================================================================
 dispatch_send            token, position, x[T,H], topk_idx[T,K], topk_weights[T,K]
                          -> token, places, send_counts
 dispatch_recv            token, position
-                         -> token, x[N,H], weights[N], group_sizes, num_dropped, rows, recv_counts
+                         -> token, x[N,H], weights[N], group_sizes, num_dropped, rows,
+                            recv_counts, relay
 dispatch_send_cached     token, position, x[T,H], slots[T,S], places, send_counts -> token
-dispatch_recv_cached     token, position, rows, recv_counts -> token, x[N,H], values[N or 0]
-dispatch_recv_weighted   token, position, y[N,H], weights[N], rows, recv_counts
+dispatch_recv_cached     token, position, rows, recv_counts, relay
+                         -> token, x[N,H], values[N or 0]
+dispatch_recv_weighted   token, position, y[N,H], weights[N], rows, recv_counts, relay
                          -> token, x[N,H] = weights * received, values[N] = <y, received>
-combine_send             token, position, y[N,H], values[N or 0], rows, recv_counts -> token
-combine_send_weighted    token, position, y[N,H], weights[N], rows, recv_counts -> token
+combine_send             token, position, y[N,H], values[N or 0], rows, recv_counts, relay -> token
+combine_send_weighted    token, position, y[N,H], weights[N], rows, recv_counts, relay -> token
 combine_recv             token, position, places, send_counts -> token, out[T,H], slots[T,S]
 =======================  =====================================================================
 
@@ -103,6 +105,13 @@ def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *,
     return [token, _out(token, places, jnp.int32), _out(token, (ranks,), jnp.int32)]
 
 
+def _relay_shape(call: Call) -> tuple[int, int, int]:
+    config, ranks = call.group.config, call.group.num_ranks
+    per_node = config.ranks_per_node or ranks
+    nodes = ranks // per_node if config.mode == "hierarchical" else 0
+    return (nodes, call.num_tokens, min(config.top_k, per_node))
+
+
 def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
     config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
     return [
@@ -113,6 +122,7 @@ def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
         _out(token, (), jnp.int32),
         _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
         _out(token, (ranks,), jnp.int32),
+        _out(token, _relay_shape(call), jnp.int32),
     ]
 
 

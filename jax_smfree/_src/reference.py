@@ -31,6 +31,10 @@ class Config(Protocol):
     def expert_alignment(self) -> int: ...
     @property
     def overflow(self) -> str: ...
+    @property
+    def mode(self) -> str | None: ...
+    @property
+    def ranks_per_node(self) -> int | None: ...
     def num_recv_rows(self, num_tokens: int, num_ranks: int) -> int: ...
 
 
@@ -41,6 +45,7 @@ class Handle:
 
     rows: Array  # int32 [R, T, K]
     axis: str = dataclasses.field(metadata={"static": True})
+    ranks_per_sum: int = dataclasses.field(metadata={"static": True})  # of a node; direct: 1
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +98,7 @@ def dispatch(
         group_sizes=layout.group_sizes,
         weights=weights,
         num_dropped=layout.num_dropped,
-        handle=Handle(layout.rows, axis),
+        handle=Handle(layout.rows, axis, _ranks_per_sum(config)),
     )
 
 
@@ -102,7 +107,8 @@ def combine(d: DispatchResult, y: Array, weights: Array | None) -> Array:
 
     Shapes: ``y`` [N, H], ``weights`` float32 [N] (None: a plain sum) -> [T, H] in y's dtype.
     Each rank sums its experts in float32 by ascending slot and rounds once to the dtype of the
-    wire; the ranks are summed in float32 by ascending rank, and rounded once.
+    wire; the ranks are summed in float32 by ascending rank, and rounded once. In hierarchical mode
+    the ranks of each node are summed and rounded first, and then the nodes in the same way.
     """
     rows = d.handle.rows
     num_ranks, _, top_k = rows.shape
@@ -110,8 +116,18 @@ def combine(d: DispatchResult, y: Array, weights: Array | None) -> Array:
     if weights is not None:
         weighted = weighted * weights[:, None]
     partial = _sum_in_order(_take(weighted, rows[:, :, slot]) for slot in range(top_k))
-    wire = _exchange(partial.astype(y.dtype), d.handle.axis).astype(jnp.float32)
-    return _sum_in_order(wire[rank] for rank in range(num_ranks)).astype(y.dtype)
+    of_ranks = _exchange(partial.astype(y.dtype), d.handle.axis).astype(jnp.float32)
+    per_sum = d.handle.ranks_per_sum
+    of_nodes = [
+        _sum_in_order(of_ranks[first : first + per_sum]).astype(y.dtype).astype(jnp.float32)
+        for first in range(0, num_ranks, per_sum)
+    ]
+    return _sum_in_order(of_nodes).astype(y.dtype)
+
+
+def _ranks_per_sum(config: Config) -> int:
+    """The sum of one rank is that rank: in direct mode this leaves the ranks as they are."""
+    return config.ranks_per_node or 1 if config.mode == "hierarchical" else 1
 
 
 class Layout(NamedTuple):

@@ -63,7 +63,7 @@ class Token:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["places", "send_counts", "rows", "recv_counts"],
+    data_fields=["places", "send_counts", "rows", "recv_counts", "relay"],
     meta_fields=["num_tokens"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +77,9 @@ class Handle:
       rows: [R, T, K], the row of ``d.x`` of slot k of the i-th row from a rank; -1 when the slot's
         expert is not here, or the copy was dropped.
       recv_counts: [R], rows received from each rank.
+      relay: [M, T, min(K, L)] in hierarchical mode with M nodes of L ranks, what this rank relays:
+        the places in this node, ``index * T + position`` among the rows to that rank, of the i-th
+        row that the rank of this index in node m has sent here; -1 fills the end. Else empty.
       num_tokens: T (static).
     """
 
@@ -84,6 +87,7 @@ class Handle:
     send_counts: jax.Array
     rows: jax.Array
     recv_counts: jax.Array
+    relay: jax.Array
     num_tokens: int
 
 
