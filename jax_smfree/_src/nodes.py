@@ -53,6 +53,6 @@ def resolve(where: str, config: EpConfig, nodes_of_ranks: Sequence[Sequence[Hash
 
 def _ranks_per_node(node_of_rank: Sequence[Hashable]) -> int | None:
     """The size of the nodes; None if they are not of one size, or not contiguous."""
-    size = len(node_of_rank) // len(set(node_of_rank))
-    nodes = [node_of_rank[i : i + size] for i in range(0, len(node_of_rank), size)]
-    return size if all(len(set(node)) == 1 for node in nodes) else None
+    size = list(node_of_rank).count(node_of_rank[0])
+    nodes = list(dict.fromkeys(node_of_rank))
+    return size if list(node_of_rank) == [node for node in nodes for _ in range(size)] else None

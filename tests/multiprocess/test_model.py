@@ -52,11 +52,18 @@ def compile_value_and_grads(ops, token, problem):
     return lambda: multihost_utils.process_allgather(step(*problem.arrays), tiled=True)
 
 
+MODES = {"ep": "hierarchical", "ep by turns": "direct"}  # the others have one rank in a node
+
+
 @pytest.mark.multihost(processes=2, devices_per_process=2)
 @pytest.mark.parametrize("kind", MESHES)
 def test_gradients(groups, world, kind):
     mesh = MESHES[kind](np.array(jax.devices()))
-    group = groups(mesh, **CONFIG)
+    if kind == "ep by turns":
+        with pytest.raises(ValueError, match=r"processes\) \[\[1, 0, 1, 0\]\], expected nodes"):
+            groups(mesh, **CONFIG)
+    group = groups(mesh, **CONFIG, mode="direct" if kind == "ep by turns" else None)
+    assert group.config.mode == MODES.get(kind, "direct")
     problem = make_problem(mesh)
     step = compile_value_and_grads(smfree, group.token, problem)
     expected = compile_value_and_grads(reference, reference_of(group).token, problem)()

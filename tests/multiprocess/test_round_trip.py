@@ -29,6 +29,9 @@ SHAPES = [
     pytest.param(Shape(4, 4, 4, 5, 8, "float16", capacity=9), marks=processes(4, 1)),
     pytest.param(Shape(3, 6, 2, 5, 8, "float32", unused_tokens=4), marks=processes(3, 1)),
     pytest.param(Shape(4, 8, 2, 50, 900, "bfloat16"), marks=processes(2, 2)),
+    pytest.param(Shape(4, 8, 6, 6, 33, "bfloat16", ranks_per_node=2), marks=processes(2, 2)),
+    pytest.param(Shape(4, 8, 3, 7, 8, "float16", ranks_per_node=2), marks=processes(4, 1)),
+    pytest.param(Shape(8, 16, 8, 6, 16, "float32", ranks_per_node=2), marks=processes(4, 2)),
 ]
 
 
@@ -49,7 +52,7 @@ def test_round_trip(shape, world):
             first, on_other_lane_with_hooks = program(case)
             assert_dispatched(shape, case, first.d, routing)
             assert_rounded(shape, case, first, routing)
-            assert_summed_in_order(case, first, routing)
+            assert_summed_in_order(case, first, routing, shape.ranks_per_node)
             assert_same_bits(on_other_lane_with_hooks, first)
             with chaos(program.group, seed=world.rank, max_delay_us=500):
                 assert_same_bits(program(case), [first, first])

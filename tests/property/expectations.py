@@ -72,12 +72,14 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
     dtype = jnp.finfo(shape.dtype)
     u = 0.0 if shape.dtype == "float32" else float(dtype.eps) / 2
     v = float(jnp.finfo(jnp.float32).eps) / 2
-    terms = shape.top_k + shape.places  # of one rank by ascending slot, then of all ranks
+    # Of one rank by ascending slot, then of all ranks, or of those of a node and of all nodes.
+    terms = shape.top_k + 2 * shape.places
+    sums = 2 if shape.ranks_per_node is None else 3
 
     def bound(magnitude, roundings, float32_roundings):
         relative = (1 + u) ** roundings * (1 + v) ** float32_roundings - 1
-        # Every rank's partial sum is rounded, and the result.
-        return relative * magnitude + (shape.places + 1) * float(dtype.smallest_subnormal)
+        # Every rank's and node's partial sum is rounded, and the result.
+        return relative * magnitude + (2 * shape.places + 1) * float(dtype.smallest_subnormal)
 
     def check(what, value, function, *operands, roundings, float32_roundings):
         magnitude = function(routing, *map(np.abs, operands))
@@ -103,7 +105,7 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
     for i, weights in enumerate(all_weights):
         check(
             f"combine {i}", actual.outs[i], oracle.combine, ys[i], weights,
-            roundings=2, float32_roundings=terms,
+            roundings=sums, float32_roundings=terms,
         )  # fmt: skip
         check(
             f"gradient of y {i}", actual.y_cts[i], y_ct, ys[i], weights, cts[i],
@@ -115,7 +117,7 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
     )  # fmt: skip
     check(
         "gradient of x", actual.x_ct, x_ct, _float64(inputs.received_ct),
-        roundings=2, float32_roundings=terms,
+        roundings=sums, float32_roundings=terms,
     )  # fmt: skip
     check(
         "gradient of topk_weights", actual.topk_weights_ct, topk_weights_ct,
@@ -124,19 +126,28 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
     )  # fmt: skip
 
 
-def assert_summed_in_order(inputs: Inputs, actual: Outputs, routing: oracle.Routing) -> None:
-    """The same sums once more, in float32 and in the documented order: not a bit is left open."""
+def assert_summed_in_order(
+    inputs: Inputs, actual: Outputs, routing: oracle.Routing, ranks_per_node: int | None = None
+) -> None:
+    """The same sums once more, in float32 and in the documented order: not a bit is left open.
+
+    ``ranks_per_node``: as in `Shape`.
+    """
 
     def combined(y, weights):
         num_ranks, _, rows_sent, top_k = routing.rows.shape
+        per_sum = ranks_per_node or 1
         out = np.zeros((num_ranks, rows_sent, y.shape[-1]), np.float32)
-        for receiver in range(num_ranks):
-            partial = np.zeros_like(out)
-            for slot in range(top_k):
-                rows = routing.rows[receiver, :, :, slot]
-                products = y[receiver, rows].astype(np.float32) * weights[receiver, rows, None]
-                partial += np.where((rows >= 0)[..., None], products, np.float32(0))
-            out += partial.astype(y.dtype).astype(np.float32)
+        for first in range(0, num_ranks, per_sum):
+            of_node = np.zeros_like(out)
+            for receiver in range(first, first + per_sum):
+                partial = np.zeros_like(out)
+                for slot in range(top_k):
+                    rows = routing.rows[receiver, :, :, slot]
+                    products = y[receiver, rows].astype(np.float32) * weights[receiver, rows, None]
+                    partial += np.where((rows >= 0)[..., None], products, np.float32(0))
+                of_node += partial.astype(y.dtype).astype(np.float32)
+            out += of_node.astype(y.dtype).astype(np.float32)
         return out.astype(y.dtype)
 
     def y_ct(weights, out_ct):

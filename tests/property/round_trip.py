@@ -29,11 +29,13 @@ class Shape:
     capacity: int | None = None
     overflow: str = "drop"
     unused_tokens: int = 0  # max_tokens beyond those sent
+    ranks_per_node: int | None = None  # hierarchical mode; None: direct
 
     def __str__(self) -> str:
         name = f"R{self.ranks}-E{self.experts}-K{self.top_k}-T{self.tokens}-H{self.hidden}"
         name += f"-{self.dtype}-align{self.alignment}"
-        return name if self.capacity is None else f"{name}-{self.overflow}{self.capacity}"
+        name += "" if self.capacity is None else f"-{self.overflow}{self.capacity}"
+        return name if self.ranks_per_node is None else f"{name}-nodes{self.ranks_per_node}"
 
     @property
     def places(self) -> int:
@@ -50,6 +52,8 @@ class Shape:
             expert_alignment=self.alignment,
             recv_capacity=self.capacity,
             overflow=self.overflow,
+            ranks_per_node=self.ranks_per_node,
+            mode="direct" if self.ranks_per_node is None else "hierarchical",
             **more,
         )
 

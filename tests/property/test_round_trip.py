@@ -27,6 +27,15 @@ SMALL = [
     Shape(7, 7, 1, 9, 5, "bfloat16", capacity=8),
     Shape(8, 16, 8, 4, 16, "float32", alignment=2),
     Shape(8, 64, 4, 8, 64, "bfloat16", alignment=8, capacity=96),
+    pytest.param(Shape(4, 8, 6, 6, 16, "bfloat16", ranks_per_node=2), marks=pytest.mark.cpu_only),
+    pytest.param(
+        Shape(6, 12, 7, 3, 7, "float16", alignment=2, capacity=10, ranks_per_node=3),
+        marks=pytest.mark.cpu_only,
+    ),
+    pytest.param(
+        Shape(8, 16, 8, 4, 16, "float32", unused_tokens=5, ranks_per_node=2),
+        marks=pytest.mark.cpu_only,
+    ),
 ]
 LARGE = [
     Shape(1, 4, 2, 160, 1800, "float32"),  # more than 1 MiB: several threads per rank
@@ -49,7 +58,7 @@ def check(program, case, seed):
     )
     assert_dispatched(shape, case, first.d, routing)
     assert_rounded(shape, case, first, routing)
-    assert_summed_in_order(case, first, routing)
+    assert_summed_in_order(case, first, routing, shape.ranks_per_node)
     assert_same_bits(on_other_lane_with_hooks, first)
 
     assert_same_bits(program(case), [first, first])

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_smfree as smfree
-from support import ep_mesh
+from jax_smfree._src import nodes
+from support import backend, ep_mesh
 
 GOOD = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8}
 
@@ -33,6 +34,7 @@ def test_defaults():
         ({"timeout_s": 0.0}, ValueError, "deadline"),
         ({"timeout_s": float("inf")}, ValueError, "deadline"),
         ({"overflow": "ignore"}, ValueError, "'error' or 'drop'"),
+        ({"mode": "ring"}, ValueError, "'direct', 'hierarchical' or None"),
     ],
 )
 def test_bad_values(bad, error, match):
@@ -45,12 +47,77 @@ def test_bad_values(bad, error, match):
     [
         ({"num_experts": 6}, "ep", "num_experts=6 over 4 ranks"),
         ({}, "expert", "axis='expert'"),
-        ({"ranks_per_node": 2}, "ep", "direct mode only"),
+        ({"ranks_per_node": 3}, "ep", "ranks_per_node=3 for 4 ranks, expected a divisor"),
+        ({"mode": "hierarchical"}, "ep", "4 ranks in nodes of 4, expected more than one node"),
+        ({"mode": "hierarchical", "ranks_per_node": 1}, "ep", "more than one rank in each"),
     ],
 )
 def test_bad_group(groups, config, axis, match):
     with pytest.raises(ValueError, match=match):
         groups(ep_mesh(4), axis, **(GOOD | config))
+
+
+@pytest.mark.parametrize(
+    ("config", "mode", "ranks_per_node"),
+    [
+        ({}, "direct", 4),  # the devices of a process are a node
+        ({"ranks_per_node": 4}, "direct", 4),
+        ({"ranks_per_node": 1}, "direct", 1),
+        ({"ranks_per_node": 2, "mode": "direct"}, "direct", 2),
+        ({"ranks_per_node": 2}, "hierarchical", 2),
+    ],
+)
+def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
+    if mode == "hierarchical" and backend() == "cuda":
+        with pytest.raises(ValueError, match="the CUDA backend knows no other yet"):
+            groups(ep_mesh(4), **(GOOD | config))
+        return
+    group = groups(ep_mesh(4), **(GOOD | config))
+    assert (group.config.mode, group.config.ranks_per_node) == (mode, ranks_per_node)
+
+
+HARDWARE = {  # the nodes of the ranks of each group: ranks_per_node
+    ((0, 0, 1, 1),): 2,
+    ((3, 3, 3, 3), (5, 5, 5, 5)): 4,
+    ((0, 1, 2, 3),): 1,
+    ((0, 1, 0, 1),): None,
+    ((0, 0, 0, 1),): None,
+    ((0, 0, 1, 2),): None,
+    ((0, 0, 1, 1), (2, 2, 2, 2)): None,
+}
+
+
+@pytest.mark.parametrize("hardware", HARDWARE, ids=str)
+def test_nodes_are_equally_large_and_contiguous(hardware):
+    config = smfree.EpConfig(**GOOD)
+    if HARDWARE[hardware] is None:
+        with pytest.raises(ValueError, match=r"test: got ranks in the nodes .*mode='direct'"):
+            nodes.resolve("test", config, hardware)
+        config = dataclasses.replace(config, mode="direct")
+        assert nodes.resolve("test", config, hardware).mode == "direct"
+        config = dataclasses.replace(config, mode=None, ranks_per_node=2)
+        assert nodes.resolve("test", config, hardware).mode == "hierarchical"
+    else:
+        assert nodes.resolve("test", config, hardware).ranks_per_node == HARDWARE[hardware]
+
+
+def test_size_hints_of_two_modes():
+    """Over the network: two buffers per peer and set, the peers being ranks or nodes; and headers.
+
+    A set of buffers belongs to a lane, a side (forward, mirrored, replay) and a parity.
+    """
+    config = smfree.EpConfig(**(GOOD | {"num_experts": 16}), num_lanes=3, ranks_per_node=4)
+    sets, ranks, num_nodes = 3 * 3 * 2, 16, 4
+    rows = config.max_tokens * config.hidden * config.dtype.itemsize
+    slots = 128 + 128  # expert ids and weights, in whole lines
+    header = 128 + 128  # identity; counts per expert of a rank or of a node
+    signals = 128
+    region = header + slots + rows
+    assert smfree.rdma_size_hint(config, ranks) == sets * (signals + num_nodes * 2 * region)
+    assert smfree.nvl_size_hint(config, ranks) == sets * (signals + ranks * 2 * region)
+    direct = dataclasses.replace(config, mode="direct")
+    assert smfree.rdma_size_hint(direct, ranks) == sets * (signals + ranks * 2 * region)
+    assert smfree.nvl_size_hint(direct, ranks) == 0
 
 
 def test_size_hints_count_the_rows():
