@@ -33,16 +33,9 @@
 
 #include "csrc/protocol/lanes.h"
 #include "csrc/protocol/signals.h"
+#include "tests/cpp/model_program.h"
 
 namespace smfree::model {
-
-enum class Phase : uint8_t { kSend, kRecv, kRecvAgain /* of the operation received last */ };
-struct Call {
-  uint8_t lane;
-  Phase phase;
-};
-using Stream = std::vector<Call>;     // calls that run one after the other; a recv blocks the rest
-using Program = std::vector<Stream>;  // of one rank; streams run side by side
 
 // Ways to break the protocol. The search must find the harm of each.
 struct Mutations {
@@ -54,7 +47,6 @@ struct Mutations {
   bool skip_empty_messages = false;   // rank 1 has no rows for rank 0 in odd operations: no message
 };
 
-enum class Kind : uint8_t { kPack, kCopy, kRaise, kRead };
 struct Action {
   Kind kind;
   uint8_t rank;   // who packs or reads; the source of what is copied or raised
@@ -88,6 +80,7 @@ template <int kRanks, int kLanes, int kChunks>
 class Model {
  public:
   using StateT = State<kRanks, kLanes, kChunks>;
+  using ActionT = Action;
 
   Model(std::vector<Program> programs, Mutations mutations)
       : programs_(std::move(programs)), mutations_(mutations) {}
@@ -96,7 +89,11 @@ class Model {
   static int Peer(int rank, int i) { return (rank + 1 + i) % kRanks; }
   static int IndexOf(int rank, int peer) { return (peer - rank - 1 + kRanks) % kRanks; }
 
-  // Every step that is possible in `state`.
+  static StateT Renumbered(StateT state, int by) {
+    std::rotate(state.ranks.begin(), state.ranks.begin() + by, state.ranks.end());
+    return state;
+  }
+
   void Enabled(const StateT& state, std::vector<Action>& actions) const {
     actions.clear();
     for (uint8_t rank = 0; rank < kRanks; ++rank) {
@@ -119,13 +116,13 @@ class Model {
     }
   }
 
-  // Takes a step. Returns what it violates, or nullptr.
   const char* Apply(StateT& state, const Action& action) const {
     switch (action.kind) {
       case Kind::kPack: return Pack(state, action);
       case Kind::kCopy: return Copy(state, action);
       case Kind::kRaise: return Raise(state, action);
       case Kind::kRead: return Read(state, action);
+      case Kind::kRelay: break;  // hierarchical mode only
     }
     return nullptr;
   }
@@ -139,7 +136,6 @@ class Model {
     return true;
   }
 
-  // For traces: what `action` does in `state`.
   std::string Describe(const StateT& state, const Action& action) const {
     const bool by_mover = action.kind == Kind::kCopy || action.kind == Kind::kRaise;
     const auto& self = state.ranks[action.rank];
