@@ -47,13 +47,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def groups():
-    """Makes EP groups and closes them; raises what went wrong in any of them."""
+def groups(request):
+    """Makes EP groups and closes them; raises what went wrong in any of them.
+
+    Its parameter, if it has one, is a part of their config; see `support.in_both_modes`.
+    """
     import jax_smfree as smfree
 
     made = []
+    common = getattr(request, "param", {})
 
     def create(mesh, axis="ep", **config):
+        config = common | config
         group = smfree.EpGroup.create(mesh, axis, config=smfree.EpConfig(**config))
         made.append(group)
         return group

@@ -16,6 +16,17 @@ from jax_smfree._src import reference
 from jax_smfree.testing import chaos
 
 
+in_both_modes = pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param({}, id="direct"),
+        pytest.param({"ranks_per_node": 2}, id="hierarchical", marks=pytest.mark.cpu_only),
+    ],
+    indirect=True,
+)
+"""Runs a test with groups of one node, and of nodes of two ranks."""
+
+
 def backend() -> str:
     """``"cpu"`` or ``"cuda"``, as ``--backend`` says, in the processes that tests start too."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"

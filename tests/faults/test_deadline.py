@@ -32,8 +32,12 @@ def others(group):
     return set(range(group.num_ranks)) - {silent_rank(group)}
 
 
-def test_a_rank_that_never_sends(faulty):
-    group = faulty(timeout_s=2.0, at_least=2)
+IN_NODES = pytest.param({"ranks_per_node": 2}, id="hierarchical", marks=pytest.mark.cpu_only)
+
+
+@pytest.mark.parametrize("nodes", [pytest.param({}, id="direct"), IN_NODES])
+def test_a_rank_that_never_sends(faulty, nodes):
+    group = faulty(timeout_s=2.0, at_least=2, **nodes)
     silent = silent_rank(group)
 
     def local(token, *arrays):
@@ -59,9 +63,13 @@ def test_a_rank_that_never_sends(faulty):
     assert 2.0 <= outcome.seconds < 4.0
 
 
-def test_a_rank_that_stops_in_the_middle(faulty):
-    """The error says what the last thing was that came from it."""
-    group = faulty(timeout_s=2.0, at_least=2)
+@pytest.mark.parametrize("nodes", [pytest.param({}, id="direct"), IN_NODES])
+def test_a_rank_that_stops_in_the_middle(faulty, nodes):
+    """The error says what the last thing was that came from it.
+
+    In hierarchical mode its relay misses it, on behalf of all others.
+    """
+    group = faulty(timeout_s=2.0, at_least=2, **nodes)
     silent = silent_rank(group)
 
     def local(token, *arrays):
@@ -76,11 +84,12 @@ def test_a_rank_that_stops_in_the_middle(faulty):
         return jax.lax.cond(jax.lax.axis_index("ep") == silent, stop, go_on, token)
 
     outcome = run(group, local)
+    phase, where = ("combine_send", "inside its node ") if nodes else ("combine_recv", "")
     waits = (
-        rf"waited 2\.\d s in combine_recv .* number 1\) for rank {silent}: nothing arrived; "
+        rf"waited 2\.\d s in {phase} .* number 1\) {where}for rank {silent}: nothing arrived; "
         rf"last from rank {silent}: dispatch number 0"
     )
-    words = ("combine_recv", "lane 0", "number 1", rf"rank {silent}")
+    words = (phase, "lane 0", "number 1", rf"rank {silent}")
     assert_fault(group, outcome, waits, words, others(group))
     assert outcome.seconds < 4.0
 

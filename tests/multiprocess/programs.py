@@ -57,11 +57,13 @@ class Setting:
             tell(check=str(error))
 
 
-def start(timeout_s: float, local: Callable[..., Any] = round_trip) -> Setting:
+def start(
+    timeout_s: float, local: Callable[..., Any] = round_trip, mode: Any = "direct"
+) -> Setting:
     """Joins the others, and shows that the group works; ``local`` is the step to come."""
     testing.initialize()
     mesh = Mesh(np.array(jax.devices()), ("ep",))
-    config = smfree.EpConfig(**CONFIG, timeout_s=timeout_s)
+    config = smfree.EpConfig(**CONFIG, timeout_s=timeout_s, mode=mode)
     group = smfree.EpGroup.create(mesh, config=config)
     problem = make_problem(mesh)
     jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
@@ -111,7 +113,7 @@ def leave(directory: str, survivors: list[int]) -> None:
 # ---- the programs --------------------------------------------------------------------------------
 
 
-def killed(directory: str) -> None:
+def killed(directory: str, mode: str) -> None:
     """A process is killed between its dispatch and its combine."""
 
     def local(token, *arrays):
@@ -121,7 +123,7 @@ def killed(directory: str) -> None:
         y = jax.lax.fori_loop(0, forever, lambda _, y: jnp.sin(y), d.x)
         return smfree.combine(token, d, y)[0]
 
-    setting = start(60.0, local)
+    setting = start(60.0, local, mode)
     if jax.process_index() == ODD:
         threading.Thread(target=die_after_dispatch, args=[setting.group], daemon=True).start()
     setting.tell_errors()
@@ -141,9 +143,9 @@ def die_after_dispatch(group: smfree.EpGroup) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def never_sends() -> None:
+def never_sends(mode: str) -> None:
     """A process stays away from a step."""
-    setting = start(2.0)
+    setting = start(2.0, mode=mode)
     if jax.process_index() == ODD:
         meet()
     else:

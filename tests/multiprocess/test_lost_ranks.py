@@ -38,11 +38,13 @@ def assert_all_match(errors, pattern):
         assert error is not None and re.search(pattern, error), (error, pattern)
 
 
-@pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)])
-def test_killed(tmp_path, processes, devices):
+@pytest.mark.parametrize(
+    "mode, processes, devices", [("direct", 2, 2), ("direct", 4, 1), ("hierarchical", 2, 2), ("hierarchical", 4, 2)]
+)
+def test_killed(tmp_path, mode, processes, devices):
     """The connection's end tells, long before the deadline."""
     told, result = run(
-        programs.killed, str(tmp_path), log_dir=tmp_path, processes=processes, devices=devices
+        programs.killed, str(tmp_path), mode, log_dir=tmp_path, processes=processes, devices=devices
     )
     lost = list(range(devices * programs.ODD, devices * (programs.ODD + 1)))
     named = rf"rank\(s\) {', '.join(map(str, lost))} \(process {programs.ODD}\) died.*Cure: "
@@ -58,10 +60,18 @@ def test_killed(tmp_path, processes, devices):
         assert told[rank]["close_seconds"] < 10.0
 
 
-def test_never_sends(tmp_path):
-    told, result = run(programs.never_sends, log_dir=tmp_path)
+NEVER_SENDS = {
+    "direct": r"rank [01] waited 2\.\d s in dispatch_recv \(.*\) for rank 2: .*; for rank 3: ",
+    # Each rank receives from the one of its index in the other node.
+    "hierarchical": r"rank ([01]) waited 2\.\d s in dispatch_recv \(.*\) for rank (?!\1)[23]: ",
+}
+
+
+@pytest.mark.parametrize("mode", NEVER_SENDS)
+def test_never_sends(tmp_path, mode):
+    told, result = run(programs.never_sends, mode, log_dir=tmp_path)
     result.check()
-    waits = r"rank [01] waited 2\.\d s in dispatch_recv \(.*\) for rank 2: .*; for rank 3: "
+    waits = NEVER_SENDS[mode]
     assert_all_match(told[0]["errors"], waits)
     assert told[0]["seconds"] < 4.0
     assert_all_match([told[0]["check"], told[1]["check"]], waits)  # it is told, too

@@ -17,6 +17,7 @@ from support import (
     assert_trees_close,
     block,
     ep_mesh,
+    in_both_modes,
     make_problem,
     mesh_of,
     reference_of,
@@ -135,6 +136,18 @@ def test_gradients(groups, structure, mode):
     assert_trees_close(actual, expected_gradients(structure))
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("structure", "mode"), [("loop", "jit"), ("scan", "checkpoint"), ("cond", "nested_checkpoint")]
+)
+def test_gradients_in_nodes(groups, structure, mode):
+    mesh = ep_mesh(4)
+    group = groups(mesh, **CONFIG, ranks_per_node=2)
+    model = functools.partial(STRUCTURES[structure], wrap=MODES[mode])
+    actual = value_and_grads(smfree, group.token, make_problem(mesh), model)
+    assert_trees_close(actual, expected_gradients(structure))
+
+
 def test_checkpoint_names(groups):
     """A policy that saves d.x by name keeps it; the routing is kept anyway."""
     mesh = ep_mesh(as_many(4))
@@ -152,6 +165,7 @@ def test_checkpoint_names(groups):
     assert_matches_reference(group, make_problem(mesh), wrapped, named)
 
 
+@in_both_modes
 def test_two_micro_batches_on_two_lanes(groups):
     """One jitted layer, traced once per lane, with both in flight at once."""
     mesh = ep_mesh(as_many(4))
@@ -178,6 +192,7 @@ def test_two_micro_batches_on_two_lanes(groups):
     assert_trees_close(actual, expected)
 
 
+@in_both_modes
 def test_two_groups_in_one_program(groups):
     mesh = mesh_of("data,ep")
     first = groups(mesh, "ep", **CONFIG)
@@ -197,6 +212,7 @@ def test_two_groups_in_one_program(groups):
     assert_trees_close(actual, expected)
 
 
+@in_both_modes
 def test_layers_with_their_own_shard_map(groups):
     """Fresh tokens, ordered by data; and one token that crosses the shard_map boundaries."""
     mesh = mesh_of("data,ep")
@@ -241,6 +257,7 @@ def test_layers_with_their_own_shard_map(groups):
     assert_trees_close(run(functools.partial(loss_threaded, token=group.token())), expected)
 
 
+@in_both_modes
 def test_token_is_carried_between_calls(groups):
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
@@ -264,6 +281,7 @@ def test_token_is_carried_between_calls(groups):
     np.testing.assert_array_equal(np.asarray(token.array).reshape(mesh.size, -1)[:, 2], 12)
 
 
+@in_both_modes
 def test_eager_shard_map(groups):
     """Without jit every primitive is a program of its own; the recv finds its send all the same."""
     mesh = ep_mesh(as_many(4))
@@ -279,6 +297,7 @@ def test_eager_shard_map(groups):
     np.testing.assert_array_equal(step(*problem.arrays), jax.jit(step)(*problem.arrays))
 
 
+@in_both_modes
 def test_forward_and_second_order_derivatives(groups):
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
@@ -322,6 +341,7 @@ def test_gradient_of_the_weights_alone_sends_less(groups):
     assert calls(3) == 3
 
 
+@in_both_modes
 @pytest.mark.parametrize("lanes", [6, 24])
 def test_many_independent_operations(groups, lanes):
     """More operations in flight than XLA has threads: nothing may block a thread (FFI futures)."""
@@ -368,6 +388,7 @@ def test_not_differentiable_group(groups):
         jax.grad(loss)(*problem.arrays)
 
 
+@in_both_modes
 def test_native_mode_and_hooks_are_the_same(groups):
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
