@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from jax_smfree._src import reference
 from jax_smfree.testing import chaos
 
-
 in_both_modes = pytest.mark.parametrize(
     "groups",
     [

@@ -95,12 +95,13 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
     """
     group = checks.check_token("dispatch_recv", token, "dispatch")
     assert token.state is not None
-    array, x, weights, group_sizes, num_dropped, *received = p.dispatch_recv_p.bind(
+    array, x, weights, group_sizes, num_dropped, rows, recv_counts, relay = p.dispatch_recv_p.bind(
         token.array,
         _position(group),
         call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=True),
     )
-    handle = Handle(*token.routing, *received, num_tokens=token.state.num_tokens)
+    places, send_counts = token.routing
+    handle = Handle(places, send_counts, rows, recv_counts, relay, token.state.num_tokens)
     d = DispatchResult(x, group_sizes, weights, num_dropped, handle)
     return d, Token(array, (), group, token.lane, None)
 

@@ -97,9 +97,9 @@ class EpGroup:
         config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(mesh, axis))
         if platform == "CUDA" and config.mode == "hierarchical":
             raise ValueError(
-                f"EpGroup.create: got {ranks} GPUs in nodes of {config.ranks_per_node} and mode="
-                "'hierarchical', expected the direct mode: the CUDA backend knows no other yet. Set "
-                "EpConfig(mode='direct')."
+                f"EpGroup.create: got {ranks} GPUs in nodes of {config.ranks_per_node}, which is "
+                "the hierarchical mode, expected the direct one: the CUDA backend knows no other "
+                "yet. Set EpConfig(mode='direct')."
             )
         group = cls(mesh, axis, config, fingerprint, ordinal)
         targets.register(platform)

@@ -9,10 +9,9 @@ from jax_smfree._src.config import EpConfig
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that other nodes reach over the network.
 
-    With ``config.ranks_per_node`` ranks in a node (``None``: all in one), in the mode of the config.
-    In every lane, direction of differentiation and parity these are ``max_tokens * hidden *
-    itemsize * nodes * 2`` and headers; in direct mode ``ranks`` instead of ``nodes``. Zero for a
-    single node.
+    With ``config.ranks_per_node`` ranks in a node (``None``: all in one). In every lane, direction
+    of differentiation and parity these are ``max_tokens * hidden * itemsize * nodes * 2`` and
+    headers; in direct mode ``ranks`` in the place of ``nodes``; zero for a single node.
 
     Raises:
       ValueError: for experts that do not divide over the ranks, or ranks that do not over the

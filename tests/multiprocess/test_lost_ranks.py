@@ -39,7 +39,8 @@ def assert_all_match(errors, pattern):
 
 
 @pytest.mark.parametrize(
-    "mode, processes, devices", [("direct", 2, 2), ("direct", 4, 1), ("hierarchical", 2, 2), ("hierarchical", 4, 2)]
+    "mode, processes, devices",
+    [("direct", 2, 2), ("direct", 4, 1), ("hierarchical", 2, 2), ("hierarchical", 4, 2)],
 )
 def test_killed(tmp_path, mode, processes, devices):
     """The connection's end tells, long before the deadline."""
