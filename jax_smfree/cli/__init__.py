@@ -9,6 +9,7 @@ import click
 
 import jax_smfree
 from jax_smfree.cli.doctor import doctor
+from jax_smfree.cli.overlap import overlap
 
 __all__ = ["cli"]
 
@@ -19,4 +20,5 @@ def cli() -> None:
     """Expert-parallel dispatch and combine for JAX that leave the SMs to the compute."""
 
 
-cli.add_command(doctor)
+for _command in (doctor, overlap):
+    cli.add_command(_command)
