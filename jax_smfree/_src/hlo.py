@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ _CALLED = re.compile(
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _BITS = re.compile(r"[a-z]+(\d+)")
+
+_NUMBERED = re.compile(r'^(\d+) "(.*)"$', re.MULTILINE)
+_LOCATION = re.compile(r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+) ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,19 @@ def _array_type(element: str, dimensions: str) -> ArrayType:
     shape = tuple(int(n) for n in dimensions.split(",") if n)
     # "pred" is stored as a byte, and a "token" is nothing.
     return ArrayType(int(bits[1]) if bits else 8 * (element == "pred"), shape)
+
+
+def source_lines(text: str) -> Iterator[str]:
+    """The lines of Python that a program comes from, e.g. ``model.py:31 in moe``.
+
+    From the tables at its head, which older versions of XLA do not write.
+    """
+    head, _, locations = text.partition("\nFileLocations\n")
+    files, _, functions = head.partition("\nFunctionNames\n")
+    path_of, function_of = (dict(_NUMBERED.findall(table)) for table in (files, functions))
+    for file, function, line in _LOCATION.findall(locations.partition("\n\n")[0]):
+        name = function_of[function].rpartition(".")[2]  # without what it is defined in
+        yield f"{os.path.basename(path_of[file])}:{line} in {name}"
 
 
 def parse(text: str) -> dict[str, Computation]:

@@ -35,8 +35,9 @@ class Reader:
     """Pairs the sends and recvs of a program by their tokens."""
 
     def __init__(self, program: jax.stages.Compiled | str) -> None:
-        text = program if isinstance(program, str) else program.as_text()
-        self._computations = hlo.parse(text or "")
+        text = (program if isinstance(program, str) else program.as_text()) or ""
+        self._computations = hlo.parse(text)
+        self._call_sites = {targets.call_site_number(s): s for s in hlo.source_lines(text)}
         self._work = Work(self._computations)
         self.windows: list[Window] = []
         self.orphans: list[Orphan] = []
@@ -57,7 +58,9 @@ class Reader:
         position = {instruction.name: n for n, instruction in enumerate(computation)}
 
         def orphan(name: str, call: hlo.Instruction, reason: str) -> None:
-            self.orphans.append(Orphan(*_identity(computation, call), _phase(call), name, reason))
+            self.orphans.append(
+                Orphan(*self._identity(computation, call), _phase(call), name, reason)
+            )
 
         for instruction in computation:
             name, call = instruction.name, self._exchange(instruction)
@@ -75,7 +78,7 @@ class Reader:
                 received_by[send] = name
                 between = computation.instructions[position[send] + 1 : position[name]]
                 steps = tuple(self._step(computation, i) for i in between if not is_free(i))
-                self.windows.append(Window(*_identity(computation, call), send, name, steps))
+                self.windows.append(Window(*self._identity(computation, call), send, name, steps))
         for name, call in sends.items():
             if name not in received_by:
                 orphan(name, call, "is never received")
@@ -138,18 +141,18 @@ class Reader:
             else:
                 return None
 
+    def _identity(
+        self, computation: hlo.Computation, call: hlo.Instruction
+    ) -> tuple[str, Literal["dispatch", "combine"], int, int, str]:
+        number = call.attribute("call_site")
+        return (
+            computation.name,
+            "dispatch" if "_dispatch" in call.target else "combine",
+            call.attribute("lane"),
+            call.attribute("derivation"),
+            self._call_sites.get(number) or targets.call_site_name(number),
+        )
+
 
 def _phase(call: hlo.Instruction) -> Literal["send", "recv"]:
     return "send" if "_send" in call.target else "recv"
-
-
-def _identity(
-    computation: hlo.Computation, call: hlo.Instruction
-) -> tuple[str, Literal["dispatch", "combine"], int, int, str]:
-    return (
-        computation.name,
-        "dispatch" if "_dispatch" in call.target else "combine",
-        call.attribute("lane"),
-        call.attribute("derivation"),
-        targets.call_site_name(call.attribute("call_site")),
-    )

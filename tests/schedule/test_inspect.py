@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
 from jax_smfree import inspect
+from jax_smfree._src import targets
 
 pytestmark = pytest.mark.cpu_only
 
@@ -148,6 +149,25 @@ def test_interleaved_replays_are_told_apart_by_their_tokens():
     assert [(w.send, w.recv) for w in windows] == [("b", "of_b"), ("a", "of_a")]
     assert [s.kind for w in windows for s in w.between] == ["exchange", "exchange"]
     assert all(w.is_replay and not w.is_backward for w in windows)
+
+
+def test_the_tables_of_a_program_name_its_call_sites():
+    tables = """
+FileNames
+1 "/home/me/model.py"
+
+FunctionNames
+1 "Model.moe"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=31 end_line=31 column=4 end_column=9}
+
+"""
+    site = "call_site = " + str(targets.call_site_number("model.py:31 in moe"))
+    text = program(send(), recv("recv", "%send")).replace("call_site = 7", site)
+    assert [w.call_site for w in inspect.overlap(text)] != ["model.py:31 in moe"]
+    (window,) = inspect.overlap(text.replace("\n", "\n" + tables, 1))
+    assert window.call_site == "model.py:31 in moe"
 
 
 def test_a_program_without_operations_reports_none():
