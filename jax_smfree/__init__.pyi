@@ -2,6 +2,7 @@
 from . import doctor as doctor
 from . import inspect as inspect
 from . import nn as nn
+from . import plan as plan
 from . import testing as testing
 from ._src.api import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from ._src.api import RecvHook as RecvHook

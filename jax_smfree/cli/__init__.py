@@ -10,6 +10,7 @@ import click
 import jax_smfree
 from jax_smfree.cli.doctor import doctor
 from jax_smfree.cli.overlap import overlap
+from jax_smfree.cli.plan import plan
 
 __all__ = ["cli"]
 
@@ -20,5 +21,5 @@ def cli() -> None:
     """Expert-parallel dispatch and combine for JAX that leave the SMs to the compute."""
 
 
-for _command in (doctor, overlap):
+for _command in (doctor, overlap, plan):
     cli.add_command(_command)

@@ -12,9 +12,7 @@ from rich.console import Console
 
 from jax_smfree import inspect
 from jax_smfree.cli import show
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_EXISTING = click.Path(path_type=Path, dir_okay=False, exists=True)
+from jax_smfree.cli.options import EXISTING_FILE, FILE
 
 
 @click.group()
@@ -23,7 +21,7 @@ def overlap() -> None:
 
 
 @overlap.command()
-@click.argument("program", type=_EXISTING)
+@click.argument("program", type=EXISTING_FILE)
 @click.option("--steps", is_flag=True, help="List the work of each window.")
 @click.option("--strict", is_flag=True, help="Exit with code 1 if there is a warning.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -82,9 +80,9 @@ def _giga(flops: int | None) -> str:
 
 
 @overlap.command()
-@click.argument("trace", type=_EXISTING)
-@click.option("--plot", type=_FILE, help="Write a picture, e.g. timeline.png.")
-@click.option("--perfetto", type=_FILE, help="Write a JSON file for https://ui.perfetto.dev.")
+@click.argument("trace", type=EXISTING_FILE)
+@click.option("--plot", type=FILE, help="Write a picture, e.g. timeline.png.")
+@click.option("--perfetto", type=FILE, help="Write a JSON file for https://ui.perfetto.dev.")
 def timeline(trace: Path, plot: Path | None, perfetto: Path | None) -> None:
     """Draw what ran when on GPUs, from what a group recorded.
 

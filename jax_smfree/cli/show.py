@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> None:
     """Prints a table whose first ``text`` columns are text, and the others numbers."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column, name in enumerate(head):
         shown.add_column(name, justify="left" if column < text else "right")
     for row in rows:
