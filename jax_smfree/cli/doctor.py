@@ -35,7 +35,7 @@ def doctor(as_json: bool) -> None:
 
 def _print(diagnosis: Diagnosis) -> None:
     rows = [(f.topic, f.name, f.value, _mark(f)) for f in diagnosis.findings]
-    show.table("", ("of", "what", "found", ""), rows, text=4)
+    show.table("", ("of", "what", "found", ""), rows, text=4, wrap="found")
     gpus = [str(i) for i in range(len(diagnosis.peer_access))]
     if len(gpus) > 1:
         marks = (["✓" if ok else "✗" for ok in row] for row in diagnosis.peer_access)

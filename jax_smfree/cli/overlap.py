@@ -70,6 +70,7 @@ def _print(found: inspect.OverlapReport, steps: bool) -> None:
                 for s in window.between
             ),
             text=3,
+            wrap="from",
         )
     for warning in found.warnings:
         Console().print(f"[yellow]warning[/] {warning}")

@@ -27,9 +27,7 @@ def save(predictions: Sequence[Prediction], path: Path, title: str) -> None:
         times.plot(ranks, wire, "o-", color=colour, label=f"{mode}: on the wire, can be hidden")
         times.plot(ranks, busy, "s--", color=colour, label=f"{mode}: on the SMs, stays")
         memory.plot(ranks, [p.buffer_bytes / 2**30 for p in mine], "o-", color=colour, label=mode)
-    times.set(
-        xlabel="ranks", ylabel="ms", title="dispatch on the wire; dispatch and combine on the SMs"
-    )
+    times.set(xlabel="ranks", ylabel="ms", title="one dispatch on the wire; all phases")
     memory.set(xlabel="ranks", ylabel="GiB per rank", title="buffers")
     shown = sorted({p.ranks for p in predictions})
     for axes in (times, memory):

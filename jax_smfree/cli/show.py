@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich import box
@@ -14,11 +14,23 @@ from rich.console import Console
 from rich.table import Table
 
 
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> None:
-    """Prints a table whose first ``text`` columns are text, and the others numbers."""
+def table(
+    title: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text: int = 1,
+    wrap: str = "",
+) -> None:
+    """Prints a table whose first ``text`` columns are text, and the others numbers.
+
+    Heads wrap, and of the text the column ``wrap``.
+    """
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column, name in enumerate(head):
-        shown.add_column(name, justify="left" if column < text else "right")
+        is_text = column < text
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        shown.add_column(name, justify=justify, no_wrap=is_text and name != wrap)
     for row in rows:
         shown.add_row(*row)
     Console().print(shown)
