@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX's own ways on the GPUs: those of ``_jax_ways.py``, and ``ragged_all_to_all``."""
+"""JAX's own ways on the GPUs: those of ``jax_smfree.bench``, and ``ragged_all_to_all``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from _cases import AXIS
 from _gpu_cases import Case, GpuShape, Scale
 from _gpu_library import expected
 from _gpu_timing import Json, batch_times, prepare, summary
-from _jax_ways import WAYS, Grouped, Way, ragged_all_to_all_error
 from jax import Array, lax
+
+from jax_smfree.bench.cases import AXIS
+from jax_smfree.bench.jax_ways import WAYS, Grouped, Way, ragged_all_to_all_error
 
 RAGGED = "ragged_all_to_all"
 # Rounded to bfloat16 once or twice, in another order.

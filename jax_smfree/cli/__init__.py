@@ -8,6 +8,7 @@ be done from Python as well.
 import click
 
 import jax_smfree
+from jax_smfree.cli.bench import bench
 from jax_smfree.cli.doctor import doctor
 from jax_smfree.cli.overlap import overlap
 from jax_smfree.cli.plan import plan
@@ -21,5 +22,5 @@ def cli() -> None:
     """Expert-parallel dispatch and combine for JAX that leave the SMs to the compute."""
 
 
-for _command in (doctor, overlap, plan):
+for _command in (doctor, overlap, plan, bench):
     cli.add_command(_command)

@@ -10,8 +10,11 @@ import pytest
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., click.testing.Result]:
     """``run("doctor", "--json", exit_code=0)``: a command, with its exit code checked."""
+    import jax
+
     from jax_smfree.cli import cli
 
+    jax.devices()  # with the devices of the tests, before a command asks for its own
     monkeypatch.setenv("COLUMNS", "120")
     # So that what a command sets is taken back after the test.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from _cases import AXIS, PEERS, Shape
 from jax import Array, lax
+
+from jax_smfree.bench.cases import AXIS, PEERS, Shape
 
 
 class Grouped(NamedTuple):
@@ -94,7 +95,8 @@ def _scatter_combine(s: Shape, d: Grouped, y: Array) -> Array:
     out = jnp.zeros((s.ranks * s.rows, s.hidden), jnp.float32)
     weighted = d.weights[:, None] * y.astype(jnp.float32)
     out = out.at[d.routing.copy_of_row // s.top_k].add(weighted)
-    return lax.psum_scatter(out.astype(y.dtype), AXIS, tiled=True)
+    scattered: Array = lax.psum_scatter(out.astype(y.dtype), AXIS, tiled=True)
+    return scattered
 
 
 def _sum_of_slots(s: Shape, d: Grouped, y: Array, rows: Array) -> Array:
@@ -109,7 +111,9 @@ def _sum_of_slots(s: Shape, d: Grouped, y: Array, rows: Array) -> Array:
 
 def _gather_combine(s: Shape, d: Grouped, y: Array) -> Array:
     rows = d.routing.row_of_copy.reshape(-1, s.top_k)
-    return lax.psum_scatter(_sum_of_slots(s, d, y, rows).astype(y.dtype), AXIS, tiled=True)
+    partial = _sum_of_slots(s, d, y, rows).astype(y.dtype)
+    scattered: Array = lax.psum_scatter(partial, AXIS, tiled=True)
+    return scattered
 
 
 # all_to_all: each row once to each rank that it concerns, in blocks of a fixed size per pair.
@@ -118,7 +122,7 @@ def _gather_combine(s: Shape, d: Grouped, y: Array) -> Array:
 def _exchange(blocks: Array) -> Array:
     """[R, M, H] -> [R * M, H]. The barriers keep XLA from cutting its neighbours into R pieces."""
     blocks = lax.optimization_barrier(blocks)
-    received = lax.optimization_barrier(lax.all_to_all(blocks, AXIS, 0, 0))
+    received: Array = lax.optimization_barrier(lax.all_to_all(blocks, AXIS, 0, 0))
     return received.reshape(-1, blocks.shape[-1])
 
 
@@ -185,9 +189,10 @@ def ragged_all_to_all_error(mesh: jax.sharding.Mesh) -> str | None:
         ones = jnp.ones(ranks, jnp.int32)
         offsets = jnp.arange(ranks, dtype=jnp.int32)
         there = jnp.full(ranks, lax.axis_index(AXIS), jnp.int32)
-        return lax.ragged_all_to_all(
+        exchanged: Array = lax.ragged_all_to_all(
             x, jnp.zeros_like(x), offsets, ones, there, ones, axis_name=AXIS
         )
+        return exchanged
 
     spec = jax.sharding.PartitionSpec(AXIS)
     program = jax.jit(
