@@ -143,7 +143,7 @@ def _array_type(element: str, dimensions: str) -> ArrayType:
 def source_lines(text: str) -> Iterator[str]:
     """The lines of Python that a program comes from, e.g. ``model.py:31 in moe``.
 
-    From the tables at its head, which older versions of XLA do not write.
+    From the tables at its head; none where a program has no such tables.
     """
     head, _, locations = text.partition("\nFileLocations\n")
     files, _, functions = head.partition("\nFunctionNames\n")
