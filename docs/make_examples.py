@@ -34,6 +34,12 @@ def write_trace() -> None:
     (EXAMPLES / "trace.json").write_text(json.dumps(trace, indent=1) + "\n")
 
 
+def draw_life_of_a_token() -> None:
+    script = DOCS.parent / "examples/life_of_a_token.py"
+    output = EXAMPLES / "life_of_a_token.png"
+    subprocess.run([sys.executable, script, "--output", output], check=True)
+
+
 def output_of(arguments: str) -> str:
     """What ``jax-smfree`` prints, without trailing spaces and empty lines around it."""
     command = [sys.executable, "-m", "jax_smfree", *shlex.split(arguments)]
@@ -57,6 +63,7 @@ def updated(page: str, output: Callable[[str], str]) -> str:
 
 def main(only: str) -> None:
     write_trace()
+    draw_life_of_a_token()
     for path in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
         page = path.read_text()
         new = updated(page, lambda c: output_of(c) if c.startswith(only) else "")
