@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looks at this machine and installation for what the library needs, and says what to do.
 
-    examine()      everything, as a `Diagnosis` of `Finding`s
+examine      everything, as a `Diagnosis`: a `Finding` per thing that was looked at
 
 On the command line: ``jax-smfree doctor``.
 """

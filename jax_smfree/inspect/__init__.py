@@ -4,8 +4,7 @@
 overlap_report(compiled)    a report: the work between each send and its recv, and warnings
 overlap(compiled)           one `Window` per send and its recv, to look into
 orphans(compiled)           halves without their counterpart; an intact program has none
-Timeline                    the phases and copies that a group recorded on GPUs, as a picture or
-                            for Perfetto
+Timeline                    phases and copies that a group recorded on GPUs, also for Perfetto
 
 ``compiled`` is ``jax.jit(f).lower(...).compile()``, also for GPUs that are not there. On the
 command line: ``jax-smfree overlap``.
