@@ -34,10 +34,10 @@ def examine(environ: Mapping[str, str] = os.environ) -> Diagnosis:
         access = gpus.peer_access()
         findings = (
             *software.versions(packages),
-            *software.build(len(gpus)),
             *gpus.findings(),  # before JAX takes its pool of GPU memory
             *devices.peer_findings(access),
             *devices.jax_devices(environ, len(gpus)),
+            *software.build(len(gpus)),  # after JAX has started, when jaxlib knows our types
             *network.nvshmem(packages),
             *network.adapters(),
             *environment.gpu_settings(environ, len(gpus)),

@@ -68,8 +68,12 @@ class Gpus:
             return
         yield Finding(topic, "driver", self._nvml.nvmlSystemGetDriverVersion())
         for index, handle in enumerate(self._handles):
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
             name = self._nvml.nvmlDeviceGetName(handle)
+            try:
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+            except self._nvml.NVMLError as error:  # GPUs that share the host's memory
+                yield Finding(topic, f"GPU {index}", f"{name}, memory: {error}")
+                continue
             free = f"{name}, {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
             if memory.free >= _MIN_FREE_SHARE * memory.total:
                 yield Finding(topic, f"GPU {index}", free)
@@ -88,7 +92,10 @@ class Gpus:
         if a is b:
             return True
         assert self._nvml is not None
-        status = self._nvml.nvmlDeviceGetP2PStatus(a, b, self._nvml.NVML_P2P_CAPS_INDEX_READ)
+        try:
+            status = self._nvml.nvmlDeviceGetP2PStatus(a, b, self._nvml.NVML_P2P_CAPS_INDEX_READ)
+        except self._nvml.NVMLError:  # GPUs that know of no peers at all
+            return False
         return bool(status == self._nvml.NVML_P2P_STATUS_OK)
 
 

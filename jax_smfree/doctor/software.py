@@ -46,19 +46,30 @@ def versions(packages: dict[str, str]) -> Iterator[Finding]:
 
 
 def build(gpus: int) -> Iterator[Finding]:
-    """The platforms whose custom calls are in the native module; ``gpus``: those of this host."""
-    topic, calls = "build", f"{len(targets.TARGETS)} custom calls"
-    yield Finding(topic, "cpu", calls)
+    """The platforms whose custom calls are built, and register; ``gpus``: those of this host."""
+    yield _registered("cpu", "cpu")
     if _native.has_cuda:
-        yield Finding(topic, "cuda", f"{len(_native.cuda_targets())} custom calls")
+        yield _registered("cuda", "CUDA")
     elif gpus:
         cure = (
             "This host has GPUs. Put nvcc on PATH and install from a clone: "
             "pip install . -C cmake.define.SMFREE_CUDA=ON"
         )
-        yield Finding(topic, "cuda", "not built", "problem", cure)
+        yield Finding("build", "cuda", "not built", "problem", cure)
     else:
-        yield Finding(topic, "cuda", "not built; programs compile for GPUs and do not run on them")
+        yield Finding(
+            "build", "cuda", "not built; programs compile for GPUs and do not run on them"
+        )
+
+
+def _registered(name: str, platform: str) -> Finding:
+    calls = f"{len(targets.TARGETS)} custom calls"
+    try:
+        targets.register(platform)
+    except Exception as error:  # whatever jaxlib raises
+        cure = f"The build does not fit this jaxlib ({error}). Install jax_smfree again."
+        return Finding("build", name, f"{calls}, refused", "problem", cure)
+    return Finding("build", name, f"{calls}, registered")
 
 
 def _minor(version: str) -> tuple[str | None, ...]:

@@ -80,7 +80,8 @@ class Machine:
             }
             link = results["link_ceilings"].get("large")
             measured |= {"nvlink_gb_s": link["all_to_all"]} if link else {}
-            rates = measured | given
+            rates = {"network_gb_s": cls.network_gb_s} | measured | given
+            rates["nvlink_gb_s"]  # not in runs of one GPU, nor where there was no nvcc
             shapes = list(results["shapes"].values())
             phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
         except (KeyError, TypeError) as error:

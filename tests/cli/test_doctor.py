@@ -16,9 +16,14 @@ def names(findings, status=None):
     return [f.name for f in findings if status in (None, f.status)]
 
 
+class NvmlError(Exception):
+    """What NVML raises for what a GPU does not have."""
+
+
 def fake_nvml(free=130, peers=True, count=2):
     """The part of NVML that is used, of GPUs with 140 GiB."""
     return types.SimpleNamespace(
+        NVMLError=NvmlError,
         NVML_P2P_CAPS_INDEX_READ=0,
         NVML_P2P_STATUS_OK=0,
         nvmlDeviceGetCount=lambda: count,
@@ -42,7 +47,7 @@ def test_json(run):
     assert diagnosis["ok"]
     found = {(f["topic"], f["name"]): f["value"] for f in diagnosis["findings"]}
     assert found["devices", "jax"] == f"{jax.device_count()} × cpu cpu"
-    assert found["build", "cpu"] == "8 custom calls"
+    assert found["build", "cpu"] == "8 custom calls, registered"
 
 
 def test_a_problem_is_exit_code_1_with_its_cure(run, monkeypatch):
@@ -95,6 +100,27 @@ def test_the_matrix_of_peers_is_shown(run, monkeypatch):
     text = run("doctor", exit_code=1).output
     assert "none between 0–1, 1–0" in text
     assert text.count("✓") == text.count("✗") == 2
+
+
+def test_gpus_without_memory_and_peers_of_their_own():
+    def refuse(*_):
+        raise NvmlError("Not Supported")
+
+    library = fake_nvml()
+    library.nvmlDeviceGetMemoryInfo = library.nvmlDeviceGetP2PStatus = refuse
+    gpus = devices.Gpus(library)
+    assert [f.value for f in gpus.findings()][1] == "NVIDIA H200, memory: Not Supported"
+    assert gpus.peer_access() == ((True, False), (False, True))
+
+
+def test_a_build_that_does_not_register(monkeypatch):
+    def refuse(platform):
+        raise RuntimeError("FFI API 0.4")
+
+    monkeypatch.setattr(software.targets, "register", refuse)
+    problem = next(iter(software.build(gpus=0)))
+    assert (problem.status, problem.value) == ("problem", "8 custom calls, refused")
+    assert "FFI API 0.4" in problem.cure
 
 
 def test_gpus_that_do_not_reach_each_other():

@@ -49,6 +49,13 @@ def test_the_defaults_are_what_the_results_say():
     assert plan.Machine.from_results(MEASURED) == plan.Machine()
 
 
+def test_results_without_links_need_them_given():
+    results = MEASURED | {"link_ceilings": {"error": "no nvcc"}}
+    with pytest.raises(ValueError, match="without 'nvlink_gb_s'"):
+        plan.Machine.from_results(results)
+    assert plan.Machine.from_results(results, nvlink_gb_s=400.0).nvlink_gb_s == 400.0
+
+
 def test_buffers_are_what_the_size_hints_say():
     config = smfree.EpConfig(num_experts=64, top_k=2, hidden=128, max_tokens=64, ranks_per_node=8)
     direct, hierarchical = plan.sweep(config, [32])
