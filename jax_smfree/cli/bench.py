@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jax_smfree.bench import Shape, measure
+from jax_smfree.bench.cases import AXIS, COMPUTE, LIBRARY, PEERS, PHASES, TOGETHER
 from jax_smfree.cli import show
 from jax_smfree.cli.options import DTYPES, FILE, SIZES, Sizes, sizes
 
@@ -39,8 +43,6 @@ def bench(
     with benchmarks/ in a clone.
     """
     mesh = _mesh(ranks)
-    from jax_smfree.bench import Shape, measure
-
     sized = Shape(mesh.size, shape.rows, shape.top_k, shape.experts, shape.hidden, dtype)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
@@ -68,28 +70,21 @@ def bench(
         show.wrote(plot)
 
 
-def _mesh(ranks: int | None) -> Any:
-    import jax
-    from jax.sharding import Mesh
-
-    from jax_smfree.bench.cases import AXIS
-
-    # Refused where JAX has started already: then its devices are what there is.
+def _mesh(ranks: int | None) -> Mesh:
+    # Refused where JAX has started: then its devices are what there is.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", ranks or 4)
     devices = jax.devices()
     wanted = ranks or (4 if devices[0].platform == "cpu" else len(devices))
     if len(devices) < wanted:
         raise click.ClickException(
-            f"got --ranks {wanted}, expected at most the {len(devices)} devices that JAX has "
+            f"got --ranks {wanted}, expected at most {len(devices)}: JAX has no more devices "
             f"({devices[0].device_kind})."
         )
     return Mesh(devices[:wanted], (AXIS,))
 
 
 def _print(title: str, result: dict[str, Any]) -> None:
-    from jax_smfree.bench.cases import COMPUTE, LIBRARY, PEERS, PHASES, TOGETHER
-
     times = result["times_us"]
     mine = times[LIBRARY]["median"]
 

@@ -25,9 +25,7 @@ def test_table_json_and_picture(run, tmp_path):
 
 
 def test_too_many_ranks(run):
-    assert (
-        "got --ranks 4096, expected at most the" in run(*QUICK, "--ranks", 4096, exit_code=1).output
-    )
+    assert "got --ranks 4096, expected at most" in run(*QUICK, "--ranks", 4096, exit_code=1).output
 
 
 def test_experts_that_do_not_divide(run):
