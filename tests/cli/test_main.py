@@ -10,9 +10,11 @@ from jax_smfree import __main__
 pytestmark = pytest.mark.cpu_only
 
 
-def test_the_package_is_a_program():
+def test_the_package_is_a_program(tmp_path):
     command = [sys.executable, "-m", "jax_smfree", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.strip() == f"jax-smfree, version {jax_smfree.__version__}"
 
 
