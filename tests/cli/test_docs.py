@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands in docs/ print what the pages say, where that is the same on every machine."""
 
+import importlib
 import pathlib
+import re
 import runpy
 
 import pytest
@@ -32,3 +34,10 @@ def test_output(run, command, output, monkeypatch, tmp_path):
 
 def test_every_command_is_shown():
     assert {command.split()[0] for command, _ in SHOWN} == {"doctor", "overlap", "plan", "bench"}
+
+
+@pytest.mark.parametrize("module", ["bench", "doctor", "inspect", "nn", "plan", "testing"])
+def test_the_reference_has_every_public_name(module):
+    reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, re.MULTILINE))
+    assert set(importlib.import_module(f"jax_smfree.{module}").__all__) <= shown
