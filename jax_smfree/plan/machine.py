@@ -26,10 +26,10 @@ class PhaseCost:
 
 
 _H200 = {
-    "dispatch_send": PhaseCost(21.1, 0.80),
-    "dispatch_recv": PhaseCost(17.8, 0.02),
-    "combine_send": PhaseCost(15.9, 0.31),
-    "combine_recv": PhaseCost(6.5, 0.09),
+    "dispatch_send": PhaseCost(20.1, 0.79),
+    "dispatch_recv": PhaseCost(17.5, 0.04),
+    "combine_send": PhaseCost(12.9, 0.44),
+    "combine_recv": PhaseCost(8.1, 0.13),
 }
 
 
@@ -49,10 +49,10 @@ class Machine:
       phases: by name.
     """
 
-    nvlink_gb_s: float = 382.9
+    nvlink_gb_s: float = 381.4
     network_gb_s: float = 50.0
-    hbm_gb_s: float = 3666.4
-    matmul_tflop_s: float = 677.6
+    hbm_gb_s: float = 3914.8
+    matmul_tflop_s: float = 704.3
     phases: Mapping[str, PhaseCost] = dataclasses.field(default_factory=lambda: dict(_H200))
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Machine:
     def from_results(cls, results: Mapping[str, Any], **given: float) -> Machine:
         """From what ``benchmarks/gpu.py`` wrote; ``given`` rates count instead of measured ones.
 
-        The costs of a phase are the least squares over the shapes.
+        The costs of a phase are those with the least relative squares over the shapes.
 
         Raises:
           ValueError: for another file, or one in which a rate is missing and not given.
@@ -99,12 +99,15 @@ class Machine:
 
 def _fit(shapes: list[Any], phase: str, hbm_gb_s: float) -> PhaseCost:
     """What is left of the measured times when the bytes are taken off, as a line over the rows."""
-    rows, excess_us = [], []
+    rows, excess_us, weights = [], [], []
     for shape in shapes:
         found = shape["movers"]["default"]["phases"][phase]
         row_bytes = shape["hidden"] * np.dtype(np.uint16).itemsize  # benchmarks/gpu.py: bfloat16
         rows.append(found["bytes"] / row_bytes)
         excess_us.append(found["p50"] - found["bytes"] / hbm_gb_s / 1e3)
-    lines = np.stack([np.ones(len(rows)), rows], axis=1)
-    (fixed_us, row_us), *_ = np.linalg.lstsq(lines, np.array(excess_us), rcond=None)
+        weights.append(
+            1 / found["p50"]
+        )  # errors relative to the time, or small shapes count nothing
+    lines = np.stack([np.ones(len(rows)), rows], axis=1) * np.array(weights)[:, None]
+    (fixed_us, row_us), *_ = np.linalg.lstsq(lines, np.array(excess_us) * weights, rcond=None)
     return PhaseCost(round(float(fixed_us), 1), round(1e3 * float(row_us), 2))

@@ -73,7 +73,7 @@ def test_timeline_files(run, recorded, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     events = json.loads(perfetto.read_text())["traceEvents"]
     slices = [e for e in events if e["ph"] == "X"]
-    assert len(slices) == len(recorded["phases"])
+    assert len(slices) == len(recorded["phases"]) + len(recorded["wire"])
     for event in slices:
         assert event["ts"] >= 0 and event["dur"] > 0
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
