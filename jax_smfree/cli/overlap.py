@@ -61,7 +61,7 @@ def _print(found: inspect.OverlapReport, steps: bool) -> None:
         ),
         text=4,
     )
-    for window in found.windows if steps else ():
+    for window in (w for w in found.windows if steps and w.between):
         show.table(
             f"{window.send} … {window.recv}",
             ("instruction", "kind", "from", "GFLOP", "MB"),
