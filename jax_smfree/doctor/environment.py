@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ def gpu_settings(environ: Mapping[str, str], gpus: int) -> Iterator[Finding]:
         cure = "unset CUDA_LAUNCH_BLOCKING: every phase would wait, and nothing would overlap."
         yield Finding(_TOPIC, "CUDA_LAUNCH_BLOCKING", "set", "problem", cure)
     queues = environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    if queues and int(queues) < _FEWEST_QUEUES:
+    if queues and not _number(queues) >= _FEWEST_QUEUES:
         cure = (
             "unset CUDA_DEVICE_MAX_CONNECTIONS: with few hardware queues a copy to a peer can be "
             "held up behind a kernel that has nothing to do with it."
@@ -42,10 +43,18 @@ def _pool(environ: Mapping[str, str]) -> Finding:
     if environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
         return Finding(_TOPIC, "XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     share = environ.get(name)
-    if share and float(share) <= _MAX_POOL:
+    if share and _number(share) <= _MAX_POOL:
         return Finding(_TOPIC, name, share)
     cure = f"Groups allocate beside XLA's pool. Leave room for them: export {name}=0.6."
     return Finding(_TOPIC, name, share or "unset, which means 0.75", "warning", cure)
+
+
+def _number(text: str) -> float:
+    """NaN, which passes no comparison, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def cpu_settings(huge_pages: Path = _HUGE_PAGES) -> Iterator[Finding]:
