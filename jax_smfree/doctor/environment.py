@@ -13,6 +13,7 @@ from jax_smfree.doctor.findings import Finding
 _TOPIC = "environment"
 # XLA's default pool is 0.75 of a GPU, and what is left must hold the buffers of the groups.
 _MAX_POOL = 0.7
+_POOL_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _FEWEST_QUEUES = 8
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -39,9 +40,13 @@ def gpu_settings(environ: Mapping[str, str], gpus: int) -> Iterator[Finding]:
 
 
 def _pool(environ: Mapping[str, str]) -> Finding:
-    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     if environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
         return Finding(_TOPIC, "XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    given = [name for name in _POOL_NAMES if environ.get(name)]
+    if len(given) > 1:
+        cure = f"JAX refuses to start with both. Set one: unset {given[1]}."
+        return Finding(_TOPIC, given[0], f"set beside {given[1]}", "problem", cure)
+    name = given[0] if given else _POOL_NAMES[1]
     share = environ.get(name)
     if share and _number(share) <= _MAX_POOL:
         return Finding(_TOPIC, name, share)

@@ -136,6 +136,12 @@ def test_gpus_that_do_not_reach_each_other():
         ({}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "most"}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.9"}, "warning", "XLA_CLIENT_MEM_FRACTION"),
+        (
+            {"XLA_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+            "problem",
+            "XLA_CLIENT_MEM_FRACTION",
+        ),
         ({"CUDA_LAUNCH_BLOCKING": "1"}, "problem", "CUDA_LAUNCH_BLOCKING"),
         ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "warning", "CUDA_DEVICE_MAX_CONNECTIONS"),
     ],
