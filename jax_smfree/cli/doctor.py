@@ -7,7 +7,7 @@ import os
 import sys
 
 import click
-from rich.console import Console
+from rich.text import Text
 
 from jax_smfree.cli import show
 from jax_smfree.doctor import Diagnosis, Finding, examine
@@ -41,11 +41,10 @@ def _print(diagnosis: Diagnosis) -> None:
         marks = (["✓" if ok else "✗" for ok in row] for row in diagnosis.peer_access)
         matrix = [[gpu, *row] for gpu, row in zip(gpus, marks, strict=True)]
         show.table("GPU reads the memory of GPU", ["", *gpus], matrix)
-    console = Console()
     for finding in diagnosis.findings:
         if finding.cure:
-            console.print(f"{_mark(finding)} {finding.name}: {finding.value}\n  {finding.cure}")
+            show.message(_mark(finding), f"{finding.name}: {finding.value}\n  {finding.cure}")
 
 
-def _mark(finding: Finding) -> str:
-    return f"[{_STYLES[finding.status]}]{finding.status}[/]"
+def _mark(finding: Finding) -> Text:
+    return Text(finding.status, style=_STYLES[finding.status])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
+from rich.text import Text
 
 from jax_smfree import inspect
 from jax_smfree.cli import show
@@ -61,7 +61,7 @@ def _print(found: inspect.OverlapReport, steps: bool) -> None:
         ),
         text=4,
     )
-    for window in found.windows if steps else ():
+    for window in (w for w in found.windows if steps and w.between):
         show.table(
             f"{window.send} … {window.recv}",
             ("instruction", "kind", "from", "GFLOP", "MB"),
@@ -73,7 +73,7 @@ def _print(found: inspect.OverlapReport, steps: bool) -> None:
             wrap="from",
         )
     for warning in found.warnings:
-        Console().print(f"[yellow]warning[/] {warning}")
+        show.message(Text("warning", style="yellow"), warning)
 
 
 def _giga(flops: int | None) -> str:

@@ -12,12 +12,13 @@ import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def table(
     title: str,
     head: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence[str | Text]],
     *,
     text: int = 1,
     wrap: str = "",
@@ -33,7 +34,17 @@ def table(
         shown.add_column(name, justify=justify, no_wrap=is_text and name != wrap)
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    _console().print(shown)
+
+
+def message(mark: Text, text: str) -> None:
+    """Prints a line that begins with a coloured word."""
+    _console().print(Text.assemble(mark, " ", text))
+
+
+def _console() -> Console:
+    """Brackets in what is shown are brackets, as in ``jax[cuda13]``, not colours."""
+    return Console(markup=False, highlight=False)
 
 
 def as_json(value: Any) -> None:

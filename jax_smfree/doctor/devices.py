@@ -20,7 +20,7 @@ def jax_devices(environ: Mapping[str, str], gpus: int) -> Iterator[Finding]:
     topic = "devices"
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         cure = "Install the plugin that JAX_PLATFORMS asks for, or set JAX_PLATFORMS=cpu."
         yield Finding(topic, "jax", str(error).splitlines()[0], "problem", cure)
         return

@@ -89,7 +89,7 @@ class Window(Operation):
 
     @property
     def work(self) -> tuple[Step, ...]:
-        """What computes: all but collectives and other sends and recvs."""
+        """What computes, without collectives and other sends and recvs."""
         return tuple(s for s in self.between if s.kind in ("matmul", "kernel"))
 
     @property

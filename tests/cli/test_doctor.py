@@ -52,12 +52,12 @@ def test_json(run):
 
 def test_a_problem_is_exit_code_1_with_its_cure(run, monkeypatch):
     def broken(environ, gpus):
-        yield doctor.Finding("devices", "jax", "no GPU", "problem", "Plug one in.")
+        yield doctor.Finding("devices", "jax", "no GPU", "problem", "pip install 'jax[cuda13]'")
 
     monkeypatch.setattr(devices, "jax_devices", broken)
     result = run("doctor", exit_code=1)
     assert "problem jax: no GPU" in result.output
-    assert "Plug one in." in result.output
+    assert "pip install 'jax[cuda13]'" in result.output
 
 
 def test_every_finding_that_is_not_ok_has_a_cure():
@@ -135,6 +135,13 @@ def test_gpus_that_do_not_reach_each_other():
     [
         ({}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "most"}, "warning", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.9"}, "warning", "XLA_CLIENT_MEM_FRACTION"),
+        (
+            {"XLA_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+            "problem",
+            "XLA_CLIENT_MEM_FRACTION",
+        ),
         ({"CUDA_LAUNCH_BLOCKING": "1"}, "problem", "CUDA_LAUNCH_BLOCKING"),
         ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "warning", "CUDA_DEVICE_MAX_CONNECTIONS"),
     ],
