@@ -10,10 +10,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _cases import AXIS, Inputs, Shape, wire_rows
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
+
+from jax_smfree.bench.cases import AXIS, Inputs, Shape, wire_rows
+from jax_smfree.bench.programs import sharded
 
 SHAPES = ("8192x7168:8of256", "4096x7168:8of256", "8192x4096:2of64", "32768x2048:2of128")
 SHAPES += ("128x7168:8of256",)
@@ -95,10 +96,6 @@ class Case:
 
 def make_mesh(ranks: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
-
-
-def sharded(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(AXIS))
 
 
 def random_rows(mesh: Mesh, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Array:

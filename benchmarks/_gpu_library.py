@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _cases import AXIS
 from _gpu_cases import Case, Scale
 from _gpu_timing import GEMM_COUNTS, Gemms, Json, Run, prepare, summary, timed
 from _gpu_trace import KERNELS, Recording, Tracer
@@ -18,6 +17,7 @@ from jax import Array
 
 import jax_smfree as smfree
 from jax_smfree._src import reference
+from jax_smfree.bench.cases import AXIS
 
 # Far apart on purpose: a difference this large is an error, a smaller one is the order of a sum.
 MAX_RELATIVE_ERROR = 2e-3

@@ -16,16 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _cases import AXIS
 from _gpu_cases import Case, GpuShape, Scale
 from _gpu_library import opened
 from _gpu_timing import Json, Run, batch_times, summary
-from _jax_ways import route
 from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_smfree import nn
+from jax_smfree.bench.cases import AXIS
+from jax_smfree.bench.jax_ways import route
 
 # Gradients are rounded to bfloat16 at other places, and where two experts tie for the last place of
 # a row, one program may take the one and the other the other.

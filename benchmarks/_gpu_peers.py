@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX's own ways on the GPUs: those of ``_jax_ways.py``, and ``_ragged_way.py``."""
+"""JAX's own ways on the GPUs: those of ``jax_smfree.bench``, and ``_ragged_way.py``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from _gpu_cases import Case, Scale
 from _gpu_library import expected
 from _gpu_timing import Json, batch_times, prepare, summary
-from _jax_ways import WAYS, Grouped
 from _ragged_way import RAGGED_WAY, ragged_all_to_all_error
 from jax import Array, lax
+
+from jax_smfree.bench.jax_ways import WAYS, Grouped
 
 RAGGED = "ragged_all_to_all"
 PEERS = {**WAYS, RAGGED: RAGGED_WAY}

@@ -15,11 +15,11 @@ from _gpu_timing import Json
 from _gpu_trace import KERNELS
 from matplotlib.axes import Axes
 
-COLOURS = dict(zip(KERNELS, ("#1f5fa8", "#5b92cf", "#2e8b74", "#7cc2ae"), strict=True))
-OURS, WIRE, GEMM = "#1f5fa8", "#c44e2b", "#d9d9d9"
+from jax_smfree.inspect import Timeline, timeline_plot
+from jax_smfree.inspect.timeline_plot import PHASE_COLOURS
+
+OURS, TOGETHER, GEMM = "#1f5fa8", "#c44e2b", "#d9d9d9"
 PEER_COLOURS = ("#c44e2b", "#e08f3c", "#8a5fa8", "#a9a9a9")
-# The ranks' clocks are taken for one if they agree this well on when a program began.
-MAX_SKEW_NS = 1_000_000
 
 
 def _bare(axes: Axes) -> None:
@@ -81,9 +81,9 @@ def _phases(axes: Axes, result: Json) -> None:
             found = find(shape, "movers", DEFAULT, "phases", phase)
             if found:
                 label = phase.replace("_", " ") if at == 0 else None
-                axes.bar(at - 0.2, found["p50"], 0.38, top, color=COLOURS[phase], label=label)
+                axes.bar(at - 0.2, found["p50"], 0.38, top, color=PHASE_COLOURS[phase], label=label)
                 least = found["floor_us"]
-                axes.bar(at + 0.2, least, 0.34, floor, color=COLOURS[phase], alpha=0.35)
+                axes.bar(at + 0.2, least, 0.34, floor, color=PHASE_COLOURS[phase], alpha=0.35)
                 top, floor = top + found["p50"], floor + least
     if axes.patches:
         axes.legend(frameon=False, fontsize=7.5, reverse=True)
@@ -103,42 +103,12 @@ def _overlap(axes: Axes, result: Json) -> None:
             top += height
         together = entry["together"]["p50"] / 1e3
         axes.hlines(
-            together, at - 0.38, at + 0.38, color=WIRE, label="together" * (at == 0) or None
+            together, at - 0.38, at + 0.38, color=TOGETHER, label="together" * (at == 0) or None
         )
     axes.set_xticks(range(len(entries)), [f"{k}\n{e['gemms']}" for k, e in entries], fontsize=7.5)
     axes.set(title="GEMMs around dispatch, and around both", ylabel="ms", xlabel="GEMMs each")
     if entries:
         axes.legend(frameon=False, fontsize=7.5)
-    _bare(axes)
-
-
-def _timeline(axes: Axes, title: str, timeline: Json, compute: bool) -> None:
-    """Phases of every rank as thick bars, transfers to each peer as thin ones below them."""
-    phases, wire = timeline["phases"], timeline["wire"]
-    ranks = sorted({p["rank"] for p in phases})
-    begin = {r: min(p["begin_ns"] for p in phases if p["rank"] == r) for r in ranks}
-    one_clock = max(begin.values()) - min(begin.values()) < MAX_SKEW_NS
-    zero = {r: min(begin.values()) if one_clock else begin[r] for r in ranks}
-
-    def span(record: Json) -> tuple[float, float]:
-        start = (record["begin_ns"] - zero[record["rank"]]) / 1e6
-        return start, (record["end_ns"] - record["begin_ns"]) / 1e6
-
-    for rank in ranks:
-        mine = sorted((p for p in phases if p["rank"] == rank), key=lambda p: p["begin_ns"])
-        for send, recv in zip(mine[::2], mine[1::2], strict=False) if compute else ():
-            gap = {**send, "begin_ns": send["end_ns"], "end_ns": recv["begin_ns"]}
-            axes.broken_barh([span(gap)], (rank + 0.1, 0.36), color=GEMM)
-        for phase in mine:
-            axes.broken_barh([span(phase)], (rank + 0.1, 0.36), color=COLOURS[phase["phase"]])
-    for record in wire:
-        others = [rank for rank in ranks if rank != record["rank"]]
-        lane = record["rank"] + 0.5 + 0.4 * others.index(record["peer"]) / len(others)
-        axes.broken_barh([span(record)], (lane, 0.3 / len(others)), color=WIRE)
-    axes.set_yticks([rank + 0.5 for rank in ranks], [f"rank {rank}" for rank in ranks])
-    axes.invert_yaxis()
-    clock = "" if one_clock else "; each rank from its own begin"
-    axes.set(title=title + clock, xlabel="ms")
     _bare(axes)
 
 
@@ -168,13 +138,10 @@ def save(result: Json, path: Path) -> list[Path]:
     hidden = find(shape, "movers", overlap_mover(shape), "overlap", "timeline")
     if native and hidden:
         figure, axes = plt.subplots(2, 1, figsize=(13, 7.2), layout="constrained")
-        _timeline(axes[0], f"{name}, native mode", native, compute=False)
-        _timeline(axes[1], f"{name}, GEMMs between the phases", hidden, compute=True)
-        labels = {**{k.replace("_", " "): c for k, c in COLOURS.items()}, "compute": GEMM}
-        if native["wire"]:
-            labels["transfer to a peer"] = WIRE
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in labels.values()]
-        figure.legend(handles, list(labels), ncols=6, loc="outside lower center")
+        native, hidden = map(Timeline.from_json, (native, hidden))
+        timeline_plot.draw(axes[0], native, f"{name}, native mode", compute=False)
+        timeline_plot.draw(axes[1], hidden, f"{name}, GEMMs between the phases")
+        timeline_plot.legend(figure, wire=bool(native.wire))
         written.append(path.with_name(f"{path.stem}-timeline.png"))
         figure.savefig(written[1], dpi=130)
         plt.close(figure)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _gpu_cases import Scale, random_rows
-from _programs import compiled
 from jax import Array
 from jax.sharding import Mesh
+
+from jax_smfree.bench.programs import compiled
 
 Json = dict[str, Any]
 Run = Callable[[], Any]

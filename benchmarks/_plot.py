@@ -11,8 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from _cases import FLOOR, LIBRARY, PHASES
 from matplotlib.axes import Axes
+
+from jax_smfree.bench.cases import FLOOR, LIBRARY, PHASES
 
 Case = dict[str, Any]
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from _cases import AXIS, Shape
-from _jax_ways import Grouped, Way, before, sort_copies, take, weighted_sum
 from jax import Array, lax
+
+from jax_smfree.bench.cases import AXIS, Shape
+from jax_smfree.bench.jax_ways import Grouped, Way, before, sort_copies, take, weighted_sum
 
 
 class Routing(NamedTuple):

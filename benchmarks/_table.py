@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from _cases import FLOOR, LAUNCH, LIBRARY, PEERS, PHASES
+from jax_smfree.bench.cases import FLOOR, LAUNCH, LIBRARY, PEERS, PHASES
 
 Case = dict[str, Any]
 
@@ -19,7 +19,7 @@ Medians in microseconds, all ranks at the same time, on all cores; the columns a
   x floor          round trip over a plain memcpy of the bytes that two-phase dispatch and combine
                    must at least read and write, by all cores, with warm pages
   GB/s             these bytes over the round trip
-  all_gather …     the round trip in other JAX ways (_jax_ways.py), same rows, same capacity
+  all_gather …     the round trip in other JAX ways, same rows, same capacity
   best/ours        the fastest of them over ours"""
 
 

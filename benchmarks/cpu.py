@@ -7,7 +7,8 @@
     python benchmarks/cpu.py --load R.json --plot cpu.png
 
 Ranks are virtual devices of one process, and in one group of rows 2 processes of 2 devices. What is
-timed, and what is included, says ``_programs.py``; the peers are in ``_jax_ways.py``.
+timed, and what is included, says ``jax_smfree/bench/programs.py``; the peers are in ``jax_ways.py``
+beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 import _machine
 import _table
-from _cases import Shape
+
+from jax_smfree.bench.cases import Shape
 
 HERE = Path(__file__).parent
 ROUTINGS = ((2, 8), (8, 64))

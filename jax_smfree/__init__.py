@@ -6,8 +6,10 @@ dispatch_send/recv     rows to the ranks of their experts, in two phases
 combine_send/recv      results back, summed, in two phases
 overlap, tie           compute that runs while rows move, forward and backward
 dispatch, combine      both phases in one call, or with a recv hook
+plan                   memory and times of a configuration, predicted
 nn                     MoE layers
-inspect                what a compiled program overlaps
+overlap_report         what a compiled program overlaps; more in inspect
+doctor                 what this machine and installation lack
 testing                tests over several processes
 
 Names are loaded on first use (``__init__.pyi`` lists them): ``jax_smfree.testing`` is a pytest

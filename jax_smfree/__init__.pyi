@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+from . import doctor as doctor
 from . import inspect as inspect
 from . import nn as nn
+from . import plan as plan
 from . import testing as testing
 from ._src.api import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from ._src.api import RecvHook as RecvHook
@@ -22,5 +24,6 @@ from ._src.token import DispatchResult as DispatchResult
 from ._src.token import Handle as Handle
 from ._src.token import InFlight as InFlight
 from ._src.token import Token as Token
+from .inspect.report import overlap_report as overlap_report
 
 __version__: str

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bytes a GPU group takes, from the code that lays the buffers out."""
 
+import dataclasses
+
 from jax_smfree import _native
 from jax_smfree._src import nodes
 from jax_smfree._src.config import EpConfig
@@ -26,6 +28,14 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
     return _native.nvl_size_hint(_layout(config, num_ranks))
+
+
+def buffer_bytes(config: EpConfig, num_ranks: int, *, hierarchical: bool) -> int:
+    """Bytes per rank of all buffers, of a group that does, or does not, go by way of its nodes."""
+    layout = _layout(config, num_ranks)
+    if not hierarchical:
+        layout = _layout(dataclasses.replace(config, ranks_per_node=None), num_ranks)
+    return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
 
 
 def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:

@@ -5,17 +5,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import re
 from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 # The result type stands before the opcode and may hold anything but a word before a parenthesis.
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(([^)]*)\)?(.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)?(.*)$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation"
     r"|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_BITS = re.compile(r"[a-z]+(\d+)")
+
+_NUMBERED = re.compile(r'^(\d+) "(.*)"$', re.MULTILINE)
+_LOCATION = re.compile(r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+) ")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayType:
+    """The type of an array: ``bf16[8,4]`` has 16 ``bits`` per element and ``shape`` (8, 4)."""
+
+    bits: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all elements."""
+        return -(-math.prod(self.shape) * self.bits // 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +44,14 @@ class Instruction:
 
     Attributes:
       name, opcode: e.g. ``fusion.3`` and ``fusion``.
+      type: of the result, e.g. ``(f32[6]{0}, bf16[8,4]{1,0})``.
       arguments: what stands between the parentheses.
       attributes: what follows them.
       is_root: whether it is the result of its computation.
     """
 
     name: str
+    type: str
     opcode: str
     arguments: str
     attributes: str
@@ -44,6 +66,11 @@ class Instruction:
     def called(self) -> tuple[str, ...]:
         """The computations that it runs: a fusion's, a loop's body and condition, …"""
         return tuple(n for group in _CALLED.findall(self.attributes) for n in _NAME.findall(group))
+
+    @functools.cached_property
+    def arrays(self) -> tuple[ArrayType, ...]:
+        """The arrays of its result, which is a tuple if there are several."""
+        return tuple(_array_type(*found) for found in _ARRAY.findall(self.type))
 
     @property
     def target(self) -> str:
@@ -63,6 +90,18 @@ class Instruction:
     def attribute(self, name: str) -> int:
         """An integer attribute of a custom call to the FFI; 0 when it has none of this name."""
         return int(self._find(rf"\b{name} = (-?\d+) : i64") or 0)
+
+    def dimensions(self, name: str) -> tuple[int, ...]:
+        """An attribute like ``lhs_contracting_dims={1}``, or the same in a backend config."""
+        listed = self._find(rf"\b{name}=\{{([\d,]*)\}}")
+        listed = listed or self._find(rf'"{name.replace("_dims", "_dimensions")}":\[([\d,"]*)\]')
+        return tuple(int(n) for n in re.findall(r"\d+", listed))
+
+    @property
+    def trip_count(self) -> int | None:
+        """How often a ``while`` runs its body, if the compiler knows."""
+        found = self._find(r'"known_trip_count":\{"n":"(\d+)"\}')
+        return int(found) if found else None
 
     def _find(self, pattern: str) -> str:
         match = re.search(pattern, self.attributes)
@@ -94,6 +133,26 @@ class Computation:
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
 
+def _array_type(element: str, dimensions: str) -> ArrayType:
+    bits = _BITS.match(element)
+    shape = tuple(int(n) for n in dimensions.split(",") if n)
+    # "pred" is stored as a byte, and a "token" is nothing.
+    return ArrayType(int(bits[1]) if bits else 8 * (element == "pred"), shape)
+
+
+def source_lines(text: str) -> Iterator[str]:
+    """The lines of Python that a program comes from, e.g. ``model.py:31 in moe``.
+
+    From the tables at its head; none where a program has no such tables.
+    """
+    head, _, locations = text.partition("\nFileLocations\n")
+    files, _, functions = head.partition("\nFunctionNames\n")
+    path_of, function_of = (dict(_NUMBERED.findall(table)) for table in (files, functions))
+    for file, function, line in _LOCATION.findall(locations.partition("\n\n")[0]):
+        name = function_of[function].rpartition(".")[2]  # without what it is defined in
+        yield f"{os.path.basename(path_of[file])}:{line} in {name}"
+
+
 def parse(text: str) -> dict[str, Computation]:
     """The computations of a scheduled program by name, callees first.
 
@@ -114,5 +173,5 @@ def parse(text: str) -> dict[str, Computation]:
         elif line.startswith("}"):
             current = None
         elif m := _INSTRUCTION.match(line):
-            current.append(Instruction(m[2], m[3], m[4], m[5], m[1] is not None))
+            current.append(Instruction(m[2], m[3], m[4], m[5], m[6], m[1] is not None))
     return computations

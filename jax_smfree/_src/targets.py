@@ -63,9 +63,14 @@ def call_site() -> str:
     return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
 
 
+def call_site_number(site: str) -> int:
+    """What stands for ``site`` in programs and messages: the same in all processes."""
+    return zlib.crc32(site.encode())
+
+
 def call_site_id(site: str) -> int:
-    """The number that stands for ``site`` in programs and messages."""
-    number = zlib.crc32(site.encode())
+    """`call_site_number`, and ``site`` is known by it from now on."""
+    number = call_site_number(site)
     _native.register_call_site(number, site)
     _call_sites[number] = site
     return number

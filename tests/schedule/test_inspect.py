@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
 from jax_smfree import inspect
+from jax_smfree._src import targets
 
 pytestmark = pytest.mark.cpu_only
 
@@ -58,11 +59,12 @@ def test_a_window_holds_the_work_in_order():
     assert (window.operation, window.lane, window.derivation) == ("dispatch", 1, 0)
     assert (window.computation, window.send, window.recv) == ("main", "send", "recv")
     assert window.between == (
-        inspect.Step("dot", "matmul", "jit(f)/shared/dot_general"),
-        inspect.Step("start", "collective", ""),
-        inspect.Step("copy", "kernel", ""),
+        inspect.Step("dot", "matmul", "jit(f)/shared/dot_general", flops=2 * 4**3, bytes=96),
+        inspect.Step("start", "collective", "", bytes=32 + 12),
+        inspect.Step("copy", "kernel", "", bytes=64),
     )
     assert window.matmuls == window.between[:1]
+    assert (window.flops, window.bytes) == (128, 96 + 64)
     assert str(window) == (
         "dispatch, lane 1, forward, call site 0x00000007 (main): "
         "1 matmuls, 2 other between send and recv"
@@ -134,7 +136,9 @@ def test_halves_without_counterpart_are_orphans(lines, phase, reason):
     text = program(*lines)
     (orphan,) = inspect.orphans(text)
     assert (orphan.phase, orphan.reason) == (phase, reason)
-    assert f"ORPHAN {orphan}" in inspect.report(text)
+    report = inspect.overlap_report(text)
+    assert report.orphans == (orphan,)
+    assert f"WARNING {orphan}: keep send and recv in one control-flow region" in str(report)
 
 
 def test_interleaved_replays_are_told_apart_by_their_tokens():
@@ -147,8 +151,89 @@ def test_interleaved_replays_are_told_apart_by_their_tokens():
     assert all(w.is_replay and not w.is_backward for w in windows)
 
 
+def test_the_tables_of_a_program_name_its_call_sites():
+    tables = """
+FileNames
+1 "/home/me/model.py"
+
+FunctionNames
+1 "Model.moe"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=31 end_line=31 column=4 end_column=9}
+
+"""
+    site = "call_site = " + str(targets.call_site_number("model.py:31 in moe"))
+    text = program(send(), recv("recv", "%send")).replace("call_site = 7", site)
+    assert [w.call_site for w in inspect.overlap(text)] != ["model.py:31 in moe"]
+    (window,) = inspect.overlap(text.replace("\n", "\n" + tables, 1))
+    assert window.call_site == "model.py:31 in moe"
+
+
 def test_a_program_without_operations_reports_none():
-    assert inspect.report(program()) == "no sends or recvs"
+    report = smfree.overlap_report(program())
+    assert str(report) == "no sends or recvs"
+    assert report.warnings == ()
+
+
+WINDOWS = {
+    "nothing": ([], "the recv waits for all rows"),
+    "a kernel": (["%copy = bf16[4,4]{1,0} copy(%x)"], "without a matrix multiplication"),
+    "a matmul": ([f"%dot = {DOT}"], None),
+    "a collective": (
+        [f"%dot = {DOT}", "%sum = bf16[4,4]{1,0} all-reduce(%x), to_apply=%add"],
+        "shares the links",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_warnings_say_what_takes_the_overlap_away(name):
+    between, warning = WINDOWS[name]
+    add = "%add (a: bf16[], b: bf16[]) -> bf16[] {\n  ROOT %a = bf16[] parameter(0)\n}"
+    lines = [send(), *between, recv("recv", "%send")]
+    report = smfree.overlap_report(program(*lines, computations=add))
+    assert len(report.warnings) == (warning is not None)
+    for text in report.warnings:
+        assert warning in text
+
+
+CUBLAS = (
+    "%mm = (bf16[4,8]{1,0}, s8[4096]{0}) custom-call(%x, %x), "
+    'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":'
+    '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+)
+BODY = f"""%body (p: bf16[4,4]) -> bf16[4,4] {{
+  %x = bf16[4,4]{{1,0}} parameter(0)
+  ROOT %dot.1 = {DOT}
+}}"""
+LOOP = "%loop = bf16[4,4]{1,0} while(%x), condition=%body, body=%body"
+PALLAS = (
+    "%kernel = bf16[4,4]{1,0} custom-call(%x), "
+    'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/grouped_matmul/pallas_call"}'
+)
+MATMULS = {
+    "dot": (f"%dot = {DOT}", 2 * 4**3),
+    "cublas": (CUBLAS, 2 * 4 * 8 * 4),
+    "fusion": ("%fused = bf16[4,4]{1,0} fusion(%x), kind=kOutput, calls=%body", 2 * 4**3),
+    "loop": (LOOP + ', backend_config={"known_trip_count":{"n":"3"}}', 2 * 3 * 2 * 4**3),
+    "loop of unknown length": (LOOP, None),
+    "kernel of Pallas": (PALLAS, None),
+    "gradient of a ragged dot": (
+        "%ragged = bf16[2,4,4]{2,1,0} ragged-dot(%x, %x, %t), lhs_contracting_dims={0}, "
+        "rhs_contracting_dims={0}, lhs_ragged_dims={0}",
+        2 * 4**3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_flops_of_matmuls(name):
+    line, flops = MATMULS[name]
+    text = program(send(), line, recv("recv", "%send"), computations=BODY)
+    (window,) = inspect.overlap(text)
+    assert [s.kind for s in window.between] == ["matmul"]
+    assert window.flops == flops
 
 
 def test_a_program_that_is_not_compiled_is_refused():

@@ -8,21 +8,32 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _cases import AXIS, FLOOR, LAUNCH, LIBRARY, PHASES, Inputs, Shape
-from _jax_ways import WAYS, Way
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
+from jax_smfree.bench.cases import AXIS, FLOOR, LAUNCH, LIBRARY, PHASES, Inputs, Shape
+from jax_smfree.bench.jax_ways import WAYS, Way
 
 Program = Callable[..., Any]
 Sample = dict[str, tuple[float, float]]  # by name: seconds, and seconds of all cores together
+
+
+class Turn(Protocol):
+    """Something that is timed in its turn."""
+
+    def measure(self, sample: Sample, *inputs: Array) -> None: ...
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The ranks one after the other along the first dimension."""
+    return NamedSharding(mesh, P(AXIS))
 
 
 def compiled(f: Callable[..., Any], mesh: Mesh) -> Program:
@@ -42,8 +53,7 @@ def timed(sample: Sample, name: str, program: Program, *args: Any) -> Any:
 
 def on_mesh(mesh: Mesh, inputs: Inputs) -> tuple[Array, ...]:
     def put(value: np.ndarray) -> Array:
-        sharding = NamedSharding(mesh, P(AXIS))
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        return jax.make_array_from_callback(value.shape, sharded(mesh), lambda index: value[index])
 
     return put(inputs.x), put(inputs.topk_idx), put(inputs.topk_weights)
 
@@ -135,7 +145,7 @@ class Launch:
 
     def __init__(self, mesh: Mesh) -> None:
         self._program = compiled(lambda x: x + 1, mesh)
-        self._operand = self._program(jnp.zeros(mesh.size, device=NamedSharding(mesh, P(AXIS))))
+        self._operand = self._program(jnp.zeros(mesh.size, device=sharded(mesh)))
 
     def measure(self, sample: Sample, *_: Array) -> None:
         timed(sample, LAUNCH, self._program, self._operand)

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from _cases import AXIS, PEERS, Shape
 from jax import Array, lax
+
+from jax_smfree.bench.cases import AXIS, PEERS, Shape
 
 
 class Grouped(NamedTuple):
@@ -109,7 +110,8 @@ def _scatter_combine(s: Shape, d: Grouped, y: Array) -> Array:
     out = jnp.zeros((s.ranks * s.rows, s.hidden), jnp.float32)
     weighted = d.weights[:, None] * y.astype(jnp.float32)
     out = out.at[d.routing.copy_of_row // s.top_k].add(weighted)
-    return lax.psum_scatter(out.astype(y.dtype), AXIS, tiled=True)
+    scattered: Array = lax.psum_scatter(out.astype(y.dtype), AXIS, tiled=True)
+    return scattered
 
 
 def weighted_sum(y: Array, rows: Array, weights: Array) -> Array:
@@ -128,7 +130,9 @@ def _sum_of_slots(s: Shape, d: Grouped, y: Array, rows: Array) -> Array:
 
 def _gather_combine(s: Shape, d: Grouped, y: Array) -> Array:
     rows = d.routing.row_of_copy.reshape(-1, s.top_k)
-    return lax.psum_scatter(_sum_of_slots(s, d, y, rows).astype(y.dtype), AXIS, tiled=True)
+    partial = _sum_of_slots(s, d, y, rows).astype(y.dtype)
+    scattered: Array = lax.psum_scatter(partial, AXIS, tiled=True)
+    return scattered
 
 
 # all_to_all: each row once to each rank that it concerns, in blocks of a fixed size per pair.
@@ -137,7 +141,7 @@ def _gather_combine(s: Shape, d: Grouped, y: Array) -> Array:
 def _exchange(blocks: Array) -> Array:
     """[R, M, H] -> [R * M, H]. The barriers keep XLA from cutting its neighbours into R pieces."""
     blocks = lax.optimization_barrier(blocks)
-    received = lax.optimization_barrier(lax.all_to_all(blocks, AXIS, 0, 0))
+    received: Array = lax.optimization_barrier(lax.all_to_all(blocks, AXIS, 0, 0))
     return received.reshape(-1, blocks.shape[-1])
 
 

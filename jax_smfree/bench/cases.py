@@ -12,6 +12,7 @@ AXIS = "ep"
 
 # Names of what is timed. A peer's round trip has the peer's name.
 LIBRARY, FLOOR, LAUNCH = "jax_smfree", "memory floor", "launch"
+COMPUTE, TOGETHER = "compute alone", "compute and jax_smfree"
 PHASES = ("dispatch send", "dispatch recv", "combine send", "combine recv")
 PEERS = ("all_gather", "all_gather+slots", "all_to_all")
 
@@ -75,7 +76,10 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     inputs = Inputs(x, topk_idx.astype(np.int32), weights)
     per_rank = np.bincount(topk_idx.ravel() // shape.local_experts, minlength=shape.ranks)
     if per_rank.max() > shape.capacity or wire_rows(shape, inputs).max() > shape.pair_capacity:
-        raise ValueError(f"routing of seed {seed} exceeds the capacities of {shape}")
+        raise ValueError(
+            f"got a random routing (seed {seed}) that exceeds 1.25 times balanced routing, the "
+            f"capacity of all that is compared, for {shape}. Give the ranks more rows."
+        )
     return inputs
 
 
@@ -83,7 +87,8 @@ def wire_rows(shape: Shape, inputs: Inputs) -> np.ndarray:
     """[R, R]: rows that each rank sends to each rank, one per row with an expert there."""
     owner = (inputs.topk_idx // shape.local_experts).reshape(shape.ranks, shape.rows, -1)
     goes = (owner[..., None] == np.arange(shape.ranks)).any(axis=2)
-    return goes.sum(axis=1)
+    rows: np.ndarray = goes.sum(axis=1)
+    return rows
 
 
 def phase_bytes(shape: Shape, inputs: Inputs) -> dict[str, int]:

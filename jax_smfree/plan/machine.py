@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rates of a machine that a plan is made with, given or measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseCost:
+    """What a phase takes beside its bytes.
+
+    Attributes:
+      fixed_us: with no rows at all: launches and routing.
+      row_ns: per row that it reads or writes.
+    """
+
+    fixed_us: float
+    row_ns: float
+
+
+_H200 = {
+    "dispatch_send": PhaseCost(20.1, 0.79),
+    "dispatch_recv": PhaseCost(17.5, 0.04),
+    "combine_send": PhaseCost(12.9, 0.44),
+    "combine_recv": PhaseCost(8.1, 0.13),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates per GPU. The defaults are those of an H200.
+
+    NVLink, memory, matrix products and phases are what `from_results` makes of
+    ``benchmarks/results/gpu-nvidia-h200-x2.json``; the network is a 400 Gb/s adapter per GPU, not
+    measured.
+
+    Attributes:
+      nvlink_gb_s: to the GPUs of its node, each direction.
+      network_gb_s: to other nodes, each direction.
+      hbm_gb_s: of its memory, bytes read plus bytes written.
+      matmul_tflop_s: of large matrix products.
+      phases: by name.
+    """
+
+    nvlink_gb_s: float = 381.4
+    network_gb_s: float = 50.0
+    hbm_gb_s: float = 3914.8
+    matmul_tflop_s: float = 704.3
+    phases: Mapping[str, PhaseCost] = dataclasses.field(default_factory=lambda: dict(_H200))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "phases" and not value > 0:
+                raise ValueError(
+                    f"Machine: got {field.name}={value!r}, expected a positive rate, in units as "
+                    "its name says."
+                )
+
+    @classmethod
+    def from_results(cls, results: Mapping[str, Any], **given: float) -> Machine:
+        """From what ``benchmarks/gpu.py`` wrote; ``given`` rates count instead of measured ones.
+
+        The costs of a phase are those with the least relative squares over the shapes.
+
+        Raises:
+          ValueError: for another file, or one in which a rate is missing and not given.
+        """
+        try:
+            measured = {
+                "hbm_gb_s": results["copy_rate"]["gb_s"],
+                "matmul_tflop_s": results["gemms"]["tflop_s"],
+            }
+            link = results["link_ceilings"].get("large")
+            measured |= {"nvlink_gb_s": link["all_to_all"]} if link else {}
+            rates = {"network_gb_s": cls.network_gb_s} | measured | given
+            rates["nvlink_gb_s"]  # not in runs of one GPU, nor where there was no nvcc
+            shapes = list(results["shapes"].values())
+            phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"Machine: got results without {error}, expected the JSON file of a complete run "
+                "of benchmarks/gpu.py."
+            ) from error
+        return cls(**rates, phases=phases)
+
+    def phase_us(self, name: str, rows: float, row_bytes: int) -> float:
+        """The time of a phase that reads and writes ``rows`` in all."""
+        cost = self.phases[name]
+        return cost.fixed_us + rows * (cost.row_ns / 1e3 + row_bytes / self.hbm_gb_s / 1e3)
+
+
+def _fit(shapes: list[Any], phase: str, hbm_gb_s: float) -> PhaseCost:
+    """What is left of the measured times when the bytes are taken off, as a line over the rows."""
+    rows, excess_us, weights = [], [], []
+    for shape in shapes:
+        found = shape["movers"]["default"]["phases"][phase]
+        row_bytes = shape["hidden"] * np.dtype(np.uint16).itemsize  # benchmarks/gpu.py: bfloat16
+        rows.append(found["bytes"] / row_bytes)
+        excess_us.append(found["p50"] - found["bytes"] / hbm_gb_s / 1e3)
+        weights.append(
+            1 / found["p50"]
+        )  # errors relative to the time, or small shapes count nothing
+    lines = np.stack([np.ones(len(rows)), rows], axis=1) * np.array(weights)[:, None]
+    (fixed_us, row_us), *_ = np.linalg.lstsq(lines, np.array(excess_us) * weights, rcond=None)
+    return PhaseCost(round(float(fixed_us), 1), round(1e3 * float(row_us), 2))

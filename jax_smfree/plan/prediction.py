@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`predict`: memory and times of one configuration on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from jax_smfree._src.config import EpConfig
+from jax_smfree._src.hints import buffer_bytes
+from jax_smfree.plan import traffic
+from jax_smfree.plan.machine import PHASES, Machine
+from jax_smfree.plan.routing import Routing
+
+Mode = Literal["direct", "hierarchical"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What one rank holds and does, the busiest one where they differ.
+
+    Attributes:
+      ranks: in the group.
+      mode: ``"direct"``: each rank sends to each. ``"hierarchical"``: once to each node, which
+        forwards; it is not built yet, so nothing it says was compared with a measurement.
+      buffer_bytes: of the group's buffers.
+      network_bytes, nvlink_bytes: of a dispatch over each link in the busier direction.
+      phase_us: on the SMs, by phase.
+      wire_us: of a dispatch, or a combine, on its way, while the SMs are free.
+      forward_us: of the forwarding inside of the node, of a dispatch or a combine, which a phase
+        waits for; 0 if direct.
+      hiding_gflop: matrix products that last as long as ``wire_us``.
+      hiding_width: F of a SwiGLU MLP, the shared expert, that lasts as long as ``wire_us``.
+    """
+
+    ranks: int
+    mode: Mode
+    buffer_bytes: int
+    network_bytes: float
+    nvlink_bytes: float
+    phase_us: dict[str, float]
+    wire_us: float
+    forward_us: float
+    hiding_gflop: float
+    hiding_width: float
+
+    @property
+    def sm_us(self) -> float:
+        """Of all four phases: what stays on the SMs however much is hidden."""
+        return sum(self.phase_us.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return {**dataclasses.asdict(self), "sm_us": self.sm_us}
+
+
+def predict(
+    config: EpConfig,
+    num_ranks: int,
+    machine: Machine | None = None,
+    *,
+    mode: Mode = "direct",
+    routing: Routing | None = None,
+) -> Prediction:
+    """Predicts memory and times of a dispatch and a combine of ``max_tokens`` rows per rank.
+
+    Args:
+      config: sizes; ``ranks_per_node`` is the number of GPUs that NVLink connects, ``None`` all.
+      num_ranks: a multiple of ``ranks_per_node``, and a divisor of ``num_experts``.
+      machine: rates; by default those of an H200.
+      mode: how rows go to other nodes.
+      routing: by default uniform.
+
+    Raises:
+      ValueError: for ranks that do not divide, or ``"hierarchical"`` on one node.
+
+    Example:
+      >>> config = smfree.EpConfig(num_experts=256, top_k=8, hidden=7168, max_tokens=8192)
+      >>> prediction = plan.predict(config, num_ranks=2)
+      >>> round(prediction.sm_us), round(prediction.wire_us)  # measured: 939 for the first
+      (900, 307)
+    """
+    machine = machine or Machine()
+    routing = routing or Routing(config.num_experts, config.top_k)
+    per_node = config.ranks_per_node or num_ranks
+    if mode == "hierarchical" and per_node >= num_ranks:
+        raise ValueError(
+            f"predict: got mode='hierarchical' for {num_ranks} ranks with {per_node} per node, "
+            "expected several nodes. Set EpConfig.ranks_per_node."
+        )
+    buffers = buffer_bytes(config, num_ranks, hierarchical=mode == "hierarchical")
+    moves = traffic.hierarchical if mode == "hierarchical" else traffic.direct
+    moved = moves(routing, config.max_tokens, num_ranks, per_node)
+    row_bytes = config.hidden * config.dtype.itemsize
+    network_us = moved.network * row_bytes / machine.network_gb_s / 1e3
+    nvlink_us = moved.nvlink * row_bytes / machine.nvlink_gb_s / 1e3
+    direct = mode == "direct"
+    wire_us = max(network_us, nvlink_us) if direct else network_us
+    hiding_flop = wire_us * machine.matmul_tflop_s * 1e6
+    return Prediction(
+        ranks=num_ranks,
+        mode=mode,
+        buffer_bytes=buffers,
+        network_bytes=moved.network * row_bytes,
+        nvlink_bytes=moved.nvlink * row_bytes,
+        phase_us={
+            name: machine.phase_us(name, rows, row_bytes)
+            for name, rows in zip(PHASES, _phase_rows(config.max_tokens, moved), strict=True)
+        },
+        wire_us=wire_us,
+        forward_us=0.0 if direct else nvlink_us,
+        hiding_gflop=hiding_flop / 1e9,
+        hiding_width=hiding_flop / (6 * config.max_tokens * config.hidden),
+    )
+
+
+def sweep(
+    config: EpConfig,
+    ranks: Iterable[int],
+    machine: Machine | None = None,
+    *,
+    routing: Routing | None = None,
+) -> list[Prediction]:
+    """`predict` for several numbers of ranks: direct, and hierarchical where there are nodes.
+
+    A group of fewer ranks than ``config.ranks_per_node`` is one node.
+    """
+    found = []
+    for number in ranks:
+        per_node = min(config.ranks_per_node or number, number)
+        sized = dataclasses.replace(config, ranks_per_node=per_node)
+        found.append(predict(sized, number, machine, routing=routing))
+        if per_node < number:
+            found.append(predict(sized, number, machine, mode="hierarchical", routing=routing))
+    return found
+
+
+def _phase_rows(rows: int, moved: traffic.Traffic) -> tuple[float, float, float, float]:
+    """Read plus written by each phase; docs/performance.md has the table.
+
+    A forwarded row is read and written once more, and read where it arrives.
+    """
+    arrived = moved.forwarded or moved.received
+    forwarding = moved.received + moved.forwarded if moved.forwarded else 0.0
+    return (
+        rows + moved.sent,
+        forwarding + arrived + moved.copies,
+        moved.copies + arrived + forwarding,
+        moved.sent + rows,
+    )

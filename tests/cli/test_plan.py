@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import jax_smfree as smfree
+from jax_smfree import plan
+from jax_smfree.plan import traffic
+from jax_smfree.plan.machine import PHASES
+
+pytestmark = pytest.mark.cpu_only
+
+PATH = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu-nvidia-h200-x2.json"
+MEASURED = json.loads(PATH.read_text())
+# What docs/command_line.md states: of all four phases, and of one phase of 50 µs and more.
+MAX_ERROR_OF_ALL, MAX_ERROR_OF_ONE = 0.10, 0.15
+
+
+def config_of(shape, **options):
+    sizes = {
+        "num_experts": shape["experts"],
+        "top_k": shape["top_k"],
+        "hidden": shape["hidden"],
+        "max_tokens": shape["rows"],
+    }
+    return smfree.EpConfig(**sizes, **options)
+
+
+@pytest.mark.parametrize("name", MEASURED["shapes"])
+def test_the_model_against_measurements_that_it_has_not_seen(name):
+    """The costs of the phases are made of the other shapes."""
+    shape = MEASURED["shapes"][name]
+    others = {k: v for k, v in MEASURED["shapes"].items() if k != name}
+    machine = plan.Machine.from_results(MEASURED | {"shapes": others}, network_gb_s=50.0)
+    found = plan.predict(config_of(shape), MEASURED["ranks"], machine)
+    phases = shape["movers"]["default"]["phases"]
+    assert found.sm_us == pytest.approx(phases["total"]["p50"], rel=MAX_ERROR_OF_ALL)
+    for phase in PHASES:
+        if phases[phase]["p50"] >= 50:
+            assert found.phase_us[phase] == pytest.approx(
+                phases[phase]["p50"], rel=MAX_ERROR_OF_ONE
+            )
+    assert found.nvlink_bytes == pytest.approx(shape["wire_bytes"], rel=0.02)
+
+
+def test_the_defaults_are_what_the_results_say():
+    assert plan.Machine.from_results(MEASURED) == plan.Machine()
+
+
+def test_results_without_links_need_them_given():
+    results = MEASURED | {"link_ceilings": {"error": "no nvcc"}}
+    with pytest.raises(ValueError, match="without 'nvlink_gb_s'"):
+        plan.Machine.from_results(results)
+    assert plan.Machine.from_results(results, nvlink_gb_s=400.0).nvlink_gb_s == 400.0
+
+
+def test_buffers_are_what_the_size_hints_say():
+    config = smfree.EpConfig(num_experts=64, top_k=2, hidden=128, max_tokens=64, ranks_per_node=8)
+    direct, hierarchical = plan.sweep(config, [32])
+    assert hierarchical.buffer_bytes == sum(
+        hint(config, 32) for hint in (smfree.nvl_size_hint, smfree.rdma_size_hint)
+    )
+    assert hierarchical.buffer_bytes > direct.buffer_bytes
+
+
+def simulate(rng, rows, ranks, per_node, experts, top_k):
+    """Counts of one random routing: (network, NVLink) rows out of a rank, direct and by nodes."""
+    ids = np.argsort(rng.random((ranks, rows, experts)), axis=2)[:, :, :top_k]
+    to_rank = (ids[..., None] // (experts // ranks) == np.arange(ranks)).any(2)  # [R, T, R]
+    to_node = to_rank.reshape(ranks, rows, -1, per_node).any(3)  # [R, T, nodes]
+    node = np.arange(ranks) // per_node
+    same = node[:, None] == node
+    sent = to_rank.sum(1)
+    direct = (
+        (sent * ~same).sum(1).mean(),
+        (sent * (same & ~np.eye(ranks, dtype=bool))).sum(1).mean(),
+    )
+    to_other_nodes = (to_node.sum(1) * (node[:, None] != np.arange(node.max() + 1))).sum(1).mean()
+    index = np.arange(ranks) % per_node
+    forwarded = (sent * (index[:, None] != index)).sum() / ranks
+    return direct, (to_other_nodes, forwarded)
+
+
+def test_traffic_is_that_of_a_simulation():
+    sizes = {"rows": 400, "ranks": 8, "experts": 16, "top_k": 4}
+    direct, hierarchical = simulate(np.random.default_rng(0), per_node=4, **sizes)
+    routing = plan.Routing(sizes["experts"], sizes["top_k"])
+    for counted, model in ((direct, traffic.direct), (hierarchical, traffic.hierarchical)):
+        found = model(routing, sizes["rows"], sizes["ranks"], 4)
+        assert (found.network, found.nvlink) == pytest.approx(counted, rel=0.02)
+
+
+def test_a_sample_shows_the_imbalance():
+    rng = np.random.default_rng(0)
+    uniform = plan.Routing(16, 2, np.argsort(rng.random((20000, 16)), axis=1)[:, :2])
+    even = plan.Routing(16, 2)
+    np.testing.assert_allclose(uniform.row_shares(8), even.row_shares(8), rtol=0.05)
+    np.testing.assert_allclose(uniform.copy_shares(8), even.copy_shares(8), rtol=0.05)
+    config = smfree.EpConfig(num_experts=16, top_k=2, hidden=7168, max_tokens=8192)
+    hot = plan.Routing(16, 2, np.tile([[0, 1], [0, 5]], (50, 1)))  # everything visits expert 0
+    busy, calm = (plan.predict(config, 4, routing=routing) for routing in (hot, even))
+    assert busy.phase_us["dispatch_recv"] > 2 * calm.phase_us["dispatch_recv"]
+    assert busy.wire_us > calm.wire_us
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (np.zeros((4, 3), int), r"int64 \[4, 3\], expected integers \[rows, 2\]"),
+        (np.zeros((4, 2)), "float64"),
+        (np.full((4, 2), 16), "to 16, expected some, from -1"),
+        (np.zeros((0, 2), int), "of 0 ids, expected some"),
+    ],
+)
+def test_bad_samples(sample, message):
+    with pytest.raises(ValueError, match=message):
+        plan.Routing(16, 2, sample)
+
+
+def test_table_and_picture(run, tmp_path):
+    plot = tmp_path / "plan.png"
+    text = run("plan", "--shape", "4096x7168:8of2048", "--plot", plot).output
+    assert "2048" in text and "hierarchical" in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_with_given_and_measured_rates(run, tmp_path):
+    sample = tmp_path / "ids.npy"
+    np.save(sample, np.random.default_rng(0).integers(0, 64, (1000, 2)))
+    options = ("--shape", "1024x512:2of64", "--machine", PATH, "--network-gb-s", 25)
+    value = json.loads(
+        run("plan", *options, "--ranks", "2,16", "--routing", sample, "--json").output
+    )
+    assert value["machine"]["network_gb_s"] == 25
+    assert value["machine"]["nvlink_gb_s"] == MEASURED["link_ceilings"]["large"]["all_to_all"]
+    modes = [(p["ranks"], p["mode"]) for p in value["predictions"]]
+    assert modes == [(2, "direct"), (16, "direct"), (16, "hierarchical")]
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "message"),
+    [
+        (("--shape", "many"), 2, "expected ROWSxHIDDEN:KofEXPERTS"),
+        (("--ranks", "2,x"), 2, "expected numbers, as 2,4,8"),
+        (("--ranks", "3"), 1, "num_experts a multiple of num_ranks"),
+        (("--ranks", "12", "--shape", "8x8:1of12"), 1, "one of ranks_per_node"),
+        (("--hbm-gb-s", "-1"), 1, "got hbm_gb_s=-1.0, expected a positive rate"),
+        (("--machine", PATH.with_name("cpu-amd-epyc-2.json")), 1, "complete run of benchmarks"),
+    ],
+)
+def test_errors_say_the_cure(run, options, exit_code, message):
+    output = run("plan", *options, exit_code=exit_code).output
+    assert message in " ".join(output.replace("│", " ").split())
+
+
+def test_hierarchical_needs_nodes():
+    config = smfree.EpConfig(num_experts=16, top_k=2, hidden=8, max_tokens=8)
+    with pytest.raises(ValueError, match=r"Set EpConfig\.ranks_per_node"):
+        plan.predict(config, 8, mode="hierarchical")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jax_smfree.nn.nnx` against the functional layer."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_smfree import nn
+from jax_smfree.nn import nnx as smfree_nnx
+from support import as_many, ep_mesh, mesh_of
+
+ROWS, HIDDEN, EXPERTS = 16, 32, 8
+
+
+def config(**options):
+    sizes = {"num_experts": EXPERTS, "top_k": 2, "hidden": HIDDEN, "max_tokens": ROWS}
+    return sizes | {"dtype": jnp.float32} | options
+
+
+def rows_on(group):
+    count = ROWS * group.mesh.size
+    x = np.random.default_rng(0).standard_normal((count, HIDDEN)).astype(np.float32)
+    return jax.device_put(x, NamedSharding(group.mesh, P(group.mesh_axes)))
+
+
+def layer_on(group, **options):
+    return smfree_nnx.MoeLayer(
+        group, expert_width=16, rngs=nnx.Rngs(0), **({"shared_width": 16} | options)
+    )
+
+
+def functional(group, layer, x):
+    """The same layer without Flax, and with plain jax.numpy in place of dispatch and combine."""
+    shared = layer.shared.values() if layer.shared is not None else None
+    params = nn.MoeParams(layer.router[...], layer.experts.values(), shared)
+
+    def on_each_rank(params, x):
+        return nn.moe_layer(group.token(), params, x, implementation="reference")[1]
+
+    specs = nn.moe_specs(params, group.axis), P(group.mesh_axes)
+    sharded = jax.shard_map(
+        on_each_rank, mesh=group.mesh, in_specs=specs, out_specs=specs[1], check_vma=False
+    )
+    return jax.jit(sharded)(params, x)
+
+
+@pytest.mark.parametrize(("mesh", "shared_width"), [("ep", 0), ("data,ep", 16)])
+def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
+    group = groups(mesh_of(mesh), **config())
+    layer, x = layer_on(group, shared_width=shared_width), rows_on(group)
+    out, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    np.testing.assert_allclose(out, functional(group, layer, x), rtol=1e-5, atol=1e-6)
+    assert int(aux.load.sum()) == 2 * len(x)
+    assert int(aux.num_dropped) == 0
+    assert float(aux.load_balancing_loss) >= 0.5
+
+
+def test_gradients_and_optimizer_steps_reach_all_parameters(groups):
+    group = groups(ep_mesh(as_many(4)), **config())
+    layer, x = layer_on(group, balanced=True), rows_on(group)
+
+    def loss(layer, x):
+        out, aux = layer(x)
+        return jnp.mean((out - x) ** 2) + 0.01 * aux.load_balancing_loss
+
+    grad = nnx.jit(nnx.value_and_grad(loss))
+    first, gradients = grad(layer, x)
+    assert len(jax.tree.leaves(gradients)) == len(jax.tree.leaves(nnx.state(layer, nnx.Param))) == 7
+    for gradient in jax.tree.leaves(gradients):
+        assert float(jnp.abs(gradient).max()) > 0
+    state = nnx.state(layer, nnx.Param)
+    nnx.update(layer, jax.tree.map(lambda p, g: p - 0.5 * g, state, gradients))
+    assert grad(layer, x)[0] < first
+
+
+def test_the_bias_follows_the_load(groups):
+    group = groups(ep_mesh(as_many(4)), **config())
+    layer, x = layer_on(group, balanced=True), rows_on(group)
+
+    @nnx.jit
+    def step(layer, x):
+        _, aux = layer(x)
+        layer.update_balance(aux, rate=0.5)
+        return aux.load
+
+    load = step(layer, x)
+    expected = 0.5 * np.sign(np.mean(load) - np.asarray(load))
+    np.testing.assert_array_equal(layer.balance_bias[...], expected)
+    with pytest.raises(ValueError, match="made with balanced=True"):
+        layer_on(group).update_balance(None)
+
+
+def test_experts_are_split_over_the_ranks(groups):
+    group = groups(ep_mesh(as_many(4)), **config())
+    layer = layer_on(group)
+    (shard, *_) = layer.experts.gate[...].addressable_shards
+    assert shard.data.shape == (EXPERTS // group.num_ranks, HIDDEN, 16)
+
+
+def test_the_example_runs(groups):
+    group = groups(ep_mesh(as_many(4)), **config())
+    names = {"group": group, "x": rows_on(group)}
+    assert doctest.testmod(smfree_nnx, extraglobs=names).failed == 0
