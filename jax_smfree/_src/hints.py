@@ -32,17 +32,16 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
 def buffer_bytes(config: EpConfig, num_ranks: int, *, hierarchical: bool) -> int:
     """Bytes per rank of all buffers, of a group that does, or does not, go by way of its nodes."""
-    layout = _layout(config, num_ranks)
-    if not hierarchical:
-        layout = _layout(dataclasses.replace(config, ranks_per_node=None), num_ranks)
+    mode = "hierarchical" if hierarchical else "direct"
+    layout = _layout(dataclasses.replace(config, mode=mode), num_ranks)
     return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
 
 
 def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
     if config.num_experts % num_ranks:
         raise ValueError(
-            f"size hint: got num_experts={config.num_experts} over {num_ranks} ranks, expected a "
-            "multiple of the number of ranks."
+            f"size hint: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
+            "num_experts a multiple of num_ranks: each rank owns the same number."
         )
     config = nodes.resolve("size hint", config, [[0] * num_ranks])
     assert config.ranks_per_node is not None

@@ -84,10 +84,10 @@ def predict(
     machine = machine or Machine()
     routing = routing or Routing(config.num_experts, config.top_k)
     per_node = config.ranks_per_node or num_ranks
-    if mode == "hierarchical" and per_node >= num_ranks:
+    if mode == "hierarchical" and not 1 < per_node < num_ranks:
         raise ValueError(
             f"predict: got mode='hierarchical' for {num_ranks} ranks with {per_node} per node, "
-            "expected several nodes. Set EpConfig.ranks_per_node."
+            "expected several nodes of several ranks. Set EpConfig.ranks_per_node."
         )
     buffers = buffer_bytes(config, num_ranks, hierarchical=mode == "hierarchical")
     moves = traffic.hierarchical if mode == "hierarchical" else traffic.direct
@@ -122,7 +122,7 @@ def sweep(
     *,
     routing: Routing | None = None,
 ) -> list[Prediction]:
-    """`predict` for several numbers of ranks: direct, and hierarchical where there are nodes.
+    """`predict` for several numbers of ranks: direct, and hierarchical where that is a mode.
 
     A group of fewer ranks than ``config.ranks_per_node`` is one node.
     """
@@ -131,7 +131,7 @@ def sweep(
         per_node = min(config.ranks_per_node or number, number)
         sized = dataclasses.replace(config, ranks_per_node=per_node)
         found.append(predict(sized, number, machine, routing=routing))
-        if per_node < number:
+        if 1 < per_node < number:
             found.append(predict(sized, number, machine, mode="hierarchical", routing=routing))
     return found
 
