@@ -5,8 +5,8 @@
 //   message to s, row i = sum over k ascending, n >= 0, of w[n] * y[n]     float32, rounded once
 //                 slot k = values[n], or 0 where n < 0
 //
-// In hierarchical mode the message goes to the relay of s, with the same rows, and this rank becomes
-// the relay of others (relay.h).
+// In hierarchical mode the message goes to the relay of s, with the same rows, and this rank is the
+// relay of others (relay.h).
 //
 // S1. Allocate one block for all messages.  S2. Reduce and pack.  S3. Post.
 // Byte floor: one read of each row of y that is named, sum(recv_counts) * row_bytes written.

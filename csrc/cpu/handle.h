@@ -19,8 +19,8 @@ namespace smfree::cpu {
 // The fault of a handle that no dispatch has made; `what` says what is wrong with it.
 Status BrokenHandle(const std::string& what);
 
-// How many of `rows` rows go to each of the `destinations`, if the places are what a dispatch makes;
-// `what` they are called in errors.
+// How many of `rows` rows go to each of the `destinations`, if the places are what a dispatch
+// makes; `what` they are called in errors.
 StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
                                            int32_t destinations, const char* what);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <utility>
 
 #include "csrc/protocol/describe.h"
@@ -46,10 +47,12 @@ Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found
 }  // namespace
 
 bool Mailbox::Stream::empty() const {
-  const auto all_read = [](const auto& regions) {
-    return std::all_of(regions.begin(), regions.end(), [](const auto& fifo) { return fifo.empty(); });
+  const auto is_read = [](const auto& fifo) { return fifo.empty(); };
+  const auto all_read = [&](const auto& leg) {
+    return std::all_of(leg.begin(), leg.end(), is_read);
   };
-  return waiting.empty() && in_flight.empty() && all_read(arrived[kWire]) && all_read(arrived[kNode]);
+  return waiting.empty() && in_flight.empty() &&
+         std::all_of(std::begin(arrived), std::end(arrived), all_read);
 }
 
 Mailbox::Stream& Mailbox::At(const Identity& identity) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The outbox of one send: a message for every region of a leg, all in one block, written in place and
-// then posted. Every message is sent, also one without rows: receivers wait for all of them.
+// The outbox of one send: a message for every region of a leg, all in one block, written in place
+// and then posted. Every message is sent, also one without rows: receivers wait for all of them.
 #ifndef SMFREE_CSRC_CPU_OUTBOX_H_
 #define SMFREE_CSRC_CPU_OUTBOX_H_
 

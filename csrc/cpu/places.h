@@ -37,7 +37,7 @@ struct Places {
 };
 
 // Fills `places` [rows, width] and adds to `counts` [ranks] from the experts of each row: which of
-// the ranks [first_rank, first_rank + ranks) hold any of them. Others, and no experts, are left out.
+// the ranks [first_rank, first_rank + ranks) hold any of them. Other ids are left out.
 void PlaceByExpert(const GroupConfig& config, int64_t tokens, const int32_t* experts, int64_t rows,
                    int32_t first_rank, int32_t ranks, int32_t width, int32_t* places,
                    int32_t* counts);

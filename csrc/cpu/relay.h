@@ -26,9 +26,9 @@ struct RelayCounts {
 // Of a routing that comes back from the program: whether it is what some dispatch has made.
 StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, const int32_t* relay);
 
-// Receives a dispatch: `unpack` gets the messages by source rank. `expected` describes them, but for
-// the leg; its counts are empty, or those of the handle. In hierarchical mode it forwards first what
-// it has to.
+// Receives a dispatch: `unpack` gets the messages by source rank. `expected` describes them, but
+// for the leg; its counts are empty, or those of the handle. In hierarchical mode the rank's relay
+// comes first.
 struct DispatchRelay {
   const int32_t* routing;  // [M,T,Q] of the handle; not used if expected.experts != 0
   int32_t* routing_out;    // [M,T,Q] filled in from the expert ids, if expected.experts != 0
@@ -36,8 +36,8 @@ struct DispatchRelay {
 void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected, Status arguments,
                      const DispatchRelay& relay, Unpacker unpack, Done done);
 
-// Registers the relay of a combine that has been sent on the node leg: adds up what the ranks of the
-// node return for each row, and sends one sum to where it came from. Copies `routing`.
+// Registers the relay of a combine that has been sent on the node leg: adds up what the ranks of
+// the node return for each row, and sends one sum to where it came from. Copies `routing`.
 void RelayCombine(Exchange& exchange, const char* phase, const Call& call, int32_t slots,
                   const int32_t* routing, const RelayCounts& counts);
 

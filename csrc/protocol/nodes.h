@@ -8,8 +8,8 @@
 //
 // A region is a place for one message of one operation, at its sender and at its receiver. On kNode
 // a rank exchanges one message with each rank of its node for each node (PROTOCOL.md, "Hierarchical
-// mode"): region n * ranks_per_node + i is that with index i, for node n. In a dispatch that is what
-// rank n * ranks_per_node + i has sent to this rank.
+// mode"): region n * ranks_per_node + i is that with index i, for node n. In a dispatch this is what
+// rank n * ranks_per_node + i has sent here.
 #ifndef SMFREE_CSRC_PROTOCOL_NODES_H_
 #define SMFREE_CSRC_PROTOCOL_NODES_H_
 

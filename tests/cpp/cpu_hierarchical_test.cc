@@ -71,8 +71,8 @@ TEST(BytesBetweenNodes) {
   CHECK_EQ(combine * kRanksPerNode, direct_combine);
 }
 
-// Rank 3 of two nodes of two stays away from a dispatch, or from its combine. Its relay misses it on
-// the wire, or inside the node, and others miss the relay: the fault names rank 3 and its relay.
+// Rank 3 of two nodes of two stays away from a dispatch, or from its combine. A relay misses it on
+// the wire, or inside the node, and others miss the relay: the fault names rank 3 and the relay.
 TEST(ADeadlineNamesTheSilentRank) {
   for (const bool combine : {false, true}) {
     GroupConfig config = InNodes(Config(4, 8, 2), 2);

@@ -9,9 +9,9 @@
 //   read   S7–S10  a rank reads what has come on the second leg
 //   copy, raise    the mover, on either leg
 //
-// What is abstracted beyond that: on each leg a rank has one peer here, and the two messages that it
-// exchanges with the peer of its node are one, since they are packed in one step and waited for in
-// one. Messages are one chunk. A rank's messages to itself show as the order of its own steps.
+// What is abstracted beyond that: on each leg a rank has one peer here, and the two messages that
+// it exchanges with the peer of its node are one, since they are packed in one step and waited for
+// in one. Messages are one chunk. A rank's messages to itself show as the order of its own steps.
 #ifndef SMFREE_TESTS_CPP_HIERARCHICAL_MODEL_H_
 #define SMFREE_TESTS_CPP_HIERARCHICAL_MODEL_H_
 
@@ -97,7 +97,8 @@ class HierarchicalModel {
         const auto& own = state.ranks[rank];
         const int64_t number = own.lanes[lane].relayed + 1;
         const bool beside = relays_ == Relays::kBeside && IsCombine(number);
-        if (beside && own.lanes[lane].sent >= number && FirstLegArrived(state, rank, lane, number)) {
+        if (beside && own.lanes[lane].sent >= number &&
+            FirstLegArrived(state, rank, lane, number)) {
           actions.push_back({Kind::kRelay, rank, lane, kNoStream});
         }
         for (uint8_t set = 0; set < kLegs * kParities; ++set) {
@@ -200,7 +201,8 @@ class HierarchicalModel {
     const Lane& lane = state.ranks[rank].lanes[call.lane];
     const bool sending = call.phase == Phase::kSend;
     const int64_t number = lane.received + 1;
-    const bool relays_here = IsCombine(number) ? sending && relays_ == Relays::kInTheCall : !sending;
+    const bool relays_here =
+        IsCombine(number) ? sending && relays_ == Relays::kInTheCall : !sending;
     if (sending && !(relays_here && lane.sent == number)) {
       actions.push_back({Kind::kPack, rank, call.lane, s});
     } else if (relays_here && lane.relayed < number) {
