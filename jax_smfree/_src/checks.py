@@ -111,10 +111,12 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
             f"{name}: got a {type(d).__name__} as d, expected the DispatchResult that "
             "dispatch_recv returned."
         )
-    expected = (group.num_ranks, d.handle.num_tokens, group.config.top_k)
-    if d.handle.rows.shape != expected:
+    tokens = d.handle.num_tokens
+    expected = ((group.num_ranks, tokens, group.config.top_k), group.relay_shape(tokens))
+    got = (d.handle.rows.shape, d.handle.relay.shape)
+    if got != expected:
         raise ValueError(
-            f"{name}: got a handle of shape {d.handle.rows.shape}, expected {expected}: it belongs "
+            f"{name}: got a handle of shapes {got} (rows, relay), expected {expected}: it belongs "
             "to another group."
         )
     return d

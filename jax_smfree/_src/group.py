@@ -125,6 +125,12 @@ class EpGroup:
         """The partition spec with which a token crosses a ``shard_map`` boundary."""
         return PartitionSpec(self.mesh_axes)
 
+    def relay_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank."""
+        per_node = self.config.ranks_per_node or self.num_ranks
+        nodes = self.num_ranks // per_node if self.config.mode == "hierarchical" else 0
+        return (nodes, num_tokens, min(self.config.top_k, per_node))
+
     def token(self, lane: int = 0) -> Token:
         """A token that is ready for the first operation on ``lane``.
 

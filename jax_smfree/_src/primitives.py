@@ -105,13 +105,6 @@ def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *,
     return [token, _out(token, places, jnp.int32), _out(token, (ranks,), jnp.int32)]
 
 
-def _relay_shape(call: Call) -> tuple[int, int, int]:
-    config, ranks = call.group.config, call.group.num_ranks
-    per_node = config.ranks_per_node or ranks
-    nodes = ranks // per_node if config.mode == "hierarchical" else 0
-    return (nodes, call.num_tokens, min(config.top_k, per_node))
-
-
 def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
     config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
     return [
@@ -122,7 +115,7 @@ def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
         _out(token, (), jnp.int32),
         _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
         _out(token, (ranks,), jnp.int32),
-        _out(token, _relay_shape(call), jnp.int32),
+        _out(token, call.group.relay_shape(call.num_tokens), jnp.int32),
     ]
 
 

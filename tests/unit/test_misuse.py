@@ -167,3 +167,18 @@ def test_typestate_crosses_jit_and_scan(groups):
     smap = jax.shard_map(body, mesh=mesh, in_specs=problem.specs[:3], out_specs=P("ep"))
     with pytest.raises(TypeError, match="carry"):
         jax.eval_shape(smap, *problem.arrays[:3])
+
+
+@pytest.mark.cpu_only
+def test_handle_of_a_group_in_the_other_mode(groups):
+    mesh = ep_mesh(4)
+    direct, hierarchical = groups(mesh, **CONFIG), groups(mesh, **CONFIG, ranks_per_node=2)
+    problem = make_problem(mesh)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=problem.specs[:3], out_specs=problem.rows)
+    def step(x, idx, weights):
+        d, _ = smfree.dispatch(direct.token(), x, idx, weights)
+        return smfree.combine(hierarchical.token(), d, d.x)[0]
+
+    with pytest.raises(ValueError, match=r"combine_send: got a handle of shapes .* another group"):
+        jax.eval_shape(step, *problem.arrays[:3])
