@@ -32,8 +32,8 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
 def buffer_bytes(config: EpConfig, num_ranks: int, *, hierarchical: bool) -> int:
     """Bytes per rank of all buffers, of a group that does, or does not, go by way of its nodes."""
-    mode = "hierarchical" if hierarchical else "direct"
-    layout = _layout(dataclasses.replace(config, mode=mode), num_ranks)
+    config = dataclasses.replace(config, mode="hierarchical" if hierarchical else "direct")
+    layout = _layout(config, num_ranks)
     return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
 
 
