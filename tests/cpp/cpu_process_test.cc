@@ -23,13 +23,9 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 GroupConfig Config(int32_t num_ranks, int32_t ranks_per_node = 0) {
-  GroupConfig config;
-  config.num_ranks = num_ranks;
+  GroupConfig config = SmallConfig(num_ranks);
   config.ranks_per_node = ranks_per_node;
   config.hierarchical = ranks_per_node > 0;
-  config.num_experts = num_ranks * 2;
-  config.top_k = 2;
-  config.num_lanes = 2;
   config.hidden = 24;
   config.max_tokens = 40;
   config.timeout_s = 20;

@@ -3,18 +3,16 @@
 // model_check.cc for the hierarchical mode: searches every state of hierarchical_model.h, on GPUs
 // (the relay of a combine holds up the calls behind it) and on CPUs (it does not).
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "tests/cpp/hierarchical_model.h"
+#include "tests/cpp/model_expectations.h"
 #include "tests/cpp/model_search.h"
 
 using namespace smfree::model;
 
 namespace {
-
-int failures = 0;
 
 const char* Name(Relays relays) { return relays == Relays::kBeside ? "CPU" : "GPU"; }
 
@@ -40,10 +38,7 @@ void ExpectSafe(const char* what, const std::vector<std::vector<std::string>>& s
   const Verdict verdict = Explore<kLanes>(streams, relays, {}, steps);
   std::printf("%9zu states  %s, %d lane(s): %s%s\n", verdict.states, Name(relays), kLanes, what,
               steps == Steps::kReduced ? " (reduced)" : "");
-  if (verdict.violation == nullptr) return;
-  std::printf("  FAILED: %s\n", verdict.violation);
-  PrintTrace(verdict);
-  ++failures;
+  ExpectNothing(verdict);
 }
 
 template <int kLanes>
@@ -52,12 +47,7 @@ void ExpectFound(const char* what, const char* violation,
                  HierarchicalMutations mutations) {
   const Verdict verdict = Explore<kLanes>(streams, relays, mutations, Steps::kAll);
   std::printf("%9zu states  broken, %s: %s\n", verdict.states, Name(relays), what);
-  std::printf("  found: %s\n", verdict.violation == nullptr ? "nothing" : verdict.violation);
-  PrintTrace(verdict);
-  if (verdict.violation == nullptr || std::strstr(verdict.violation, violation) == nullptr) {
-    std::printf("  FAILED: expected to find: %s\n", violation);
-    ++failures;
-  }
+  ExpectViolation(verdict, violation);
 }
 
 void CheckProtocol() {
@@ -98,6 +88,5 @@ void CheckThatBugsAreFound() {
 int main() {
   CheckProtocol();
   CheckThatBugsAreFound();
-  std::printf("%s\n", failures == 0 ? "model check passed" : "model check FAILED");
-  return failures == 0 ? 0 : 1;
+  return Conclude();
 }

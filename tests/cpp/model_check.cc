@@ -6,18 +6,16 @@
 //
 // Then the protocol is broken in one place at a time, and the search must find the harm.
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "tests/cpp/model_expectations.h"
 #include "tests/cpp/model_search.h"
 #include "tests/cpp/protocol_model.h"
 
 using namespace smfree::model;
 
 namespace {
-
-int failures = 0;
 
 template <int kRanks, int kLanes, int kChunks>
 Verdict Explore(const std::vector<Program>& programs, Mutations mutations, Steps steps) {
@@ -31,10 +29,7 @@ void ExpectSafe(const char* what, const std::vector<Program>& programs, Steps st
   const Verdict verdict = Explore<kRanks, kLanes, kChunks>(programs, {}, steps);
   std::printf("%9zu states  %d ranks, %d lane(s), %d chunk(s): %s%s\n", verdict.states, kRanks,
               kLanes, kChunks, what, steps == Steps::kReduced ? " (reduced)" : "");
-  if (verdict.violation == nullptr) return;
-  std::printf("  FAILED: %s\n", verdict.violation);
-  PrintTrace(verdict);
-  ++failures;
+  ExpectNothing(verdict);
 }
 
 // A broken protocol: `violation` must be reachable. `reducible`: also by the reduced search.
@@ -43,12 +38,7 @@ void ExpectFound(const char* what, const char* violation, const std::vector<Prog
                  Mutations mutations, bool reducible = true) {
   const Verdict verdict = Explore<kRanks, kLanes, kChunks>(programs, mutations, Steps::kAll);
   std::printf("%9zu states  broken: %s\n", verdict.states, what);
-  std::printf("  found: %s\n", verdict.violation == nullptr ? "nothing" : verdict.violation);
-  PrintTrace(verdict);
-  if (verdict.violation == nullptr || std::strstr(verdict.violation, violation) == nullptr) {
-    std::printf("  FAILED: expected to find: %s\n", violation);
-    ++failures;
-  }
+  ExpectViolation(verdict, violation);
   if (reducible && Explore<kRanks, kLanes, kChunks>(programs, mutations, Steps::kReduced)
                            .violation == nullptr) {
     std::printf("  FAILED: the reduced search does not find it\n");
@@ -151,6 +141,5 @@ void CheckThatBugsAreFound() {
 int main() {
   CheckProtocol();
   CheckThatBugsAreFound();
-  std::printf("%s\n", failures == 0 ? "model check passed" : "model check FAILED");
-  return failures == 0 ? 0 : 1;
+  return Conclude();
 }
