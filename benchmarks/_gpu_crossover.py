@@ -6,8 +6,7 @@ The default of ``EpConfig.sm_push_bytes`` comes from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from _gpu_cases import Scale, make_case
 from _gpu_library import opened
@@ -19,9 +18,7 @@ ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 SHAPE = "7168:8of256"
 
 
-def measure(
-    into: Json, mesh: Mesh, scale: Scale, names: Iterable[str], options: Mapping[str, Any]
-) -> None:
+def measure(into: Json, mesh: Mesh, scale: Scale, ways: Mapping[str, Json]) -> None:
     """A native dispatch in device time, from the send's first block to the recv's last.
 
     Nothing on CPUs, which have one way only.
@@ -32,8 +29,8 @@ def measure(
     for rows in ROWS:
         case = make_case(mesh, f"{rows}x{SHAPE}")
         entry: Json = {"rows": rows, "message_bytes": case.message_bytes}
-        for name in names:
-            with opened(case, scale, **options[name]) as library:
+        for name, options in ways.items():
+            with opened(case, scale, **options) as library:
                 run = prepare(mesh, {"": (library.dispatch, *case.inputs)})[""]
                 times = [r.between_us(*KERNELS[:2], outer=True) for r in library.record(run)]
             entry[name] = summary(times)

@@ -18,6 +18,7 @@ from jax import Array
 import jax_smfree as smfree
 from jax_smfree._src import reference
 from jax_smfree.bench.cases import AXIS
+from jax_smfree.bench.overlapped import exchange_around, products
 
 # Far apart on purpose: a difference this large is an error, a smaller one is the order of a sum.
 MAX_RELATIVE_ERROR = 2e-3
@@ -93,28 +94,20 @@ class Library:
     def around_dispatch(self, gemms: int, *args: Array) -> tuple[Array, Array]:
         *inputs, a, w = args
         token = smfree.dispatch_send(self.group.token(), *inputs)
-        token, a = smfree.overlap(token, functools.partial(Gemms.chain, gemms), a, w)
+        token, a = smfree.overlap(token, functools.partial(products, gemms), a, w)
         d, _ = smfree.dispatch_recv(token)
         return d.x, a
 
     def around_both(self, gemms: int, *args: Array) -> tuple[Array, Array]:
         """``gemms`` products around the dispatch, and as many around the combine."""
-        *inputs, a, w = args
-        chain = functools.partial(Gemms.chain, gemms)
-        token = smfree.dispatch_send(self.group.token(), *inputs)
-        token, a = smfree.overlap(token, chain, a, w)
-        d, token = smfree.dispatch_recv(token)
-        token = smfree.combine_send(token, d, d.x)
-        token, a = smfree.overlap(token, chain, a, w)
-        out, _ = smfree.combine_recv(token)
-        return out, a
+        return exchange_around(self.group, gemms, *args)
 
     def apart(self, gemms: int, *args: Array) -> tuple[Array, Array]:
         """``gemms`` products between the operations, where no rows move."""
         *inputs, a, w = args
         d, token = smfree.dispatch(self.group.token(), *inputs)
         token, a, w = smfree.tie(token, a, w)
-        token, a = smfree.tie(token, Gemms.chain(gemms, a, w))
+        token, a = smfree.tie(token, products(gemms, a, w))
         out, _ = smfree.combine(token, d, d.x)
         return out, a
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from _gpu_table import CALLS, DEFAULT, find, overlap_entries, overlap_mover
+from _gpu_table import CALLS, COPY_ENGINE, DEFAULT, find, overlap_entries
 from _gpu_timing import Json
 from _gpu_trace import KERNELS
 from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def save(result: Json, path: Path) -> list[Path]:
 
     name, shape = next(iter(result["shapes"].items()))
     native = find(shape, "movers", DEFAULT, "native", "timeline")
-    hidden = find(shape, "movers", overlap_mover(shape), "overlap", "timeline")
+    hidden = find(shape, "movers", COPY_ENGINE, "overlap", "timeline")
     if native and hidden:
         figure, axes = plt.subplots(2, 1, figsize=(13, 7.2), layout="constrained")
         native, hidden = map(Timeline.from_json, (native, hidden))

@@ -41,13 +41,9 @@ def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
     yield ""
 
 
-def overlap_mover(shape: Json) -> str:
-    """Whose overlap the targets speak of: the copy engine's, where one can choose."""
-    return COPY_ENGINE if COPY_ENGINE in shape["movers"] else DEFAULT
-
-
 def overlap_entries(shape: Json, kind: str) -> list[Json]:
-    return find(shape, "movers", overlap_mover(shape), "overlap", kind) or []
+    """The overlap that the targets speak of."""
+    return find(shape, "movers", COPY_ENGINE, "overlap", kind) or []
 
 
 def _calls(shape: Json) -> Iterator[list[str]]:

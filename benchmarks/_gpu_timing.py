@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _gpu_cases import Scale, random_rows
-from jax import Array
 from jax.sharding import Mesh
 
+from jax_smfree.bench.overlapped import products
 from jax_smfree.bench.programs import compiled
 
 Json = dict[str, Any]
@@ -91,14 +91,8 @@ class Gemms:
         self.a = random_rows(mesh, shape, 1)
         self.w = random_rows(mesh, shape, 2, scale.gemm**-0.5)
 
-    @staticmethod
-    def chain(count: int, a: Array, w: Array) -> Array:
-        for _ in range(count):
-            a = a @ w
-        return a
-
     def measure(self, into: Json) -> None:
         """One product. XLA chooses its kernel by timing some, and the chains find what it chose."""
-        run = prepare(self._mesh, {"": (functools.partial(self.chain, 1), self.a, self.w)})[""]
+        run = prepare(self._mesh, {"": (functools.partial(products, 1), self.a, self.w)})[""]
         into["size"], into["1"] = self._scale.gemm, timed(run, self._scale)
         into["tflop_s"] = round(2e-6 * self._scale.gemm**3 / into["1"]["p50"], 1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -12,29 +11,16 @@ from _gpu_library import opened
 from _gpu_timing import Gemms, Json, prepare, summary, timed
 from jax import Array, lax
 
-import jax_smfree as smfree
+from jax_smfree.bench.overlapped import exchange_around, products
 
 GEMMS = 2  # around each of dispatch and combine
-_chain = functools.partial(Gemms.chain, GEMMS)
-
-
-def _communicating(
-    group: smfree.EpGroup, topk_idx: Array, x: Array, topk_weights: Array, a: Array, w: Array
-) -> tuple[Array, Array]:
-    token = smfree.dispatch_send(group.token(), x, topk_idx, topk_weights)
-    token, a = smfree.overlap(token, _chain, a, w)
-    d, token = smfree.dispatch_recv(token)
-    token = smfree.combine_send(token, d, d.x)
-    token, a = smfree.overlap(token, _chain, a, w)
-    out, _ = smfree.combine_recv(token)
-    return out, a
 
 
 def _computing(a: Array, w: Array) -> Array:
     """The same compute, between barriers at the same places."""
     for _ in range(2):
         a, w_here = lax.optimization_barrier((a, w))
-        a = lax.optimization_barrier(_chain(a, w_here))
+        a = lax.optimization_barrier(products(GEMMS, a, w_here))
     return a
 
 
@@ -42,7 +28,9 @@ def measure(into: Json, case: Case, scale: Scale, gemms: Gemms, **options: Any) 
     with opened(case, scale, differentiable=True, **options) as library:
 
         def together(x: Array, topk_idx: Array, topk_weights: Array, a: Array, w: Array) -> Any:
-            layer = functools.partial(_communicating, library.group, topk_idx)
+            def layer(x: Array, topk_weights: Array, a: Array, w: Array) -> tuple[Array, Array]:
+                return exchange_around(library.group, GEMMS, x, topk_idx, topk_weights, a, w)
+
             results, pull = jax.vjp(layer, x, topk_weights, a, w)
             return results, pull((x, a))
 

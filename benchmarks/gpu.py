@@ -33,20 +33,17 @@ import _gpu_training
 import jax
 from _gpu_cases import SHAPES, SMOKE, SMOKE_SHAPES, Case, Scale, make_case, make_mesh
 from _gpu_library import opened
+from _gpu_table import COPY_ENGINE, DEFAULT
 from _gpu_timing import Gemms, Json, copy_rate, launch
 
-import jax_smfree as smfree
-
 HERE = Path(__file__).parent
-DEFAULT, COPY_ENGINE, SM_PUSH = "default", "copy engine", "SM push"
-
-
-def movers() -> dict[str, Json]:
-    """Options of ``EpConfig`` by what moves the rows; ``default`` leaves it to the library."""
-    if "sm_push_bytes" not in {field.name for field in dataclasses.fields(smfree.EpConfig)}:
-        return {DEFAULT: {}}
-    options = {DEFAULT: None, COPY_ENGINE: 0, SM_PUSH: 2**40}
-    return {name: {"sm_push_bytes": limit} for name, limit in options.items()}
+SM_PUSH = "SM push"
+# Options of EpConfig by what moves the rows; the default leaves it to the library.
+MOVERS: dict[str, Json] = {
+    DEFAULT: {"sm_push_bytes": None},
+    COPY_ENGINE: {"sm_push_bytes": 0},
+    SM_PUSH: {"sm_push_bytes": 2**40},
+}
 
 
 class Session:
@@ -83,7 +80,7 @@ def measure_mover(
 ) -> None:
     """One way to move rows. Nothing is timed if the check fails."""
     part, result = session.part, session.result
-    with opened(case, scale, **movers()[name]) as library:
+    with opened(case, scale, **MOVERS[name]) as library:
         into["check"] = {}
         library.check(into["check"])
         part(into, "native", library.native)
@@ -126,27 +123,17 @@ def measure(session: Session, ranks: int, names: list[str], scale: Scale) -> Non
             part(place[kind] if kind else place, title, measure_one, case, scale, *args)
 
     def each_mover(name: str) -> None:
-        # The default is one of the others; where there are others, the overlap is theirs.
-        overlap = name != DEFAULT or len(movers()) == 1
-        each(name, "movers", measure_mover, session, gemms, overlap, name)
+        # The default is one of the others: the overlap is theirs.
+        each(name, "movers", measure_mover, session, gemms, name != DEFAULT, name)
 
-    for name in (DEFAULT, COPY_ENGINE):
-        if name in movers():
-            each_mover(name)
+    each_mover(DEFAULT)
+    each_mover(COPY_ENGINE)
     each("all_gather", "peers", _gpu_peers.measure, "all_gather")
     each("moe", None, _gpu_moe.measure)
     each("training", None, _gpu_training.measure, gemms)
-    if SM_PUSH in movers():
-        part(
-            result,
-            "crossover",
-            _gpu_crossover.measure,
-            mesh,
-            scale,
-            (COPY_ENGINE, SM_PUSH),
-            movers(),
-        )
-        each_mover(SM_PUSH)
+    ways = {name: MOVERS[name] for name in (COPY_ENGINE, SM_PUSH)}
+    part(result, "crossover", _gpu_crossover.measure, mesh, scale, ways)
+    each_mover(SM_PUSH)
     for name in list(_gpu_peers.PEERS)[1:]:
         each(name, "peers", _gpu_peers.measure, name)
 

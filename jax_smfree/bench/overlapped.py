@@ -17,6 +17,33 @@ from jax_smfree.bench.programs import Sample, compiled, sharded, timed
 MAX_PRODUCTS = 256
 
 
+def products(count: int, a: Array, w: Array) -> Array:
+    """A chain of matrix products, the compute that rows move under."""
+    for _ in range(count):
+        a = a @ w
+    return a
+
+
+def exchange_around(
+    group: smfree.EpGroup,
+    count: int,
+    x: Array,
+    topk_idx: Array,
+    topk_weights: Array,
+    a: Array,
+    w: Array,
+) -> tuple[Array, Array]:
+    """A round trip with ``count`` products under the dispatch, and as many under the combine."""
+    chain = functools.partial(products, count)
+    token = smfree.dispatch_send(group.token(), x, topk_idx, topk_weights)
+    token, a = smfree.overlap(token, chain, a, w)
+    d, token = smfree.dispatch_recv(token)
+    token = smfree.combine_send(token, d, d.x)
+    token, a = smfree.overlap(token, chain, a, w)
+    out, _ = smfree.combine_recv(token)
+    return out, a
+
+
 class Overlapped:
     """Half of the products run under the dispatch, half under the combine.
 
@@ -32,7 +59,7 @@ class Overlapped:
         # Variance 1 / hidden, so that a chain of products neither grows nor dies.
         weights = jax.random.normal(key, size) * shape.hidden**-0.5
         self._w = jax.device_put(weights.astype(shape.dtype), sharded(mesh))
-        one = compiled(functools.partial(self._products, 1), mesh)
+        one = compiled(functools.partial(products, 1), mesh)
         sample: Sample = {}
         rows = (shape.ranks * shape.rows, shape.hidden)
         x = jnp.ones(rows, shape.dtype, device=sharded(mesh))
@@ -40,26 +67,13 @@ class Overlapped:
             timed(sample, COMPUTE, one, x, self._w)
         wanted = round(round_trip_s / 2 / sample[COMPUTE][0])
         self._count = min(max(1, wanted), MAX_PRODUCTS)
-        self._alone = compiled(functools.partial(self._products, 2 * self._count), mesh)
+        self._alone = compiled(functools.partial(products, 2 * self._count), mesh)
         self._together = compiled(self._exchange, mesh)
-
-    @staticmethod
-    def _products(count: int, x: Array, w: Array) -> Array:
-        for _ in range(count):
-            x = x @ w
-        return x
 
     def _exchange(
         self, x: Array, topk_idx: Array, topk_weights: Array, w: Array
     ) -> tuple[Array, Array]:
-        products = functools.partial(self._products, self._count)
-        token = smfree.dispatch_send(self._group.token(), x, topk_idx, topk_weights)
-        token, y = smfree.overlap(token, products, x, w)
-        d, token = smfree.dispatch_recv(token)
-        token = smfree.combine_send(token, d, d.x)
-        token, y = smfree.overlap(token, products, y, w)
-        out, _ = smfree.combine_recv(token)
-        return out, y
+        return exchange_around(self._group, self._count, x, topk_idx, topk_weights, x, w)
 
     def measure(self, sample: Sample, *inputs: Array) -> None:
         timed(sample, COMPUTE, self._alone, inputs[0], self._w)
