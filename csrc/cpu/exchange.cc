@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "csrc/cpu/completion_pool.h"
@@ -16,6 +17,8 @@
 namespace smfree::cpu {
 namespace {
 
+// How long Settle waits, and how often it looks.
+constexpr std::chrono::milliseconds kGrace{500}, kBetweenLooks{1};
 // How long Close may take to hand the peers what they still need.
 constexpr std::chrono::seconds kCloseLimit{5};
 
@@ -203,6 +206,19 @@ Status Exchange::CheckPeersOpen(const Receive& receive) const {
             " waits for it. Cure: close a group only after the last operation of every rank.");
   }
   return Status();
+}
+
+void Exchange::Settle() const {
+  const auto in_flight = [this] {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (closed_ || !fault_.ok()) return false;
+    }
+    const Stats now = stats();
+    return now.pending_receives > 0 || now.messages_in_flight > 0;
+  };
+  const Clock::time_point deadline = Clock::now() + kGrace;
+  while (in_flight() && Clock::now() < deadline) std::this_thread::sleep_for(kBetweenLooks);
 }
 
 void Exchange::Close() {

@@ -39,6 +39,8 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   Status Open();  // makes the arena, and listens if there are other processes
   const std::string& address() const { return address_; }
   Status Connect(const std::vector<std::string>& addresses);
+  // Waits until nothing is in flight here, but not for long.
+  void Settle() const;
   void Close();
   Status Check();
   Stats stats() const;

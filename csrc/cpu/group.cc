@@ -110,6 +110,9 @@ Status Group::Connect(const std::vector<std::string>& addresses) {
 }
 
 void Group::Close() {
+  // Where one rank of this process is through, and waits in a collective of XLA for another whose
+  // receive fails now, XLA ends the process. So both get the time to end.
+  exchange_->Settle();
   std::shared_ptr<Group> removed;  // may be the last reference but the caller's
   {
     Registry& registry = TheRegistry();

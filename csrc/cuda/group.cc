@@ -14,7 +14,7 @@
 namespace smfree::cuda {
 namespace {
 
-// How long Close lets operations under way go on.
+// How long Close lets programs under way go on.
 constexpr std::chrono::milliseconds kGrace{500};
 
 struct Registry {
@@ -46,6 +46,16 @@ Status CheckOptions(const GroupOptions& options, const std::vector<int32_t>& dev
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
 }
 
+// Ready as soon as what was launched has ended. Its destructor waits for that.
+std::future<void> DevicesIdle(const GroupState& state) {
+  return std::async(std::launch::async, [&state] {
+    for (const auto& rank : state.ranks) {
+      const DeviceScope scope(rank->device);
+      (void)cudaDeviceSynchronize();
+    }
+  });
+}
+
 }  // namespace
 
 Group::Group(std::unique_ptr<GroupState> state) : state_(std::move(state)) {}
@@ -68,6 +78,14 @@ StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, const GroupOpti
 }
 
 void Group::Close() {
+  {
+    const std::shared_lock<std::shared_mutex> lock(state_->open_mutex);
+    if (state_->closed) return;
+  }
+  // A program under way ends by itself, also where one rank's part is not launched yet and another's
+  // waits for it, in a collective too.
+  const std::future<void> under_way = DevicesIdle(*state_);
+  under_way.wait_for(kGrace);
   std::shared_ptr<Group> removed;  // may be the last reference but the caller's
   {
     Registry& registry = TheRegistry();
@@ -88,13 +106,8 @@ void Group::Close() {
     const std::unique_lock<std::shared_mutex> lock(state_->open_mutex);
     if (std::exchange(state_->closed, true)) return;
   }
-  // What was launched ends by itself; but a rank may wait for one whose part never was.
-  auto idle = std::async(std::launch::async, [this] {
-    for (const auto& rank : state_->ranks) {
-      const DeviceScope scope(rank->device);
-      (void)cudaDeviceSynchronize();
-    }
-  });
+  // Nothing more is launched. A rank that still waits, waits for one whose part never was.
+  const std::future<void> idle = DevicesIdle(*state_);
   if (idle.wait_for(kGrace) == std::future_status::timeout) {
     state_->Fail(Status(FaultKind::kClosed, "the group was closed while a rank was waiting"));
   }

@@ -226,7 +226,11 @@ class EpGroup:
         return self._closed
 
     def close(self) -> None:
-        """Ends the group: what still waits ends with an error, later uses raise. Not collective."""
+        """Ends the group. Not collective.
+
+        Programs under way have a second at most to end; then what still waits ends with an error,
+        and later uses raise.
+        """
         self._closed = True
         for native in self._native:
             native.close()

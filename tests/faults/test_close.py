@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closing a group, leaving the process and Ctrl-C end what waits, at once."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_smfree as smfree
@@ -59,6 +61,32 @@ def test_close_ends_what_waits(faulty):
     )
     assert_failed(error_of(waiting), waiting, closed)
     assert time.monotonic() - start < 2.0
+
+
+def test_close_lets_a_program_under_way_end(faulty):
+    """Its last rank combines when the others are through, and wait for it in a collective.
+
+    Where XLA's collectives miss a rank for long, they end the process.
+    """
+    group = faulty(**LONG, at_least=2)
+    problem = make_problem(group.mesh)
+
+    def nap(rank, array):
+        if rank == group.num_ranks - 1:
+            time.sleep(0.2)
+        return array
+
+    def last_is_late(token, x, topk_idx, topk_weights):
+        d, token = smfree.dispatch(token, x, topk_idx, topk_weights)
+        token = smfree.combine_send(token, d, d.x)
+        array = jax.pure_callback(nap, token.array, jax.lax.axis_index("ep"), token.array)
+        array = jax.lax.pcast(array, "ep", to="varying")
+        out, _ = smfree.combine_recv(dataclasses.replace(token, array=array))
+        return out + 0 * jax.lax.psum(jnp.sum(out), "ep")
+
+    out = compiled(group, last_is_late, problem)(*problem.arrays[:3])
+    group.close()
+    assert np.isfinite(out).all()
 
 
 def test_close_by_another_thread_while_waiting(faulty):
