@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cuda/nvshmem.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <nvshmem_host.h>
+
+#include <cstring>
+#include <mutex>
+
+#include "csrc/cuda/allocation.h"
+
+namespace smfree::cuda {
+
+struct Nvshmem::Library {
+  decltype(&nvshmemx_vendor_get_version_info) get_version;
+  decltype(&nvshmemx_init_status) init_status;
+  decltype(&nvshmemx_get_uniqueid) get_uniqueid;
+  decltype(&nvshmemx_set_attr_uniqueid_args) set_attr_uniqueid_args;
+  decltype(&nvshmemx_hostlib_init_attr) init_attr;
+  decltype(&nvshmem_my_pe) my_pe;
+  decltype(&nvshmem_n_pes) n_pes;
+  decltype(&nvshmem_malloc) malloc;
+  decltype(&nvshmem_free) free;
+  decltype(&nvshmem_ptr) ptr;
+};
+
+namespace {
+
+constexpr char kSoname[] = "libnvshmem_host.so.3";
+
+Status NoLibrary(const std::string& why) {
+  return Status(FaultKind::kSystem,
+                "NVSHMEM, which connects GPUs of several processes, cannot be used: " + why +
+                    ". Cure: pip install nvidia-nvshmem-cu13 (or -cu12, as JAX's CUDA), version " +
+                    std::to_string(NVSHMEM_VENDOR_MAJOR_VERSION) +
+                    "; or one process for all GPUs of a host.");
+}
+
+template <typename Function>
+bool Find(void* handle, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(handle, name));
+  return function != nullptr;
+}
+
+}  // namespace
+
+StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
+  static std::mutex& mutex = *new std::mutex;
+  static Nvshmem* nvshmem = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (nvshmem != nullptr) return nvshmem;
+  void* handle = dlopen(kSoname, RTLD_NOW | RTLD_NOLOAD);
+  if (handle == nullptr) {
+    handle = dlopen(library.empty() ? kSoname : library.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  }
+  if (handle == nullptr) return NoLibrary(dlerror());
+  static Library found;
+  if (!Find(handle, "nvshmemx_vendor_get_version_info", found.get_version) ||
+      !Find(handle, "nvshmemx_init_status", found.init_status) ||
+      !Find(handle, "nvshmemx_get_uniqueid", found.get_uniqueid) ||
+      !Find(handle, "nvshmemx_set_attr_uniqueid_args", found.set_attr_uniqueid_args) ||
+      !Find(handle, "nvshmemx_hostlib_init_attr", found.init_attr) ||
+      !Find(handle, "nvshmem_my_pe", found.my_pe) || !Find(handle, "nvshmem_n_pes", found.n_pes) ||
+      !Find(handle, "nvshmem_malloc", found.malloc) ||
+      !Find(handle, "nvshmem_free", found.free) || !Find(handle, "nvshmem_ptr", found.ptr)) {
+    return NoLibrary(dlerror());
+  }
+  int major = 0, minor = 0, patch = 0;
+  found.get_version(&major, &minor, &patch);
+  if (major != NVSHMEM_VENDOR_MAJOR_VERSION) {
+    return NoLibrary("the library is of version " + std::to_string(major) + "." +
+                     std::to_string(minor) + "." + std::to_string(patch));
+  }
+  nvshmem = new Nvshmem(found);
+  return nvshmem;
+}
+
+StatusOr<std::string> Nvshmem::NewUniqueId() const {
+  nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+  if (library_.get_uniqueid(&id) != 0) {
+    return Status(FaultKind::kSystem, "nvshmemx_get_uniqueid failed");
+  }
+  return std::string(reinterpret_cast<const char*>(&id), sizeof(id));
+}
+
+Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes, int32_t device) {
+  if (library_.init_status() < NVSHMEM_STATUS_IS_INITIALIZED) {
+    nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+    if (unique_id.size() != sizeof(id)) {
+      return Status(FaultKind::kInvalidArgument,
+                    "got an NVSHMEM unique id of " + std::to_string(unique_id.size()) +
+                        " bytes, expected " + std::to_string(sizeof(id)) +
+                        ": the processes have different versions of NVSHMEM");
+    }
+    std::memcpy(&id, unique_id.data(), sizeof(id));
+    const DeviceScope scope(device);  // NVSHMEM takes the current device, for good
+    nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
+    library_.set_attr_uniqueid_args(me, processes, &id, &attributes);
+    if (library_.init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes) != 0) {
+      return Status(FaultKind::kSystem, "NVSHMEM could not be initialised; NVSHMEM_DEBUG=INFO "
+                                        "makes it say why");
+    }
+  }
+  const int32_t pe = library_.my_pe(), pes = library_.n_pes();
+  if (pe != me || pes != processes) {
+    return Status(FaultKind::kSystem,
+                  "NVSHMEM had been initialised before, with this process as " +
+                      std::to_string(pe) + " of " + std::to_string(pes) + ", expected " +
+                      std::to_string(me) + " of " + std::to_string(processes) +
+                      ". Cure: leave xla_gpu_experimental_enable_nvshmem off, or let its world be "
+                      "that of jax.distributed");
+  }
+  joined_ = true;
+  return {};
+}
+
+char* Nvshmem::Allocate(size_t bytes) const { return static_cast<char*>(library_.malloc(bytes)); }
+void Nvshmem::Free(char* memory) const { library_.free(memory); }
+char* Nvshmem::At(char* memory, int32_t process) const {
+  return static_cast<char*>(library_.ptr(memory, process));
+}
+
+}  // namespace smfree::cuda
