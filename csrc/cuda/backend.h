@@ -78,8 +78,12 @@ struct GroupOptions : GroupConfig {
   int64_t sm_push_bytes = 0;
 };
 
+class NvshmemMemory;
 class Rank;
 struct GroupState;
+
+// Of the symmetric memory of each rank.
+int64_t SymmetricBytes(const GroupConfig& config);
 
 // The ranks of one group, one per device of this process.
 class Group {
@@ -88,6 +92,12 @@ class Group {
   // loads all kernels.
   static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, const GroupOptions& options,
                                                  const std::vector<int32_t>& devices);
+  // The same for the one rank of this process, on `device`; that of rank r is in process
+  // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(options) or more, and no
+  // group of any process uses it. No rank may send before all have come back from here.
+  static StatusOr<std::shared_ptr<Group>> CreateAmongProcesses(
+      int64_t group_id, const GroupOptions& options, int32_t rank, int32_t device,
+      const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory);
   ~Group();  // closes
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -110,6 +120,7 @@ class Group {
  private:
   friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
   explicit Group(std::unique_ptr<GroupState> state);
+  static std::shared_ptr<Group> Register(std::unique_ptr<GroupState> state);
   std::unique_ptr<GroupState> state_;
 };
 

@@ -71,6 +71,9 @@ std::string What(const FaultRecord& fault, double timeout_s) {
              ". Cure: see what that rank does instead; every rank must run the same program. If it "
              "is only slow, raise timeout_s.";
     case FaultKind::kScheduleMismatch: return Mismatch(fault);
+    case FaultKind::kPeerFailed:
+      return "rank " + std::to_string(fault.peer) +
+             ", which is in another process, is at fault. Cure: see its error.";
     case FaultKind::kTwoInFlight:
       return "number " + std::to_string(fault.expected - 1) +
              " was sent, and not received here yet. Cure: receive it first, with the token that "

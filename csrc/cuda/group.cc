@@ -27,13 +27,13 @@ Registry& TheRegistry() {
   return registry;
 }
 
-Status CheckOptions(const GroupOptions& options, const std::vector<int32_t>& devices) {
+Status CheckOptions(const GroupOptions& options, size_t devices) {
   std::string wrong;
-  if (static_cast<int32_t>(devices.size()) != options.num_ranks) {
-    wrong = std::to_string(devices.size()) + " devices for " + std::to_string(options.num_ranks) +
+  if (static_cast<int32_t>(devices) != options.num_ranks) {
+    wrong = std::to_string(devices) + " devices for " + std::to_string(options.num_ranks) +
             " ranks";
   } else if (options.num_ranks > kMaxRanks) {
-    wrong = std::to_string(options.num_ranks) + " ranks in one process, expected at most " +
+    wrong = std::to_string(options.num_ranks) + " ranks, expected at most " +
             std::to_string(kMaxRanks);
   } else if (options.top_k > kMaxTopK) {
     wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
@@ -63,13 +63,32 @@ Group::~Group() { Close(); }
 
 StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, const GroupOptions& options,
                                                const std::vector<int32_t>& devices) {
-  Status status = CheckOptions(options, devices);
+  Status status = CheckOptions(options, devices.size());
   if (!status.ok()) return status;
   auto state = std::make_unique<GroupState>();
   state->group_id = group_id;
   state->options = options;
-  status = state->Allocate(devices);
+  status = state->AllocateHere(devices);
   if (!status.ok()) return status;
+  return Register(std::move(state));
+}
+
+StatusOr<std::shared_ptr<Group>> Group::CreateAmongProcesses(
+    int64_t group_id, const GroupOptions& options, int32_t rank, int32_t device,
+    const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory) {
+  Status status = CheckOptions(options, process_of_rank.size());
+  if (!status.ok()) return status;
+  auto state = std::make_unique<GroupState>();
+  state->group_id = group_id;
+  state->options = options;
+  status = state->AllocateAmongProcesses(rank, device, memory, process_of_rank);
+  if (!status.ok()) return status;
+  memory->in_use = true;
+  return Register(std::move(state));
+}
+
+std::shared_ptr<Group> Group::Register(std::unique_ptr<GroupState> state) {
+  const int64_t group_id = state->group_id;
   std::shared_ptr<Group> group(new Group(std::move(state)));
   Registry& registry = TheRegistry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
@@ -115,11 +134,12 @@ void Group::Close() {
   // All movers before any memory: they write to one another's.
   for (const auto& rank : state_->ranks) rank->mover.reset();
   for (const auto& rank : state_->ranks) {
-    rank->memory = {};
+    rank->memory.reset();
     rank->scratch = {};
     rank->peer_table = {};
     rank->queue = {};
   }
+  if (state_->block) state_->block->in_use = false;
 }
 
 Status Group::Check() {
@@ -131,7 +151,7 @@ Memory Group::memory() const {
   Memory memory;
   memory.pinned_bytes = static_cast<int64_t>(state_->failed.bytes());
   for (const auto& rank : state_->ranks) {
-    memory.device_bytes += static_cast<int64_t>(rank->memory.bytes());
+    if (rank->memory) memory.device_bytes += static_cast<int64_t>(rank->memory->bytes());
     memory.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
                                                  rank->peer_table.bytes());
     memory.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
@@ -225,7 +245,7 @@ std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
   if (entry == registry.groups.end()) return nullptr;
   for (const std::shared_ptr<Group>& group : entry->second) {
     for (const auto& rank : group->state_->ranks) {
-      if (rank->device == device) return std::shared_ptr<Rank>(group, rank.get());
+      if (rank->device == device || group->state_->ranks.size() == 1) return std::shared_ptr<Rank>(group, rank.get());
     }
   }
   return nullptr;

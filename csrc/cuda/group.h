@@ -13,7 +13,8 @@
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/launches.h"
-#include "csrc/cuda/memory_local.h"
+#include "csrc/cuda/memory.h"
+#include "csrc/cuda/memory_nvshmem.h"
 #include "csrc/cuda/mover.h"
 
 namespace smfree::cuda {
@@ -21,11 +22,12 @@ namespace smfree::cuda {
 class Rank {
  public:
   int32_t rank = 0;
+  int32_t index = 0;  // among those of this process
   int32_t device = 0;
   int32_t num_sms = 0;
   GroupState* group = nullptr;
 
-  LocalMemory memory;       // symmetric: signals and regions
+  std::shared_ptr<SymmetricMemory> memory;
   Allocation state;         // RankState
   Allocation scratch;       // [lane index], see lane_scratch_bytes
   Allocation peer_table;    // [R] pointers to the memories
@@ -43,7 +45,9 @@ struct GroupState {
   Layout layout{};
   uint64_t queue_mask = 0;
   Allocation failed;  // pinned uint32: some rank has reported a fault
-  std::vector<std::unique_ptr<Rank>> ranks;
+  std::vector<std::unique_ptr<Rank>> ranks;  // of this process
+  std::vector<char*> memories;               // of all ranks, as this process reaches them
+  std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
   std::unique_ptr<Launches> launches;
 
   // Held shared while a phase is launched, exclusively while the group closes.
@@ -59,9 +63,15 @@ struct GroupState {
   Status FirstFault() const;
   Status TakeOverflow();
 
-  Status Allocate(const std::vector<int32_t>& devices);
-  Status AllocateRank(Rank& rank, const std::vector<int32_t>& devices);
-  Status StartMovers(const std::vector<char*>& memories);
+  // All ranks, on devices of this process.
+  Status AllocateHere(const std::vector<int32_t>& devices);
+  // The rank of this process; that of rank r is in process `process_of_rank[r]`.
+  Status AllocateAmongProcesses(int32_t rank, int32_t device,
+                                std::shared_ptr<NvshmemMemory> memory,
+                                const std::vector<int32_t>& process_of_rank);
+  Status Prepare();
+  Status AllocateRank(int32_t rank, int32_t device, std::shared_ptr<SymmetricMemory> memory);
+  Status Connect();
 };
 
 // Of a LaneScratch with its counts, flags and tags, each aligned to kAlignment.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "csrc/cuda/group.h"
+#include "csrc/cuda/memory_local.h"
 
 namespace smfree::cuda {
 namespace {
@@ -24,6 +25,10 @@ LayoutConfig LayoutConfigOf(const GroupConfig& config) {
 }
 
 }  // namespace
+
+int64_t SymmetricBytes(const GroupConfig& config) {
+  return Layout::Make(LayoutConfigOf(config)).TotalBytes();
+}
 
 LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
   const int64_t bins = config.num_experts + config.num_ranks;
@@ -50,7 +55,8 @@ Context Rank::ContextFor(int32_t lane_index) const {
   c.expert_alignment = options.expert_alignment;
   c.drop_overflow = options.overflow == Overflow::kDrop;
   c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
-  c.memory = memory.data();
+  c.memory = memory->data();
+  c.among_processes = group->block != nullptr;
   c.memories = peer_table.as<char*>();
   c.state = state.as<RankState>();
   c.scratch = reinterpret_cast<LaneScratch*>(lane);
@@ -67,13 +73,68 @@ Context Rank::ContextFor(int32_t lane_index) const {
   return c;
 }
 
-Status GroupState::AllocateRank(Rank& rank, const std::vector<int32_t>& devices) {
-  const DeviceScope scope(rank.device);
+Status GroupState::Prepare() {
+  layout = Layout::Make(LayoutConfigOf(options));
+  // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
+  const int64_t most = int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 *
+                       options.num_ranks * kMaxChunks;
+  uint64_t entries = 64;
+  while (entries < static_cast<uint64_t>(most)) entries *= 2;
+  queue_mask = entries - 1;
+  auto made = Allocation::OnHost(sizeof(uint32_t));
+  if (!made.ok()) return made.status();
+  failed = std::move(made.value());
+  return {};
+}
+
+Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
+  Status status = Prepare();
+  for (size_t r = 0; status.ok() && r < devices.size(); ++r) {
+    auto memory =
+        LocalMemory::Map(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
+    if (!memory.ok()) return memory.status();
+    memories.push_back(memory.value()->data());
+    status = AllocateRank(static_cast<int32_t>(r), devices[r], std::move(memory.value()));
+  }
+  return status.ok() ? Connect() : status;
+}
+
+Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
+                                          std::shared_ptr<NvshmemMemory> memory,
+                                          const std::vector<int32_t>& process_of_rank) {
+  Status status = Prepare();
+  if (!status.ok()) return status;
+  for (size_t r = 0; r < process_of_rank.size(); ++r) {
+    char* const there =
+        static_cast<int32_t>(r) == rank ? memory->data() : memory->At(process_of_rank[r]);
+    if (there == nullptr) {
+      return Status(FaultKind::kInvalidArgument,
+                    "rank " + std::to_string(rank) + " does not reach the GPU of rank " +
+                        std::to_string(r) + " (process " + std::to_string(process_of_rank[r]) +
+                        ") over NVLink, and networks are not supported yet. Cure: make the group "
+                        "of GPUs of one host.");
+    }
+    memories.push_back(there);
+  }
+  block = std::move(memory);
+  status = AllocateRank(rank, device, block);
+  return status.ok() ? Connect() : status;
+}
+
+Status GroupState::AllocateRank(int32_t number, int32_t device,
+                                std::shared_ptr<SymmetricMemory> memory) {
+  ranks.push_back(std::make_unique<Rank>());
+  Rank* const rank = ranks.back().get();
+  rank->rank = number;
+  rank->device = device;
+  rank->group = this;
+  rank->memory = std::move(memory);
+  const DeviceScope scope(device);
   cudaDeviceProp properties;
   Status status =
-      CudaStatus(cudaGetDeviceProperties(&properties, rank.device), "cudaGetDeviceProperties");
+      CudaStatus(cudaGetDeviceProperties(&properties, rank->device), "cudaGetDeviceProperties");
   if (!status.ok()) return status;
-  rank.num_sms = properties.multiProcessorCount;
+  rank->num_sms = properties.multiProcessorCount;
   const size_t route_bytes =
       RouteSharedBytes(options.max_tokens, options.num_experts, options.num_ranks);
   const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
@@ -82,13 +143,13 @@ Status GroupState::AllocateRank(Rank& rank, const std::vector<int32_t>& devices)
                   "the routing of max_tokens " + std::to_string(options.max_tokens) +
                       " rows to " + std::to_string(options.num_experts) + " experts needs " +
                       std::to_string(route_bytes) + " bytes of shared memory, GPU " +
-                      std::to_string(rank.device) + " has " +
+                      std::to_string(rank->device) + " has " +
                       std::to_string(properties.sharedMemPerBlockOptin) +
                       ". Cure: lower max_tokens, and send larger batches in several operations.");
   }
   const int64_t lanes = LaneCount(options.num_lanes, options.differentiable);
   const auto on_device = [&](Allocation& allocation, int64_t bytes) {
-    auto made = Allocation::OnDevice(rank.device, static_cast<size_t>(bytes));
+    auto made = Allocation::OnDevice(rank->device, static_cast<size_t>(bytes));
     if (!made.ok()) return made.status();
     allocation = std::move(made.value());
     return Status();
@@ -99,16 +160,15 @@ Status GroupState::AllocateRank(Rank& rank, const std::vector<int32_t>& devices)
     allocation = std::move(made.value());
     return Status();
   };
-  auto memory = LocalMemory::Map(rank.device, devices, static_cast<size_t>(layout.TotalBytes()));
-  if (!memory.ok()) return memory.status();
-  rank.memory = std::move(memory.value());
-  status = on_device(rank.state, sizeof(RankState));
-  if (status.ok()) status = on_device(rank.scratch, lanes * LaneScratchLayout(options).bytes);
-  if (status.ok()) status = on_device(rank.peer_table, kMaxRanks * int64_t{sizeof(char*)});
+  // The signals are zero on all ranks before the first send of any of them.
+  status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
+  if (status.ok()) status = on_device(rank->state, sizeof(RankState));
+  if (status.ok()) status = on_device(rank->scratch, lanes * LaneScratchLayout(options).bytes);
+  if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
-    status = on_host(rank.queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
+    status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
   }
-  if (status.ok()) status = on_host(rank.host, sizeof(HostPage));
+  if (status.ok()) status = on_host(rank->host, sizeof(HostPage));
   if (status.ok()) status = CudaStatus(LoadDispatchSend(route_bytes), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
@@ -117,46 +177,21 @@ Status GroupState::AllocateRank(Rank& rank, const std::vector<int32_t>& devices)
   return status;
 }
 
-Status GroupState::Allocate(const std::vector<int32_t>& devices) {
-  layout = Layout::Make(LayoutConfigOf(options));
-  // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
-  const int64_t most = int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 *
-                       options.num_ranks * kMaxChunks;
-  uint64_t entries = 64;
-  while (entries < static_cast<uint64_t>(most)) entries *= 2;
-  queue_mask = entries - 1;
-
-  launches = std::make_unique<Launches>(options.num_ranks,
+Status GroupState::Connect() {
+  launches = std::make_unique<Launches>(static_cast<int32_t>(ranks.size()),
                                         LaneCount(options.num_lanes, options.differentiable));
-
-  auto made = Allocation::OnHost(sizeof(uint32_t));
-  if (!made.ok()) return made.status();
-  failed = std::move(made.value());
-  for (size_t r = 0; r < devices.size(); ++r) {
-    ranks.push_back(std::make_unique<Rank>());
-    ranks[r]->rank = static_cast<int32_t>(r);
-    ranks[r]->device = devices[r];
-    ranks[r]->group = this;
-    const Status status = AllocateRank(*ranks[r], devices);
-    if (!status.ok()) return status;
-  }
-  std::vector<char*> memories;
-  for (const auto& rank : ranks) memories.push_back(rank->memory.data());
-  for (const auto& rank : ranks) {
-    const DeviceScope scope(rank->device);
-    Status status = CudaStatus(cudaMemcpy(rank->peer_table.as<char*>(), memories.data(),
-                                   memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
-                        "cudaMemcpy");
-    // The signals are zero on all ranks before the first send of any of them.
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    Rank& rank = *ranks[i];
+    rank.index = static_cast<int32_t>(i);
+    const DeviceScope scope(rank.device);
+    Status status = CudaStatus(cudaMemcpy(rank.peer_table.as<char*>(), memories.data(),
+                                          memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
+                               "cudaMemcpy");
     if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     if (!status.ok()) return status;
   }
-  return StartMovers(memories);
-}
-
-Status GroupState::StartMovers(const std::vector<char*>& memories) {
-  if (ranks.size() == 1) return {};
   for (const auto& rank : ranks) {
+    if (options.num_ranks == 1) break;
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
                                rank->queue.as<Descriptor>(), queue_mask,
                                [this](Status fault) { Fail(std::move(fault)); }});

@@ -38,19 +38,16 @@ CUmemLocation LocationOf(int32_t device) {
 
 }  // namespace
 
-StatusOr<LocalMemory> LocalMemory::Map(int32_t device, const std::vector<int32_t>& devices,
-                                       size_t bytes) {
+StatusOr<std::shared_ptr<LocalMemory>> LocalMemory::Map(int32_t device,
+                                                        const std::vector<int32_t>& devices,
+                                                        size_t bytes) {
   Status status = CheckReach(device, devices);
   if (!status.ok()) return status;
   auto driver = Driver::Get();
   if (!driver.ok()) return driver.status();
-  LocalMemory memory;
-  memory.driver_ = driver.value();
-  memory.bytes_ = bytes;
-  status = memory.MapPages(device, devices);
-  if (!status.ok()) return status;
-  const DeviceScope scope(device);
-  status = CudaStatus(cudaMemset(memory.data(), 0, memory.bytes()), "cudaMemset");
+  std::shared_ptr<LocalMemory> memory(new LocalMemory(*driver.value()));
+  memory->bytes_ = bytes;
+  status = memory->MapPages(device, devices);
   if (!status.ok()) return status;
   return memory;
 }
@@ -60,50 +57,40 @@ Status LocalMemory::MapPages(int32_t device, const std::vector<int32_t>& devices
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location = LocationOf(device);
   size_t page = 0;
-  Status status = driver_->ToStatus(driver_->mem_get_allocation_granularity(
-                                        &page, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-                                    "cuMemGetAllocationGranularity");
+  Status status = driver_.ToStatus(
+      driver_.mem_get_allocation_granularity(&page, &properties,
+                                             CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+      "cuMemGetAllocationGranularity");
   if (!status.ok()) return status;
   bytes_ = (bytes_ + page - 1) / page * page;
 
   CUmemGenericAllocationHandle pages{};
-  const CUresult created = driver_->mem_create(&pages, bytes_, &properties, 0);
+  const CUresult created = driver_.mem_create(&pages, bytes_, &properties, 0);
   if (created == CUDA_ERROR_OUT_OF_MEMORY) return OutOfMemory(device, bytes_);
-  status = driver_->ToStatus(created, "cuMemCreate");
+  status = driver_.ToStatus(created, "cuMemCreate");
   if (!status.ok()) return status;
-  status = driver_->ToStatus(driver_->mem_address_reserve(&address_, bytes_, 0, 0, 0),
-                             "cuMemAddressReserve");
+  CUdeviceptr reserved = 0;
+  status = driver_.ToStatus(driver_.mem_address_reserve(&reserved, bytes_, 0, 0, 0),
+                            "cuMemAddressReserve");
   if (status.ok()) {
-    status = driver_->ToStatus(driver_->mem_map(address_, bytes_, 0, pages, 0), "cuMemMap");
+    data_ = reinterpret_cast<char*>(reserved);
+    status = driver_.ToStatus(driver_.mem_map(reserved, bytes_, 0, pages, 0), "cuMemMap");
     mapped_ = status.ok();
   }
-  (void)driver_->mem_release(pages);  // the mapping keeps them
+  (void)driver_.mem_release(pages);  // the mapping keeps them
   if (!status.ok()) return status;
 
   std::vector<CUmemAccessDesc> access;
   for (const int32_t peer : devices) {
     access.push_back({LocationOf(peer), CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
   }
-  return driver_->ToStatus(driver_->mem_set_access(address_, bytes_, access.data(), access.size()),
-                           "cuMemSetAccess");
+  return driver_.ToStatus(
+      driver_.mem_set_access(address(), bytes_, access.data(), access.size()), "cuMemSetAccess");
 }
 
-LocalMemory& LocalMemory::operator=(LocalMemory&& other) noexcept {
-  if (this == &other) return *this;
-  Free();
-  driver_ = other.driver_;
-  bytes_ = std::exchange(other.bytes_, 0);
-  address_ = std::exchange(other.address_, 0);
-  mapped_ = std::exchange(other.mapped_, false);
-  return *this;
-}
-
-void LocalMemory::Free() {
-  if (mapped_) (void)driver_->mem_unmap(address_, bytes_);
-  if (address_ != 0) (void)driver_->mem_address_free(address_, bytes_);
-  mapped_ = false;
-  address_ = 0;
-  bytes_ = 0;
+LocalMemory::~LocalMemory() {
+  if (mapped_) (void)driver_.mem_unmap(address(), bytes_);
+  if (data_ != nullptr) (void)driver_.mem_address_free(address(), bytes_);
 }
 
 }  // namespace smfree::cuda

@@ -12,34 +12,29 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "csrc/cuda/driver.h"
+#include "csrc/cuda/memory.h"
 #include "csrc/protocol/status.h"
 
 namespace smfree::cuda {
 
-class LocalMemory {
+class LocalMemory : public SymmetricMemory {
  public:
-  // At least `bytes` on `device`, zeroed, within reach of all `devices`. Freed at the end.
-  static StatusOr<LocalMemory> Map(int32_t device, const std::vector<int32_t>& devices,
-                                   size_t bytes);
-  LocalMemory() = default;
-  LocalMemory(LocalMemory&& other) noexcept { *this = std::move(other); }
-  LocalMemory& operator=(LocalMemory&& other) noexcept;
-  ~LocalMemory() { Free(); }
-
-  char* data() const { return reinterpret_cast<char*>(address_); }
-  size_t bytes() const { return bytes_; }  // whole pages
+  // At least `bytes` on `device`, in whole pages, within reach of all `devices`. Freed at the end.
+  static StatusOr<std::shared_ptr<LocalMemory>> Map(int32_t device,
+                                                    const std::vector<int32_t>& devices,
+                                                    size_t bytes);
+  ~LocalMemory() override;
 
  private:
+  explicit LocalMemory(const Driver& driver) : driver_(driver) {}
   Status MapPages(int32_t device, const std::vector<int32_t>& devices);
-  void Free();
+  CUdeviceptr address() const { return reinterpret_cast<CUdeviceptr>(data_); }
 
-  const Driver* driver_ = nullptr;
-  size_t bytes_ = 0;
-  CUdeviceptr address_ = 0;
+  const Driver& driver_;
   bool mapped_ = false;
 };
 

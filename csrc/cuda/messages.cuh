@@ -191,6 +191,14 @@ __device__ inline bool WaitForChunks(const Context& c, int64_t number, int32_t s
       atomicExch(&c.state->faulted, 1u);
       return false;
     }
+    if (blockIdx.x == 0 && c.among_processes) {
+      const auto* const fault =
+          reinterpret_cast<const uint32_t*>(c.memory + c.layout.FaultWordOffset());
+      if (const uint32_t told = load_relaxed_system(fault)) {
+        Report(c, FaultKind::kPeerFailed, number, {static_cast<int32_t>(told) - 1});
+        return false;
+      }
+    }
     if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
       const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
       Report(c, FaultKind::kDeadline, number, {source, -1, number, NumberOf(seen)});

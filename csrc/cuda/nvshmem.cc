@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
-#include <nvshmem_host.h>
 
 #include <cstring>
 #include <mutex>
@@ -11,18 +10,51 @@
 #include "csrc/cuda/allocation.h"
 
 namespace smfree::cuda {
+namespace {
+
+// The interface of NVSHMEM 3, first version of its structs, which say so in their first word.
+constexpr int kMajorVersion = 3;
+template <typename Struct>
+constexpr int kVersionOf = (1 << 16) + static_cast<int>(sizeof(Struct));
+
+struct UniqueId {
+  int version = kVersionOf<UniqueId>;
+  char internal[124] = {};
+};
+struct UniqueIdArgs {
+  int version = kVersionOf<UniqueIdArgs>;
+  UniqueId* id = nullptr;
+  int my_rank = -1;
+  int num_ranks = -1;
+};
+struct InitArgs {
+  int version = kVersionOf<InitArgs>;
+  UniqueIdArgs unique_id;
+  char content[96] = {};
+};
+struct InitAttributes {
+  int version = kVersionOf<InitAttributes>;
+  void* mpi_comm = nullptr;
+  InitArgs args;
+};
+static_assert(sizeof(UniqueId) == 128 && sizeof(UniqueIdArgs) == 24);
+static_assert(sizeof(InitArgs) == 128 && sizeof(InitAttributes) == 144);
+constexpr unsigned int kInitWithUniqueId = 1 << 3;
+constexpr int kIsInitialized = 2;  // of the states, and more than it
+
+}  // namespace
 
 struct Nvshmem::Library {
-  decltype(&nvshmemx_vendor_get_version_info) get_version;
-  decltype(&nvshmemx_init_status) init_status;
-  decltype(&nvshmemx_get_uniqueid) get_uniqueid;
-  decltype(&nvshmemx_set_attr_uniqueid_args) set_attr_uniqueid_args;
-  decltype(&nvshmemx_hostlib_init_attr) init_attr;
-  decltype(&nvshmem_my_pe) my_pe;
-  decltype(&nvshmem_n_pes) n_pes;
-  decltype(&nvshmem_malloc) malloc;
-  decltype(&nvshmem_free) free;
-  decltype(&nvshmem_ptr) ptr;
+  void (*get_version)(int* major, int* minor, int* patch);
+  int (*init_status)();
+  int (*get_unique_id)(UniqueId* id);
+  int (*set_attr_unique_id_args)(int my_rank, int num_ranks, const UniqueId* id,
+                                 InitAttributes* attributes);
+  int (*init_attr)(unsigned int flags, InitAttributes* attributes);
+  int (*my_pe)();
+  int (*n_pes)();
+  void* (*malloc)(size_t bytes);
+  void* (*ptr)(const void* address, int pe);
 };
 
 namespace {
@@ -33,7 +65,7 @@ Status NoLibrary(const std::string& why) {
   return Status(FaultKind::kSystem,
                 "NVSHMEM, which connects GPUs of several processes, cannot be used: " + why +
                     ". Cure: pip install nvidia-nvshmem-cu13 (or -cu12, as JAX's CUDA), version " +
-                    std::to_string(NVSHMEM_VENDOR_MAJOR_VERSION) +
+                    std::to_string(kMajorVersion) +
                     "; or one process for all GPUs of a host.");
 }
 
@@ -58,17 +90,17 @@ StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
   static Library found;
   if (!Find(handle, "nvshmemx_vendor_get_version_info", found.get_version) ||
       !Find(handle, "nvshmemx_init_status", found.init_status) ||
-      !Find(handle, "nvshmemx_get_uniqueid", found.get_uniqueid) ||
-      !Find(handle, "nvshmemx_set_attr_uniqueid_args", found.set_attr_uniqueid_args) ||
+      !Find(handle, "nvshmemx_get_uniqueid", found.get_unique_id) ||
+      !Find(handle, "nvshmemx_set_attr_uniqueid_args", found.set_attr_unique_id_args) ||
       !Find(handle, "nvshmemx_hostlib_init_attr", found.init_attr) ||
       !Find(handle, "nvshmem_my_pe", found.my_pe) || !Find(handle, "nvshmem_n_pes", found.n_pes) ||
       !Find(handle, "nvshmem_malloc", found.malloc) ||
-      !Find(handle, "nvshmem_free", found.free) || !Find(handle, "nvshmem_ptr", found.ptr)) {
+      !Find(handle, "nvshmem_ptr", found.ptr)) {
     return NoLibrary(dlerror());
   }
   int major = 0, minor = 0, patch = 0;
   found.get_version(&major, &minor, &patch);
-  if (major != NVSHMEM_VENDOR_MAJOR_VERSION) {
+  if (major != kMajorVersion) {
     return NoLibrary("the library is of version " + std::to_string(major) + "." +
                      std::to_string(minor) + "." + std::to_string(patch));
   }
@@ -77,16 +109,16 @@ StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
 }
 
 StatusOr<std::string> Nvshmem::NewUniqueId() const {
-  nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
-  if (library_.get_uniqueid(&id) != 0) {
+  UniqueId id;
+  if (library_.get_unique_id(&id) != 0) {
     return Status(FaultKind::kSystem, "nvshmemx_get_uniqueid failed");
   }
   return std::string(reinterpret_cast<const char*>(&id), sizeof(id));
 }
 
 Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes, int32_t device) {
-  if (library_.init_status() < NVSHMEM_STATUS_IS_INITIALIZED) {
-    nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+  if (library_.init_status() < kIsInitialized) {
+    UniqueId id;
     if (unique_id.size() != sizeof(id)) {
       return Status(FaultKind::kInvalidArgument,
                     "got an NVSHMEM unique id of " + std::to_string(unique_id.size()) +
@@ -95,9 +127,9 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
     }
     std::memcpy(&id, unique_id.data(), sizeof(id));
     const DeviceScope scope(device);  // NVSHMEM takes the current device, for good
-    nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
-    library_.set_attr_uniqueid_args(me, processes, &id, &attributes);
-    if (library_.init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes) != 0) {
+    InitAttributes attributes;
+    library_.set_attr_unique_id_args(me, processes, &id, &attributes);
+    if (library_.init_attr(kInitWithUniqueId, &attributes) != 0) {
       return Status(FaultKind::kSystem, "NVSHMEM could not be initialised; NVSHMEM_DEBUG=INFO "
                                         "makes it say why");
     }
@@ -111,12 +143,10 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
                       ". Cure: leave xla_gpu_experimental_enable_nvshmem off, or let its world be "
                       "that of jax.distributed");
   }
-  joined_ = true;
   return {};
 }
 
 char* Nvshmem::Allocate(size_t bytes) const { return static_cast<char*>(library_.malloc(bytes)); }
-void Nvshmem::Free(char* memory) const { library_.free(memory); }
 char* Nvshmem::At(char* memory, int32_t process) const {
   return static_cast<char*>(library_.ptr(memory, process));
 }

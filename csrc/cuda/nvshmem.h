@@ -29,13 +29,10 @@ class Nvshmem {
   // has initialised NVSHMEM, checks that its world is this one. NVSHMEM ends the process where it
   // finds no way from GPU to GPU.
   Status Join(const std::string& unique_id, int32_t me, int32_t processes, int32_t device);
-  bool joined() const { return joined_; }
 
   // Collective over the world: all processes get as many bytes, at the same place of their heaps.
-  // nullptr if one of them has too little memory.
+  // nullptr if one of them has too little memory. For good: see memory_nvshmem.h.
   char* Allocate(size_t bytes) const;
-  // Collective, too: a barrier is in it.
-  void Free(char* memory) const;
   // Where this process reaches that place in the heap of `process`; nullptr if not by NVLink.
   char* At(char* memory, int32_t process) const;
 
@@ -44,7 +41,6 @@ class Nvshmem {
   explicit Nvshmem(const Library& library) : library_(library) {}
 
   const Library& library_;
-  bool joined_ = false;
 };
 
 }  // namespace smfree::cuda

@@ -104,6 +104,12 @@ __device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
   __threadfence_system();  // before `ready`; pairs with the host's acquire of it in Check
   fault.ready = 1;
   *static_cast<volatile uint32_t*>(c.group_failed) = 1;
+  if (!c.among_processes || kind == FaultKind::kPeerFailed) return;  // that peer has told all
+  for (int32_t peer = 0; peer < c.num_ranks; ++peer) {
+    if (peer == c.rank) continue;
+    char* const word = c.memories[peer] + c.layout.FaultWordOffset();
+    *reinterpret_cast<volatile uint64_t*>(word) = static_cast<uint64_t>(c.rank) + 1;
+  }
 }
 
 // ---- begin and end of a phase -------------------------------------------------------------------

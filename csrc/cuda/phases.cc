@@ -66,7 +66,7 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
   if (!IsSend(phase) && !IsCaptured(stream)) {
     const std::chrono::duration<double> bound(std::min(kMostHeldBackS, options.timeout_s / 2));
-    group.launches->AwaitSends(rank.rank, lane_index,
+    group.launches->AwaitSends(rank.index, lane_index,
                                std::chrono::duration_cast<std::chrono::nanoseconds>(bound));
   }
 
@@ -120,7 +120,7 @@ Status End(Rank& rank, const Launching& work, cudaError_t error) {
   if (!status.ok()) {
     rank.group->Fail(status);
   } else if (IsSend(work.context.phase) && !IsCaptured(work.launch.stream)) {
-    rank.group->launches->NoteSend(rank.rank, work.context.lane_index);
+    rank.group->launches->NoteSend(rank.index, work.context.lane_index);
   }
   return status;
 }

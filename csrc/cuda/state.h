@@ -101,6 +101,7 @@ struct Context {
   int32_t rank, num_ranks, num_experts, top_k, places_per_row;
   int32_t expert_alignment;
   bool drop_overflow;
+  bool among_processes;  // peers are told of a fault through their fault words
   uint64_t timeout_ns;
 
   char* memory;           // this rank's symmetric memory

@@ -22,6 +22,7 @@ enum class FaultKind : int32_t {
   kOverflow = 9,          // more rows than recv_capacity; not a protocol fault, the group goes on
   kOutOfMemory = 10,      // the operating system refused memory for the rows in flight
   kSystem = 11,           // a socket or another system call failed
+  kPeerFailed = 12,       // a rank in another process has met a fault, which it knows
 };
 
 constexpr const char* Name(FaultKind kind) {
@@ -38,6 +39,7 @@ constexpr const char* Name(FaultKind kind) {
     case FaultKind::kOverflow: return "receive capacity exceeded";
     case FaultKind::kOutOfMemory: return "out of memory";
     case FaultKind::kSystem: return "system error";
+    case FaultKind::kPeerFailed: return "peer failed";
   }
   return "unknown fault";
 }

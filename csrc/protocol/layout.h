@@ -9,6 +9,8 @@
 //   0                 SignalsBytes()                        arrived signals, zero at the start:
 //                     set_count * signals_bytes[kWire]        [lane index, parity, source on wire]
 //                     set_count * signals_bytes[kNode]        [lane index, parity, source in node]
+//                     kAlignment                              fault word: 1 + the rank of a peer in
+//                                                             another process that is at fault
 //   regions_offset    set_count * 2 * peers[kWire] regions  [lane index, parity, send | recv, peer]
 //   …                 set_count * 2 * peers[kNode] regions  [lane index, parity, send | recv, peer]
 //
@@ -148,10 +150,11 @@ struct Layout {
     return RegionOffset(leg, SetIndex(lane, number) * 2 + 1, source);
   }
 
-  // The only part that has to be zero before the first operation.
-  SMFREE_HD constexpr int64_t SignalsBytes() const {
+  SMFREE_HD constexpr int64_t FaultWordOffset() const {
     return set_count * (signals_bytes[kWire] + signals_bytes[kNode]);
   }
+  // The only part that has to be zero before the first operation.
+  SMFREE_HD constexpr int64_t SignalsBytes() const { return FaultWordOffset() + kAlignment; }
   SMFREE_HD constexpr int64_t TotalBytes() const { return RdmaBytes() + NvlBytes(); }
 
   // By the link that serves them. A leg that leaves the node counts as a whole, since all of it is
@@ -159,7 +162,7 @@ struct Layout {
   // max_tokens * row_bytes * num_nodes * 2 per buffer set.
   SMFREE_HD constexpr int64_t RdmaBytes() const { return num_nodes > 1 ? LegBytes(kWire) : 0; }
   SMFREE_HD constexpr int64_t NvlBytes() const {
-    return LegBytes(kNode) + (num_nodes > 1 ? 0 : LegBytes(kWire));
+    return kAlignment + LegBytes(kNode) + (num_nodes > 1 ? 0 : LegBytes(kWire));
   }
 
  private:

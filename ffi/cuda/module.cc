@@ -15,17 +15,59 @@
 #include <vector>
 
 #include "csrc/cuda/backend.h"
+#include "csrc/cuda/memory_nvshmem.h"
+#include "csrc/cuda/nvshmem.h"
 
 namespace smfree {
 namespace {
 
 using cuda::Group;
+using cuda::Nvshmem;
+using cuda::NvshmemMemory;
 
 std::shared_ptr<Group> NewGroup(int64_t group_id, const GroupConfig& config,
                                 const std::vector<int32_t>& devices, int64_t sm_push_bytes) {
   auto group = Group::Create(group_id, {config, sm_push_bytes}, devices);
   ThrowIfFailed(group.status());
   return group.value();
+}
+
+std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, const GroupConfig& config,
+                                              int32_t rank, int32_t device,
+                                              const std::vector<int32_t>& process_of_rank,
+                                              std::shared_ptr<NvshmemMemory> memory,
+                                              int64_t sm_push_bytes) {
+  auto group = Group::CreateAmongProcesses(group_id, {config, sm_push_bytes}, rank, device,
+                                           process_of_rank, std::move(memory));
+  ThrowIfFailed(group.status());
+  return group.value();
+}
+
+Nvshmem& NvshmemOf(const std::string& library) {
+  auto nvshmem = Nvshmem::Get(library);
+  ThrowIfFailed(nvshmem.status());
+  return *nvshmem.value();
+}
+
+nb::bytes NewUniqueId(const std::string& library) {
+  auto id = NvshmemOf(library).NewUniqueId();
+  ThrowIfFailed(id.status());
+  return nb::bytes(id.value().data(), id.value().size());
+}
+
+void JoinWorld(const std::string& library, const nb::bytes& unique_id, int32_t process,
+               int32_t processes, int32_t device) {
+  const std::string id(unique_id.c_str(), unique_id.size());
+  const nb::gil_scoped_release release;
+  ThrowIfFailed(NvshmemOf(library).Join(id, process, processes, device));
+}
+
+std::shared_ptr<NvshmemMemory> AllocateInWorld(const std::string& library, int32_t device,
+                                               int64_t bytes) {
+  auto memory =
+      NvshmemMemory::Allocate(NvshmemOf(library), device, static_cast<size_t>(bytes));
+  ThrowIfFailed(memory.status());
+  return memory.value();
 }
 
 Counters StatsOf(const Group& group) {
@@ -91,9 +133,22 @@ nb::list EndWireTrace(Group& group) {
 }  // namespace
 
 void BindCuda(nb::module_& m) {
+  nb::class_<NvshmemMemory>(m, "NvshmemMemory")
+      .def_prop_ro("bytes", &NvshmemMemory::bytes)
+      .def_prop_ro("in_use", [](const NvshmemMemory& memory) { return memory.in_use.load(); });
+  m.def("nvshmem_unique_id", &NewUniqueId, nb::arg("library"));
+  m.def("nvshmem_join", &JoinWorld, nb::kw_only(), nb::arg("library"), nb::arg("unique_id"),
+        nb::arg("process"), nb::arg("processes"), nb::arg("device"));
+  m.def("nvshmem_allocate", &AllocateInWorld, nb::kw_only(), nb::arg("library"),
+        nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("config"),
            nb::arg("devices"), nb::arg("sm_push_bytes"))
+      .def_static("among_processes", &NewGroupAmongProcesses, nb::kw_only(), nb::arg("group_id"),
+                  nb::arg("config"), nb::arg("rank"), nb::arg("device"),
+                  nb::arg("process_of_rank"), nb::arg("memory"), nb::arg("sm_push_bytes"),
+                  nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
       .def("check", [](Group& group) { return FaultOf(group.Check()); })
       .def("stats", &StatsOf)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_smfree import _native
-from jax_smfree._src import bootstrap
+from jax_smfree._src import bootstrap, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 
@@ -74,32 +74,70 @@ def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
 def cuda_groups(
     group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
 ) -> Iterator[NativeGroup]:
-    """On the GPUs of this process, all of the mesh."""
+    """On the GPUs of one process; or on one GPU of every process, collective over them."""
     if not _native.has_cuda:
         raise SmfreeError(
             "EpGroup.create: got a mesh of GPUs, and this installation of jax_smfree was built "
             "without CUDA. Install it from its sources where nvcc is on PATH; or run with "
             "JAX_PLATFORMS=cpu."
         )
-    processes = sorted({device.process_index for device in mesh.devices.flat})
-    if processes != [jax.process_index()]:
-        raise SmfreeError(
-            f"EpGroup.create: got a mesh of GPUs of processes {processes}, expected those of one "
-            "process: this build connects the GPUs of a process. Start one process for all GPUs "
-            "of the host."
-        )
+    me = jax.process_index()
+    here = [device for device in mesh.devices.flat if device.process_index == me]
+    try:
+        if len(here) == mesh.size:
+            yield from _cuda_groups_here(group_id, mesh, axis, config)
+        else:
+            yield _cuda_group_among_processes(group_id, mesh, axis, config, fingerprint)
+    except RuntimeError as error:
+        raise SmfreeError(f"EpGroup.create: {error}") from error
+
+
+def _cuda_groups_here(
+    group_id: int, mesh: Mesh, axis: str, config: EpConfig
+) -> Iterator[NativeGroup]:
     for devices in _replicas(mesh, axis):
-        try:
-            yield _native.CudaGroup(
-                group_id=group_id,
-                config=_native_config(config, len(devices)),
-                devices=[device.local_hardware_id for device in devices],
-                sm_push_bytes=(
-                    SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
-                ),
-            )
-        except RuntimeError as error:
-            raise SmfreeError(f"EpGroup.create: {error}") from error
+        yield _native.CudaGroup(
+            group_id=group_id,
+            config=_native_config(config, len(devices)),
+            devices=[device.local_hardware_id for device in devices],
+            sm_push_bytes=_sm_push_bytes(config),
+        )
+
+
+def _cuda_group_among_processes(
+    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> NativeGroup:
+    me, world = jax.process_index(), list(range(jax.process_count()))
+    processes = sorted(device.process_index for device in mesh.devices.flat)
+    if processes != world:
+        raise SmfreeError(
+            f"EpGroup.create: got a mesh of GPUs of processes {processes}, expected one of each of "
+            f"the {len(world)} processes, or all of one process. Start a process per GPU, "
+            "jax.distributed.initialize(local_device_ids=...); what exchanges rows apart from one "
+            "another goes onto further axes of the mesh."
+        )
+    (mine,) = (device for device in mesh.devices.flat if device.process_index == me)
+    (devices,) = (devices for devices in _replicas(mesh, axis) if mine in devices)
+    key = _meeting_place(list(mesh.devices.flat))
+    _agree(key, fingerprint, world, me, config.timeout_s)
+    native_config = _native_config(config, len(devices))
+    nvshmem.join(mine, config.timeout_s)
+    group = _native.CudaGroup.among_processes(
+        group_id=group_id,
+        config=native_config,
+        rank=devices.index(mine),
+        device=mine.local_hardware_id,
+        process_of_rank=[device.process_index for device in devices],
+        memory=nvshmem.memory(_native.symmetric_bytes(native_config), mine, key, config.timeout_s),
+        sm_push_bytes=_sm_push_bytes(config),
+    )
+    # All memory is zero before anybody sends.
+    bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)
+    return group
+
+
+def _sm_push_bytes(config: EpConfig) -> int:
+    return SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
 
 
 def cpu_groups(
@@ -112,10 +150,7 @@ def cpu_groups(
         if me not in process_of_rank:
             continue
         processes = sorted(set(process_of_rank))
-        # The n-th group of these devices meets here, whatever its config, to compare configs.
-        place = f"jax_smfree/{[device.id for device in devices]}"
-        key = f"{place}/{_met[place]}"
-        _met[place] += 1
+        key = _meeting_place(devices)
         secret = ""
         if len(processes) > 1:
             secret = _introduce(key, fingerprint, processes, me, config.timeout_s)
@@ -136,26 +171,44 @@ def cpu_groups(
             )
 
 
-def _introduce(key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float) -> str:
-    """Compares notes with the other processes and returns the secret of the first one."""
+def _meeting_place(devices: list[jax.Device]) -> str:
+    """Where the n-th group of these devices meets, whatever its config, to compare configs."""
+    place = f"jax_smfree/{[device.id for device in devices]}"
+    number = _met[place]
+    _met[place] += 1
+    return f"{place}/{number}"
+
+
+def _agree(
+    key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float
+) -> list[dict[str, str]]:
+    """Compares notes with the other processes; returns what each of them says of itself."""
     mine = {
         "host": bootstrap.host_name(),
         "fingerprint": fingerprint,
         "secret": bootstrap.new_secret(),
     }
     texts = bootstrap.exchange(f"{key}/hello", json.dumps(mine), processes, me, timeout_s)
-    for process, theirs in zip(processes, map(json.loads, texts), strict=True):
+    hellos: list[dict[str, str]] = list(map(json.loads, texts))
+    for process, theirs in zip(processes, hellos, strict=True):
         if theirs["fingerprint"] != fingerprint:
             raise SmfreeError(
                 f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
                 f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
                 "config."
             )
-        if theirs["host"] != mine["host"]:
+    return hellos
+
+
+def _introduce(key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float) -> str:
+    """The secret of the first of these processes, which are on this host."""
+    hellos = _agree(key, fingerprint, processes, me, timeout_s)
+    here = bootstrap.host_name()
+    for process, theirs in zip(processes, hellos, strict=True):
+        if theirs["host"] != here:
             raise SmfreeError(
                 f"EpGroup.create: process {process} runs on host {theirs['host']!r}, process "
-                f"{me} on {mine['host']!r}, expected one host: the CPU backend connects "
+                f"{me} on {here!r}, expected one host: the CPU backend connects "
                 "processes through shared memory."
             )
-    secret: str = json.loads(texts[0])["secret"]
-    return secret
+    return hellos[0]["secret"]

@@ -37,13 +37,14 @@ LayoutConfig FourRanks() {
 void CheckMemory(const LayoutConfig& config) {
   const Layout layout = Layout::Make(config);
   std::vector<std::pair<int64_t, int64_t>> ranges;  // [begin, end)
+  ranges.push_back({layout.FaultWordOffset(), layout.FaultWordOffset() + kAlignment});
   for (Leg leg : {kWire, kNode}) {
     for (int32_t lane = 0; lane < LaneCount(config.num_lanes, config.differentiable); ++lane) {
       for (int64_t number : {1, 2}) {
         for (int32_t peer = 0; peer < layout.peers[leg]; ++peer) {
           const int64_t signal = layout.SignalOffset(leg, lane, number, peer);
           CHECK_EQ(signal % kSignalBytes, 0);
-          CHECK(signal + kSignalBytes <= layout.SignalsBytes());
+          CHECK(signal + kSignalBytes <= layout.FaultWordOffset());
           ranges.push_back({signal, signal + kSignalBytes});
           for (int64_t region : {layout.SendRegionOffset(leg, lane, number, peer),
                                  layout.RecvRegionOffset(leg, lane, number, peer)}) {
@@ -134,14 +135,15 @@ TEST(BytesOfFourRanks) {
   const int64_t rows_bytes = int64_t{8192} * 7168 * 2;
   const Layout layout = Layout::Make(FourRanks());
   CHECK_EQ(layout.region_bytes, header_bytes + side_bytes + rows_bytes);
-  CHECK_EQ(layout.SignalsBytes(), 2 * 128);
-  CHECK_EQ(layout.TotalBytes(), 2 * (128 + 4 * 2 * layout.region_bytes));
+  CHECK_EQ(layout.SignalsBytes(), 2 * 128 + 128);
+  const int64_t lane_bytes = 2 * (128 + 4 * 2 * layout.region_bytes);
+  CHECK_EQ(layout.TotalBytes(), 128 + lane_bytes);
 
   LayoutConfig config = FourRanks();
   config.differentiable = true;
-  CHECK_EQ(Layout::Make(config).TotalBytes(), kSides * layout.TotalBytes());
+  CHECK_EQ(Layout::Make(config).TotalBytes(), 128 + kSides * lane_bytes);
   config.num_lanes = 3;
-  CHECK_EQ(Layout::Make(config).TotalBytes(), 3 * kSides * layout.TotalBytes());
+  CHECK_EQ(Layout::Make(config).TotalBytes(), 128 + 3 * kSides * lane_bytes);
 }
 
 TEST(SizeHintsByLink) {

@@ -14,28 +14,41 @@ from property.expectations import (
 )
 from property.round_trip import Program, Shape
 from property.strategies import random_inputs
-from support import random_routing
-
-pytestmark = pytest.mark.cpu_only
+from support import backend, random_routing
 
 
-def processes(number, devices):
-    return pytest.mark.multihost(processes=number, devices_per_process=devices)
+def cpus(processes, devices):
+    return pytest.mark.multihost(processes=processes, devices_per_process=devices)
+
+
+def gpus(processes):
+    return pytest.mark.multihost(processes=processes, devices_per_process=1, platform="cuda")
 
 
 SHAPES = [
-    pytest.param(Shape(2, 8, 3, 7, 16, "float32"), marks=processes(2, 1)),
-    pytest.param(Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), marks=processes(2, 2)),
-    pytest.param(Shape(4, 4, 4, 5, 8, "float16", capacity=9), marks=processes(4, 1)),
-    pytest.param(Shape(3, 6, 2, 5, 8, "float32", unused_tokens=4), marks=processes(3, 1)),
-    pytest.param(Shape(4, 8, 2, 50, 900, "bfloat16"), marks=processes(2, 2)),
-    pytest.param(Shape(4, 8, 6, 6, 33, "bfloat16", ranks_per_node=2), marks=processes(2, 2)),
-    pytest.param(Shape(4, 8, 3, 7, 8, "float16", ranks_per_node=2), marks=processes(4, 1)),
-    pytest.param(Shape(8, 16, 8, 6, 16, "float32", ranks_per_node=2), marks=processes(4, 2)),
+    (Shape(2, 8, 3, 7, 16, "float32"), cpus(2, 1)),
+    (Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), cpus(2, 2)),
+    (Shape(4, 4, 4, 5, 8, "float16", capacity=9), cpus(4, 1)),
+    (Shape(3, 6, 2, 5, 8, "float32", unused_tokens=4), cpus(3, 1)),
+    (Shape(4, 8, 2, 50, 900, "bfloat16"), cpus(2, 2)),
+    (Shape(4, 8, 6, 6, 33, "bfloat16", ranks_per_node=2), cpus(2, 2)),
+    (Shape(4, 8, 3, 7, 8, "float16", ranks_per_node=2), cpus(4, 1)),
+    (Shape(8, 16, 8, 6, 16, "float32", ranks_per_node=2), cpus(4, 2)),
+    (Shape(2, 8, 3, 7, 16, "float32"), gpus(2)),
+    (Shape(2, 8, 2, 50, 900, "bfloat16"), gpus(2)),
+    (Shape(2, 4, 2, 5, 8, "float16", capacity=9), gpus(2)),
+    (Shape(4, 8, 3, 7, 16, "float32"), gpus(4)),
+    (Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), gpus(4)),
+]
+PARAMETERS = [
+    pytest.param(
+        shape, marks=[where, getattr(pytest.mark, f"{where.kwargs.get('platform', 'cpu')}_only")]
+    )
+    for shape, where in SHAPES
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", PARAMETERS, ids=str)
 def test_round_trip(shape, world):
     """Dispatch, combine and all gradients, with silent ranks, quiet movers and chaotic ones."""
     program = Program(shape)
@@ -54,6 +67,8 @@ def test_round_trip(shape, world):
             assert_rounded(shape, case, first, routing)
             assert_summed_in_order(case, first, routing, shape.ranks_per_node)
             assert_same_bits(on_other_lane_with_hooks, first)
+            if backend() == "cuda":
+                continue
             with chaos(program.group, seed=world.rank, max_delay_us=500):
                 assert_same_bits(program(case), [first, first])
                 world.barrier()  # what one process holds back, another one waits for
