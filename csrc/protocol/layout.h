@@ -162,7 +162,7 @@ struct Layout {
   // max_tokens * row_bytes * num_nodes * 2 per buffer set.
   SMFREE_HD constexpr int64_t RdmaBytes() const { return num_nodes > 1 ? LegBytes(kWire) : 0; }
   SMFREE_HD constexpr int64_t NvlBytes() const {
-    return kAlignment + LegBytes(kNode) + (num_nodes > 1 ? 0 : LegBytes(kWire));
+    return LegBytes(kNode) + (num_nodes > 1 ? 0 : LegBytes(kWire));
   }
 
  private:
@@ -174,7 +174,8 @@ struct Layout {
     return regions_offset + (regions_before + half_set * peers[leg] + peer) * region_bytes;
   }
   SMFREE_HD constexpr int64_t LegBytes(Leg leg) const {
-    return set_count * (signals_bytes[leg] + int64_t{2} * peers[leg] * region_bytes);
+    const int64_t fault_word = leg == kWire ? kAlignment : 0;
+    return fault_word + set_count * (signals_bytes[leg] + int64_t{2} * peers[leg] * region_bytes);
   }
 };
 static_assert(sizeof(Layout) == 72 && alignof(Layout) == 8);

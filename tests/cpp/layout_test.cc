@@ -157,16 +157,16 @@ TEST(SizeHintsByLink) {
 
   // One node: everything is served by NVLink.
   CHECK_EQ(RdmaSizeHint(config), 0);
-  CHECK_EQ(NvlSizeHint(config), sets * (128 + 4 * 2 * (rows_bytes + extra_bytes())));
+  CHECK_EQ(NvlSizeHint(config), 128 + sets * (128 + 4 * 2 * (rows_bytes + extra_bytes())));
 
   // Two nodes, direct: every rank is a peer over the network.
   config.ranks_per_node = 2;
-  CHECK_EQ(RdmaSizeHint(config), sets * (128 + 4 * 2 * (rows_bytes + extra_bytes())));
+  CHECK_EQ(RdmaSizeHint(config), 128 + sets * (128 + 4 * 2 * (rows_bytes + extra_bytes())));
   CHECK_EQ(NvlSizeHint(config), 0);
 
   // Two nodes, hierarchical: the network has one peer per node.
   config.hierarchical = true;
-  CHECK_EQ(RdmaSizeHint(config), sets * (128 + 2 * 2 * (rows_bytes + extra_bytes())));
+  CHECK_EQ(RdmaSizeHint(config), 128 + sets * (128 + 2 * 2 * (rows_bytes + extra_bytes())));
   CHECK_EQ(NvlSizeHint(config), sets * (128 + 4 * 2 * (rows_bytes + extra_bytes())));
 }
 
