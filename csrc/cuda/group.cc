@@ -101,8 +101,8 @@ void Group::Close() {
     const std::shared_lock<std::shared_mutex> lock(state_->open_mutex);
     if (state_->closed) return;
   }
-  // A program under way ends by itself, also where one rank's part is not launched yet and another's
-  // waits for it, in a collective too.
+  // A program under way ends by itself, also where one rank's part is not launched yet and
+  // another's waits for it, in a collective too.
   const std::future<void> under_way = DevicesIdle(*state_);
   under_way.wait_for(kGrace);
   std::shared_ptr<Group> removed;  // may be the last reference but the caller's
@@ -245,7 +245,7 @@ std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
   if (entry == registry.groups.end()) return nullptr;
   for (const std::shared_ptr<Group>& group : entry->second) {
     for (const auto& rank : group->state_->ranks) {
-      if (rank->device == device || group->state_->ranks.size() == 1) return std::shared_ptr<Rank>(group, rank.get());
+      if (rank->device == device) return std::shared_ptr<Rank>(group, rank.get());
     }
   }
   return nullptr;
