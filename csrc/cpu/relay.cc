@@ -109,6 +109,7 @@ StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, cons
 void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected, Status arguments,
                      const DispatchRelay& relay, Unpacker unpack, Done done) {
   if (!exchange.nodes().hierarchical) {
+    if (relay.routing_out != nullptr) *relay.routing_out = -1;
     return exchange.Expect(expected, arguments, std::move(unpack), std::move(done));
   }
   auto state = std::make_shared<Relay>(Relay{exchange, expected.phase, call, expected.experts,

@@ -31,7 +31,7 @@ StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, cons
 // comes first.
 struct DispatchRelay {
   const int32_t* routing;  // [M,T,Q] of the handle; not used if expected.experts != 0
-  int32_t* routing_out;    // [M,T,Q] filled in from the expert ids, if expected.experts != 0
+  int32_t* routing_out;    // [M,T,Q] filled in from the expert ids; null if expected.experts == 0
 };
 void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected, Status arguments,
                      const DispatchRelay& relay, Unpacker unpack, Done done);

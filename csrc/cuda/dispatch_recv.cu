@@ -185,7 +185,7 @@ cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& array
   const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   const PlaceArrays place{capacity, arrays.group_sizes, arrays.num_dropped, arrays.rows,
-                          arrays.recv_counts};
+                          arrays.recv_counts, arrays.relay};
   Place<<<launch.BlocksForItems(slots), kThreads, PlaceSharedBytes(c.num_experts, c.num_ranks),
           launch.stream>>>(c, place);
   const cudaError_t error = cudaGetLastError();

@@ -72,6 +72,7 @@ struct PlaceArrays {
   int32_t* num_dropped;
   int32_t* rows;
   int32_t* recv_counts;
+  int32_t* relay;
 };
 
 __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceArrays a) {
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
 
+  if (thread == 0) *a.relay = -1;
   NoteBegin(c);
   const Begun begun = BeginRecvPhase(c);
   if (!begun.ok || !OpenMessages(c, begun.number, nullptr, source_rows, arrivals)) {

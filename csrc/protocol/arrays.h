@@ -14,9 +14,9 @@
 //   rows        int32[R,T,K]  of source s, its i-th row here, its slot k: the row of the
 //                             expert-grouped array, or -1
 //   recv_counts int32[R]      rows received from each rank
-//   relay       int32[M,T,Q]  hierarchical mode, else not used: of the rank of this index in node n
-//                             of M, its i-th row on the wire to here: the places, index * T +
-//                             position, in this node of L ranks that it goes on to; Q = min(K, L)
+//   relay       int32[M,T,Q]  hierarchical mode: of the rank of this index in node n of M, its i-th
+//                             row on the wire to here: the places, index * T + position, in this
+//                             node of L ranks that it goes on to; Q = min(K, L). Else [1,1,1], -1
 //   slots       float32[T,K]  one value per (row, slot) that rides along with the row
 #ifndef SMFREE_CSRC_PROTOCOL_ARRAYS_H_
 #define SMFREE_CSRC_PROTOCOL_ARRAYS_H_

@@ -127,10 +127,15 @@ class EpGroup:
         return PartitionSpec(self.mesh_axes)
 
     def relay_shape(self, num_tokens: int) -> tuple[int, int, int]:
-        """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank."""
+        """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank.
+
+        It has an element in direct mode too: an array without one that enters a ``shard_map``
+        crashes the compiler of jax 0.11.
+        """
+        if self.config.mode == "direct":
+            return (1, 1, 1)
         per_node = self.config.ranks_per_node or self.num_ranks
-        nodes = self.num_ranks // per_node if self.config.mode == "hierarchical" else 0
-        return (nodes, num_tokens, min(self.config.top_k, per_node))
+        return (self.num_ranks // per_node, num_tokens, min(self.config.top_k, per_node))
 
     def token(self, lane: int = 0) -> Token:
         """A token that is ready for the first operation on ``lane``.

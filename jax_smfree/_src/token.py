@@ -79,7 +79,8 @@ class Handle:
       recv_counts: [R], rows received from each rank.
       relay: [M, T, min(K, L)] in hierarchical mode with M nodes of L ranks, what this rank relays:
         the places in this node, ``index * T + position`` among the rows to that rank, of the i-th
-        row that the rank of this index in node m has sent here; -1 fills the end. Else empty.
+        row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
+        -1.
       num_tokens: T (static).
     """
 

@@ -98,7 +98,7 @@ struct Arrays {
         group_sizes(c.num_experts / c.num_ranks, -7),
         rows(c.num_ranks * tokens * c.top_k, -7),
         recv_counts(c.num_ranks, -7),
-        relay(c.hierarchical ? NodesOf(c).count() * tokens * PlacesPerNode(c) : 0, -7),
+        relay(c.hierarchical ? NodesOf(c).count() * tokens * PlacesPerNode(c) : 1, -7),
         out(c.dtype, tokens * c.hidden),
         slots(tokens * c.top_k, -7) {}
 

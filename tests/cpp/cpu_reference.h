@@ -40,6 +40,7 @@ inline void ReferenceRelay(const GroupConfig& c, World& world, int32_t rank) {
   const int32_t L = nodes.ranks_per_node, Q = std::min(c.top_k, L);
   Arrays& a = world[rank];
   std::fill(a.relay.begin(), a.relay.end(), -1);
+  if (!c.hierarchical) return;
   for (int32_t n = 0; n < nodes.count(); ++n) {
     const int32_t source = n * L + rank % L;
     int64_t row = 0;
@@ -73,7 +74,7 @@ inline void ReferenceDispatch(const GroupConfig& c, World& world) {
       }
     }
 
-    if (c.hierarchical) ReferenceRelay(c, world, r);
+    ReferenceRelay(c, world, r);
     const auto sent = SentTo(c, world, r);
     std::fill(a.rows.begin(), a.rows.end(), -1);
     std::fill(a.weights.begin(), a.weights.end(), 0.0f);
