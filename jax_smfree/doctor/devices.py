@@ -13,6 +13,8 @@ from jax_smfree.doctor.findings import Finding
 
 # Below it the buffers of an ordinary group (docs/sharp_bits.md, "GPU memory") do not fit.
 _MIN_FREE_SHARE = 0.2
+# NVML_P2P_CAPS_INDEX_READ, which nvidia-ml-py defines with a comma too many, as a tuple.
+_P2P_READ = 0
 
 
 def jax_devices(environ: Mapping[str, str], gpus: int) -> Iterator[Finding]:
@@ -93,7 +95,7 @@ class Gpus:
             return True
         assert self._nvml is not None
         try:
-            status = self._nvml.nvmlDeviceGetP2PStatus(a, b, self._nvml.NVML_P2P_CAPS_INDEX_READ)
+            status = self._nvml.nvmlDeviceGetP2PStatus(a, b, _P2P_READ)
         except self._nvml.NVMLError:  # GPUs that know of no peers at all
             return False
         return bool(status == self._nvml.NVML_P2P_STATUS_OK)

@@ -24,13 +24,12 @@ def fake_nvml(free=130, peers=True, count=2):
     """The part of NVML that is used, of GPUs with 140 GiB."""
     return types.SimpleNamespace(
         NVMLError=NvmlError,
-        NVML_P2P_CAPS_INDEX_READ=0,
         NVML_P2P_STATUS_OK=0,
         nvmlDeviceGetCount=lambda: count,
         nvmlDeviceGetHandleByIndex=lambda i: f"gpu{i}",
         nvmlDeviceGetMemoryInfo=lambda _: types.SimpleNamespace(free=free << 30, total=140 << 30),
         nvmlDeviceGetName=lambda _: "NVIDIA H200",
-        nvmlDeviceGetP2PStatus=lambda a, b, caps: 0 if peers else 6,
+        nvmlDeviceGetP2PStatus=lambda a, b, caps: 0 if peers or caps != 0 else 6,
         nvmlSystemGetDriverVersion=lambda: "580.159",
     )
 

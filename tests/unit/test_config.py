@@ -111,12 +111,14 @@ def test_size_hints_of_two_modes():
     rows = config.max_tokens * config.hidden * config.dtype.itemsize
     slots = 128 + 128  # expert ids and weights, in whole lines
     header = 128 + 128  # identity; counts per expert of a rank or of a node
-    signals = 128
+    signals, fault_word = 128, 128
     region = header + slots + rows
-    assert smfree.rdma_size_hint(config, ranks) == sets * (signals + num_nodes * 2 * region)
+    over_network = fault_word + sets * (signals + num_nodes * 2 * region)
+    assert smfree.rdma_size_hint(config, ranks) == over_network
     assert smfree.nvl_size_hint(config, ranks) == sets * (signals + ranks * 2 * region)
     direct = dataclasses.replace(config, mode="direct")
-    assert smfree.rdma_size_hint(direct, ranks) == sets * (signals + ranks * 2 * region)
+    over_network = fault_word + sets * (signals + ranks * 2 * region)
+    assert smfree.rdma_size_hint(direct, ranks) == over_network
     assert smfree.nvl_size_hint(direct, ranks) == 0
 
 
