@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
@@ -119,17 +119,22 @@ MODES = (native, hooks)
 def everywhere(tree: Any) -> Any:
     """The arrays of a program, whole in each of its processes, with the ranks in their order.
 
-    They travel as bytes: an all-gather of bfloat16 on the CPU changes the bits of NaNs.
+    They are gathered between CPUs, because ranks may share a GPU here and NCCL would refuse; and as
+    bytes, because an all-gather of bfloat16 on the CPU changes the bits of NaNs.
     """
     if jax.process_count() == 1:
         return tree
-    own = jax.tree.map(
-        lambda a: np.concatenate([shard.data for shard in a.addressable_shards]), tree
-    )
-    whole = multihost_utils.process_allgather(
-        jax.tree.map(lambda a: a.view(np.uint8), own), tiled=True
-    )
-    return jax.tree.map(lambda a, like: a.view(like.dtype), whole, own)
+    first_cpus = {d.process_index: d for d in reversed(jax.devices("cpu"))}
+    mesh = Mesh([first_cpus[process] for process in range(jax.process_count())], "process")
+    gather = jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, P()))
+
+    def whole(array: Any) -> np.ndarray:
+        own = np.concatenate([shard.data for shard in array.addressable_shards])
+        there = NamedSharding(mesh, P("process"))
+        parts = jax.make_array_from_process_local_data(there, own.view(np.uint8))
+        return np.asarray(gather(parts)).view(own.dtype)
+
+    return jax.tree.map(whole, tree)
 
 
 class Program:
