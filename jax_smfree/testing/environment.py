@@ -112,8 +112,10 @@ def rank_environment(
 ) -> dict[str, str]:
     """The environment of one process that our launcher starts on this host.
 
-    On the CPU the devices are virtual ones. On GPUs, process ``i`` sees the ``i``-th part of
-    ``devices_per_process`` GPUs of those that the launcher itself may use.
+    On the CPU the devices are virtual ones. On GPUs, JAX in process ``i`` uses the ``i``-th part of
+    ``devices_per_process`` GPUs of those that the launcher itself may use. The process sees the
+    other processes' too, because copies to a GPU that it does not see are slow (docs/multihost.md).
+    A list like ``0,1,0,1`` makes processes share GPUs.
 
     Raises:
       ValueError: for a platform that is neither ``"cpu"`` nor ``"cuda"``, or too few GPUs.
@@ -129,6 +131,7 @@ def rank_environment(
         env["no_grpc_proxy"] = "127.0.0.1"  # else the coordinator is asked for through the proxy
     flags = _FORCED_DEVICES.sub("", env.get("XLA_FLAGS", ""))
     env.pop("JAX_NUM_CPU_DEVICES", None)  # says the same as the flag, and JAX takes only one
+    env.pop("JAX_LOCAL_DEVICE_IDS", None)  # of a program that launches another one
     if platform == "cpu":
         env["JAX_PLATFORMS"] = "cpu"
         flags += f" --xla_force_host_platform_device_count={devices_per_process}"
@@ -142,7 +145,9 @@ def rank_environment(
                 f"{processes} processes with {devices_per_process} each. Ask for fewer, or set "
                 "CUDA_VISIBLE_DEVICES."
             )
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        used = list(dict.fromkeys(gpus[: processes * devices_per_process]))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(used)
+        env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(used.index(gpu)) for gpu in mine)
     else:
         raise ValueError(f"got platform={platform!r}, expected 'cpu' or 'cuda'.")
     env["XLA_FLAGS"] = flags.strip()

@@ -116,8 +116,9 @@ def test_gpus_are_divided():
             base={"CUDA_VISIBLE_DEVICES": "4,5,6,7", "JAX_NUM_CPU_DEVICES": "8"},
         )
 
-    assert environment(0)["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert environment(1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    for process, mine in enumerate(("0,1", "2,3")):
+        assert environment(process)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+        assert environment(process)["JAX_LOCAL_DEVICE_IDS"] == mine
     assert environment(1)["JAX_PLATFORMS"] == "cuda,cpu"
     assert "JAX_NUM_CPU_DEVICES" not in environment(0, "cpu")
     with pytest.raises(ValueError, match=r"got 4 visible GPUs, expected 6"):
