@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bytes a GPU group takes, from the code that lays the buffers out."""
 
-import dataclasses
-
 from jax_smfree import _native
 from jax_smfree._src import nodes
 from jax_smfree._src.config import EpConfig
@@ -30,9 +28,8 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     return _native.nvl_size_hint(_layout(config, num_ranks))
 
 
-def buffer_bytes(config: EpConfig, num_ranks: int, *, hierarchical: bool) -> int:
-    """Bytes per rank of all buffers, of a group that does, or does not, go by way of its nodes."""
-    config = dataclasses.replace(config, mode="hierarchical" if hierarchical else "direct")
+def buffer_bytes(config: EpConfig, num_ranks: int) -> int:
+    """Bytes per rank of all buffers."""
     layout = _layout(config, num_ranks)
     return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
 

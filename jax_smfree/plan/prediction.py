@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from jax_smfree._src import nodes
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.hints import buffer_bytes
 from jax_smfree.plan import traffic
@@ -23,7 +24,7 @@ class Prediction:
     Attributes:
       ranks: in the group.
       mode: ``"direct"``: each rank sends to each. ``"hierarchical"``: once to each node, which
-        forwards; it is not built yet, so nothing it says was compared with a measurement.
+        forwards; nothing it says of GPUs was compared with a measurement.
       buffer_bytes: of the group's buffers.
       network_bytes, nvlink_bytes: of a dispatch over each link in the busier direction.
       phase_us: on the SMs, by phase.
@@ -60,20 +61,20 @@ def predict(
     num_ranks: int,
     machine: Machine | None = None,
     *,
-    mode: Mode = "direct",
     routing: Routing | None = None,
 ) -> Prediction:
     """Predicts memory and times of a dispatch and a combine of ``max_tokens`` rows per rank.
 
     Args:
-      config: sizes; ``ranks_per_node`` is the number of GPUs that NVLink connects, ``None`` all.
+      config: sizes and mode; ``ranks_per_node`` is the number of GPUs that NVLink connects, ``None``
+        all.
       num_ranks: a multiple of ``ranks_per_node``, and a divisor of ``num_experts``.
       machine: rates; by default those of an H200.
-      mode: how rows go to other nodes.
       routing: by default uniform.
 
     Raises:
-      ValueError: for ranks that do not divide, or ``"hierarchical"`` on one node.
+      ValueError: for ranks that do not divide, or ``mode="hierarchical"`` where there are not
+        several nodes of several ranks.
 
     Example:
       >>> config = smfree.EpConfig(num_experts=256, top_k=8, hidden=7168, max_tokens=8192)
@@ -83,25 +84,20 @@ def predict(
     """
     machine = machine or Machine()
     routing = routing or Routing(config.num_experts, config.top_k)
-    per_node = config.ranks_per_node or num_ranks
-    if mode == "hierarchical" and not 1 < per_node < num_ranks:
-        raise ValueError(
-            f"predict: got mode='hierarchical' for {num_ranks} ranks with {per_node} per node, "
-            "expected several nodes of several ranks. Set EpConfig.ranks_per_node."
-        )
-    buffers = buffer_bytes(config, num_ranks, hierarchical=mode == "hierarchical")
-    moves = traffic.hierarchical if mode == "hierarchical" else traffic.direct
-    moved = moves(routing, config.max_tokens, num_ranks, per_node)
+    config = nodes.resolve("predict", config, [[0] * num_ranks])
+    assert config.mode is not None and config.ranks_per_node is not None
+    direct = config.mode == "direct"
+    moves = traffic.direct if direct else traffic.hierarchical
+    moved = moves(routing, config.max_tokens, num_ranks, config.ranks_per_node)
     row_bytes = config.hidden * config.dtype.itemsize
     network_us = moved.network * row_bytes / machine.network_gb_s / 1e3
     nvlink_us = moved.nvlink * row_bytes / machine.nvlink_gb_s / 1e3
-    direct = mode == "direct"
     wire_us = max(network_us, nvlink_us) if direct else network_us
     hiding_flop = wire_us * machine.matmul_tflop_s * 1e6
     return Prediction(
         ranks=num_ranks,
-        mode=mode,
-        buffer_bytes=buffers,
+        mode=config.mode,
+        buffer_bytes=buffer_bytes(config, num_ranks),
         network_bytes=moved.network * row_bytes,
         nvlink_bytes=moved.nvlink * row_bytes,
         phase_us={
@@ -129,10 +125,10 @@ def sweep(
     found = []
     for number in ranks:
         per_node = min(config.ranks_per_node or number, number)
-        sized = dataclasses.replace(config, ranks_per_node=per_node)
-        found.append(predict(sized, number, machine, routing=routing))
-        if 1 < per_node < number:
-            found.append(predict(sized, number, machine, mode="hierarchical", routing=routing))
+        modes: tuple[Mode, ...] = ("direct", "hierarchical")
+        for mode in modes if 1 < per_node < number else modes[:1]:
+            sized = dataclasses.replace(config, ranks_per_node=per_node, mode=mode)
+            found.append(predict(sized, number, machine, routing=routing))
     return found
 
 

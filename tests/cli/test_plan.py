@@ -156,6 +156,9 @@ def test_errors_say_the_cure(run, options, exit_code, message):
 
 
 def test_hierarchical_needs_nodes():
-    config = smfree.EpConfig(num_experts=16, top_k=2, hidden=8, max_tokens=8)
+    sizes = {"num_experts": 16, "top_k": 2, "hidden": 8, "max_tokens": 8}
     with pytest.raises(ValueError, match=r"Set EpConfig\.ranks_per_node"):
-        plan.predict(config, 8, mode="hierarchical")
+        plan.predict(smfree.EpConfig(**sizes, mode="hierarchical"), 8)
+    for mode in (None, "hierarchical"):  # what the library would choose
+        config = smfree.EpConfig(**sizes, ranks_per_node=4, mode=mode)
+        assert plan.predict(config, 8).mode == "hierarchical"
