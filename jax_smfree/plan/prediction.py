@@ -66,8 +66,7 @@ def predict(
     """Predicts memory and times of a dispatch and a combine of ``max_tokens`` rows per rank.
 
     Args:
-      config: sizes and mode; ``ranks_per_node`` is the number of GPUs that NVLink connects, ``None``
-        all.
+      config: sizes and mode; ``ranks_per_node`` is how many GPUs NVLink connects, ``None`` all.
       num_ranks: a multiple of ``ranks_per_node``, and a divisor of ``num_experts``.
       machine: rates; by default those of an H200.
       routing: by default uniform.
