@@ -17,6 +17,7 @@
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/memory_nvshmem.h"
 #include "csrc/cuda/nvshmem.h"
+#include "csrc/cuda/visible.h"
 
 namespace smfree {
 namespace {
@@ -68,6 +69,12 @@ std::shared_ptr<NvshmemMemory> AllocateInWorld(const std::string& library, int32
       NvshmemMemory::Allocate(NvshmemOf(library), device, static_cast<size_t>(bytes));
   ThrowIfFailed(memory.status());
   return memory.value();
+}
+
+std::string BusIdOf(int32_t device) {
+  auto id = cuda::BusId(device);
+  ThrowIfFailed(id.status());
+  return id.value();
 }
 
 Counters StatsOf(const Group& group) {
@@ -141,6 +148,8 @@ void BindCuda(nb::module_& m) {
         nb::arg("process"), nb::arg("processes"), nb::arg("device"));
   m.def("nvshmem_allocate", &AllocateInWorld, nb::kw_only(), nb::arg("library"),
         nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("gpu_bus_id", &BusIdOf, nb::arg("device"));
+  m.def("sees_gpu", &cuda::IsVisible, nb::arg("bus_id"));
   m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("config"),

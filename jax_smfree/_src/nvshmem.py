@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -35,16 +37,40 @@ def join(device: jax.Device, timeout_s: float) -> None:
     if _joined:
         return
     me, processes = jax.process_index(), list(range(jax.process_count()))
-    mine = base64.b64encode(_native.nvshmem_unique_id(library())).decode() if me == 0 else ""
-    first, *_ = bootstrap.exchange("jax_smfree/nvshmem", mine, processes, me, timeout_s)
+    unique_id = _native.nvshmem_unique_id(library()) if me == 0 else b""
+    mine = {
+        "unique_id": base64.b64encode(unique_id).decode(),
+        "host": bootstrap.host_name(),
+        "gpu": _native.gpu_bus_id(device.local_hardware_id),
+    }
+    texts = bootstrap.exchange("jax_smfree/nvshmem", json.dumps(mine), processes, me, timeout_s)
+    hellos = list(map(json.loads, texts))
+    _warn_of_hidden_gpus(mine["host"], hellos)
     _native.nvshmem_join(
         library=library(),
-        unique_id=base64.b64decode(first),
+        unique_id=base64.b64decode(hellos[0]["unique_id"]),
         process=me,
         processes=len(processes),
         device=device.local_hardware_id,
     )
     _joined = True
+
+
+def _warn_of_hidden_gpus(host: str, hellos: list[dict[str, str]]) -> None:
+    hidden = [
+        process
+        for process, hello in enumerate(hellos)
+        if hello["host"] == host and not _native.sees_gpu(hello["gpu"])
+    ]
+    if hidden:
+        warnings.warn(
+            f"EpGroup.create: the GPUs of processes {hidden} are on this host, and "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} hides them from "
+            f"process {jax.process_index()}: each copy to them starts about 2 ms late. Let every "
+            "process see all GPUs of its host, and choose one with "
+            "jax.distributed.initialize(local_device_ids=...).",
+            stacklevel=2,
+        )
 
 
 def memory(num_bytes: int, device: jax.Device, key: str, timeout_s: float) -> _native.NvshmemMemory:
