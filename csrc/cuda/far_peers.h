@@ -11,8 +11,9 @@
 // Where NVLink does not lead to the peer, each call is a kernel of one thread, which ends when the
 // network has taken or delivered what it should. Hence
 // - all of them are called once while the group is made: a kernel is loaded at its first launch;
-// - the group's own kernels leave room on the device (Rank::num_sms), for while they wait for a
-//   peer, their rank's messages to others have to leave;
+// - the group's own kernels leave room on the device (Rank::num_sms): while one waits for a peer,
+//   its rank's messages to others have to leave. Two of its blocks may take all registers of an SM,
+//   so it has two blocks for all SMs but one; then some SM has one at most;
 // - the streams belong to the context that NVSHMEM was initialised in, the primary one. What holds
 //   that up (mover_context.h) holds up messages to far peers, and those to near peers not.
 #ifndef SMFREE_CSRC_CUDA_FAR_PEERS_H_
