@@ -25,8 +25,8 @@ LayoutConfig LayoutConfigOf(const GroupConfig& config) {
 }
 
 // A recv reads what a network card has written to `device` while the kernel runs. On GPUs that keep
-// the order of such writes, a signal that is seen vouches for the bytes before it; others would need
-// a flush from the host.
+// the order of such writes, a signal that is seen vouches for the bytes before it; others would
+// need a flush from the host.
 Status CheckNetworkOrder(int32_t device) {
   int order = 0;
   const Status status = CudaStatus(

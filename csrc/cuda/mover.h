@@ -10,8 +10,8 @@
 //
 // The thread looks for descriptors all the time while there is work, and ever less often while
 // there is none: kernels that are replayed from a CUDA graph have no other way to wake it. What it
-// calls in CUDA is in a context of its own (mover_context.h). It also tells the peers in other nodes
-// of this rank's fault.
+// calls in CUDA is in a context of its own (mover_context.h). It also tells the peers in other
+// nodes of this rank's fault.
 #ifndef SMFREE_CSRC_CUDA_MOVER_H_
 #define SMFREE_CSRC_CUDA_MOVER_H_
 
@@ -42,7 +42,7 @@ class Mover {
     int32_t rank;
     int32_t num_lanes;
     Layout layout;
-    std::vector<char*> memories;  // of all ranks; nullptr for far ones
+    std::vector<char*> memories;    // of all ranks; nullptr for far ones
     std::unique_ptr<FarPeers> far;  // null if there are none
     const Descriptor* queue;
     uint64_t queue_mask;
