@@ -22,6 +22,7 @@ bool Find(const char* name, unsigned int version, Function& function) {
 bool FindAll(Driver& d) {
   return Find("cuGetErrorString", 6000, d.get_error_string) &&
          Find("cuCtxCreate", 3020, d.ctx_create) &&
+         Find("cuDevicePrimaryCtxRetain", 7000, d.device_primary_ctx_retain) &&
          Find("cuCtxPushCurrent", 4000, d.ctx_push_current) &&
          Find("cuCtxPopCurrent", 4000, d.ctx_pop_current) &&
          Find("cuMemGetAllocationGranularity", 10020, d.mem_get_allocation_granularity) &&

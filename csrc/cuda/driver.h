@@ -14,6 +14,7 @@ namespace smfree::cuda {
 struct Driver {
   PFN_cuGetErrorString_v6000 get_error_string;
   PFN_cuCtxCreate_v3020 ctx_create;
+  PFN_cuDevicePrimaryCtxRetain_v7000 device_primary_ctx_retain;
   PFN_cuCtxPushCurrent_v4000 ctx_push_current;
   PFN_cuCtxPopCurrent_v4000 ctx_pop_current;
   PFN_cuMemGetAllocationGranularity_v10020 mem_get_allocation_granularity;

@@ -24,7 +24,7 @@ class Rank {
   int32_t rank = 0;
   int32_t index = 0;  // among those of this process
   int32_t device = 0;
-  int32_t num_sms = 0;
+  int32_t num_sms = 0;  // that its kernels fill: all, but one where puts need room (far_peers.h)
   GroupState* group = nullptr;
 
   std::shared_ptr<SymmetricMemory> memory;
@@ -46,7 +46,8 @@ struct GroupState {
   uint64_t queue_mask = 0;
   Allocation failed;  // pinned uint32: some rank has reported a fault
   std::vector<std::unique_ptr<Rank>> ranks;  // of this process
-  std::vector<char*> memories;               // of all ranks, as this process reaches them
+  std::vector<char*> memories;               // of all ranks; nullptr for far ones
+  std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
   std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
   std::unique_ptr<Launches> launches;
 
@@ -70,6 +71,9 @@ struct GroupState {
                                 std::shared_ptr<NvshmemMemory> memory,
                                 const std::vector<int32_t>& process_of_rank);
   Status Prepare();
+  Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
+                   const std::vector<int32_t>& process_of_rank);
+  bool HasFarPeers() const;
   Status AllocateRank(int32_t rank, int32_t device, std::shared_ptr<SymmetricMemory> memory);
   Status Connect();
 };

@@ -24,6 +24,24 @@ LayoutConfig LayoutConfigOf(const GroupConfig& config) {
           /*hierarchical=*/false};
 }
 
+// A recv reads what a network card has written to `device` while the kernel runs. On GPUs that keep
+// the order of such writes, a signal that is seen vouches for the bytes before it; others would
+// need a flush from the host.
+Status CheckNetworkOrder(int32_t device) {
+  int order = 0;
+  const Status status = CudaStatus(
+      cudaDeviceGetAttribute(&order, cudaDevAttrGPUDirectRDMAWritesOrdering, device),
+      "cudaDeviceGetAttribute");
+  if (!status.ok() || order >= cudaGPUDirectRDMAWritesOrderingOwner) return status;
+  return Status(FaultKind::kInvalidArgument,
+                "GPU " + std::to_string(device) +
+                    " does not keep the order in which a network card writes to it (GPUDirect RDMA "
+                    "writes ordering " + std::to_string(order) + ", expected " +
+                    std::to_string(cudaGPUDirectRDMAWritesOrderingOwner) +
+                    " or more). Cure: make the group of GPUs that NVLink connects, or use GPUs of "
+                    "compute capability 9.0 or newer.");
+}
+
 }  // namespace
 
 int64_t SymmetricBytes(const GroupConfig& config) {
@@ -103,22 +121,40 @@ Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
                                           std::shared_ptr<NvshmemMemory> memory,
                                           const std::vector<int32_t>& process_of_rank) {
   Status status = Prepare();
+  if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
   if (!status.ok()) return status;
-  for (size_t r = 0; r < process_of_rank.size(); ++r) {
-    char* const there =
-        static_cast<int32_t>(r) == rank ? memory->data() : memory->At(process_of_rank[r]);
-    if (there == nullptr) {
-      return Status(FaultKind::kInvalidArgument,
-                    "rank " + std::to_string(rank) + " does not reach the GPU of rank " +
-                        std::to_string(r) + " (process " + std::to_string(process_of_rank[r]) +
-                        ") over NVLink, and networks are not supported yet. Cure: make the group "
-                        "of GPUs of one host.");
-    }
-    memories.push_back(there);
-  }
   block = std::move(memory);
   status = AllocateRank(rank, device, block);
   return status.ok() ? Connect() : status;
+}
+
+Status GroupState::FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
+                             const std::vector<int32_t>& process_of_rank) {
+  const Nodes nodes = NodesOf(options);
+  for (int32_t r = 0; r < options.num_ranks; ++r) {
+    const int32_t process = process_of_rank[static_cast<size_t>(r)];
+    char* const there = r == rank ? memory.data() : memory.At(process);
+    const bool near = nodes.NodeOf(r) == nodes.NodeOf(rank);
+    if (near && there == nullptr) {
+      return Status(FaultKind::kInvalidArgument,
+                    "rank " + std::to_string(rank) + " does not reach the GPU of rank " +
+                        std::to_string(r) + " (process " + std::to_string(process) +
+                        ") of its node over NVLink. Cure: set EpConfig.ranks_per_node to the "
+                        "number of GPUs that reach one another (nvidia-smi topo -p2p r), 1 if none "
+                        "do.");
+    }
+    if (there == nullptr) {
+      const Status status = CheckNetworkOrder(device);
+      if (!status.ok()) return status;
+    }
+    memories.push_back(near ? there : nullptr);
+    far_processes.push_back(near ? FarPeers::kNear : process);
+  }
+  return {};
+}
+
+bool GroupState::HasFarPeers() const {
+  return std::find(memories.begin(), memories.end(), nullptr) != memories.end();
 }
 
 Status GroupState::AllocateRank(int32_t number, int32_t device,
@@ -134,7 +170,7 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   Status status =
       CudaStatus(cudaGetDeviceProperties(&properties, rank->device), "cudaGetDeviceProperties");
   if (!status.ok()) return status;
-  rank->num_sms = properties.multiProcessorCount;
+  rank->num_sms = properties.multiProcessorCount - (HasFarPeers() ? 1 : 0);
   const size_t route_bytes =
       RouteSharedBytes(options.max_tokens, options.num_experts, options.num_ranks);
   const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
@@ -192,8 +228,16 @@ Status GroupState::Connect() {
   }
   for (const auto& rank : ranks) {
     if (options.num_ranks == 1) break;
+    std::unique_ptr<FarPeers> far;
+    if (HasFarPeers()) {
+      auto made = FarPeers::Connect({rank->device, &block->nvshmem(), block->data(),
+                                     layout.FaultWordOffset(), far_processes});
+      if (!made.ok()) return made.status();
+      far = std::move(made.value());
+    }
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
-                               rank->queue.as<Descriptor>(), queue_mask,
+                               std::move(far), rank->queue.as<Descriptor>(), queue_mask,
+                               &rank->host.as<HostPage>()->fault,
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
     rank->mover = std::move(mover.value());

@@ -27,6 +27,7 @@ class NvshmemMemory : public SymmetricMemory {
 
   // The block of `process`, as this one reaches it; nullptr if not by NVLink.
   char* At(int32_t process) const { return nvshmem_.At(data_, process); }
+  const Nvshmem& nvshmem() const { return nvshmem_; }
 
   // By a group of this process.
   std::atomic<bool> in_use{false};

@@ -11,9 +11,14 @@
 
 namespace smfree::cuda {
 
+// Whether this kernel itself stores the message to `peer` there: a small one, to a near peer.
+__device__ inline bool Pushes(const Context& c, int32_t peer) {
+  return c.push && c.memories[peer] != nullptr;
+}
+
 // Where the message to `peer` is built: in the send region, or where the peer will read it.
 __device__ inline char* MessageTo(const Context& c, int64_t number, int32_t peer) {
-  if (peer == c.rank || c.push) {
+  if (peer == c.rank || Pushes(c, peer)) {
     return c.memories[peer] + c.layout.RecvRegionOffset(kWire, c.lane_index, number, c.rank);
   }
   return c.memory + c.layout.SendRegionOffset(kWire, c.lane_index, number, peer);
@@ -61,7 +66,7 @@ __device__ inline Outgoing OutgoingTo(const Context& c, int64_t number, int32_t 
 __device__ inline void HandOver(const Context& c, int64_t number, int32_t peer,
                                 const Chunks& chunks, int32_t chunk) {
   const uint64_t signal = SignalAfterChunk(number, chunk, chunks.count);
-  if (c.push) {
+  if (Pushes(c, peer)) {
     char* const word =
         c.memories[peer] + c.layout.SignalOffset(kWire, c.lane_index, number, c.rank);
     store_release_system(reinterpret_cast<uint64_t*>(word), signal);

@@ -72,6 +72,7 @@ void Mover::Run() {
   (void)prctl(PR_SET_NAME, "smfree-mover");
 
   uint64_t next = 0;
+  bool told = false;
   Clock::time_point last_work = Clock::now();
   for (uint32_t turn = 0;; ++turn) {
     const Descriptor& chunk = wiring_.queue[next & wiring_.queue_mask];
@@ -83,7 +84,9 @@ void Mover::Run() {
       continue;
     }
     if (turn % 64 != 0) continue;
-    if (stop_.load(std::memory_order_relaxed)) return;
+    const bool stop = stop_.load();  // before what is looked at for the last time then
+    told = told || ToldFault();
+    if (stop) return;
     if (awake_.exchange(false, std::memory_order_relaxed)) last_work = Clock::now();
     const auto nap = NapAfter(Clock::now() - last_work);
     if (nap.count() > 0) std::this_thread::sleep_for(nap);
@@ -93,30 +96,46 @@ void Mover::Run() {
 Status Mover::Move(const Descriptor& chunk) {
   const Layout& layout = wiring_.layout;
   const int64_t number = NumberOf(chunk.signal);
+  const int64_t from =
+      layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
+  const int64_t to =
+      layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
+  const int64_t signal = layout.SignalOffset(kWire, chunk.lane_index, number, wiring_.rank);
+  if (wiring_.memories[static_cast<size_t>(chunk.peer)] != nullptr) {
+    return Copy(chunk, from, to, signal);
+  }
+  const bool first = chunk.begin == 0;
+  wiring_.far->Put(chunk.peer, {first, from, to, chunk.bytes, signal, chunk.signal});
+  return {};
+}
+
+Status Mover::Copy(const Descriptor& chunk, int64_t from, int64_t to, int64_t signal) {
   char* const here = wiring_.memories[static_cast<size_t>(wiring_.rank)];
   char* const there = wiring_.memories[static_cast<size_t>(chunk.peer)];
   const cudaStream_t stream = streams_[static_cast<size_t>(chunk.peer)];
-  const char* const from =
-      here + layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
-  char* const to =
-      there + layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
   std::unique_lock<std::mutex> tracing(trace_mutex_, std::defer_lock);
   if (tracing_.load(std::memory_order_relaxed)) tracing.lock();
   const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk) : nullptr;
   const auto address = [](const char* p) { return reinterpret_cast<CUdeviceptr>(p); };
   if (timed) (void)cudaEventRecord(timed->begin, stream);
   Status status = driver_.ToStatus(
-      driver_.memcpy_dtod_async(address(to), address(from), static_cast<size_t>(chunk.bytes),
-                                stream),
+      driver_.memcpy_dtod_async(address(there + to), address(here + from),
+                                static_cast<size_t>(chunk.bytes), stream),
       "the copy to a peer");
   if (!status.ok()) return status;
   if (timed) (void)cudaEventRecord(timed->end, stream);
   // The default flag orders the store behind the copy, system wide.
-  const char* const signal =
-      there + layout.SignalOffset(kWire, chunk.lane_index, number, wiring_.rank);
-  return driver_.ToStatus(driver_.stream_write_value64(stream, address(signal), chunk.signal,
-                                                       CU_STREAM_WRITE_VALUE_DEFAULT),
+  return driver_.ToStatus(driver_.stream_write_value64(stream, address(there + signal),
+                                                       chunk.signal, CU_STREAM_WRITE_VALUE_DEFAULT),
                           "the signal to a peer");
+}
+
+bool Mover::ToldFault() const {
+  if (!wiring_.far) return true;
+  if (__atomic_load_n(&wiring_.fault->ready, __ATOMIC_ACQUIRE) == 0) return false;
+  // As in Report, whose stores reach the near peers: one that has failed has told all.
+  if (wiring_.fault->kind != FaultKind::kPeerFailed) wiring_.far->TellFault(wiring_.rank);
+  return true;
 }
 
 const Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {

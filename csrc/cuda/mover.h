@@ -2,14 +2,16 @@
 //
 // The copy-engine mover of one rank: a proxy thread that takes the descriptors which the pack
 // kernels write to pinned memory, and for each enqueues on the peer's stream the copy (S5) and,
-// behind it, the store of the `arrived` signal (S6). No SM takes part.
+// behind it, the store of the `arrived` signal (S6). No SM takes part. Peers in other nodes are
+// reached in another way: far_peers.h.
 //
 // One stream per peer keeps the chunks of a message in order, and lets the copies to different
 // peers run side by side.
 //
 // The thread looks for descriptors all the time while there is work, and ever less often while
 // there is none: kernels that are replayed from a CUDA graph have no other way to wake it. What it
-// calls in CUDA is in a context of its own (mover_context.h).
+// calls in CUDA is in a context of its own (mover_context.h). It also tells the peers in other
+// nodes of this rank's fault.
 #ifndef SMFREE_CSRC_CUDA_MOVER_H_
 #define SMFREE_CSRC_CUDA_MOVER_H_
 
@@ -25,6 +27,7 @@
 #include <vector>
 
 #include "csrc/cuda/driver.h"
+#include "csrc/cuda/far_peers.h"
 #include "csrc/cuda/state.h"
 #include "csrc/protocol/status.h"
 
@@ -39,9 +42,11 @@ class Mover {
     int32_t rank;
     int32_t num_lanes;
     Layout layout;
-    std::vector<char*> memories;  // of all ranks
+    std::vector<char*> memories;    // of all ranks; nullptr for far ones
+    std::unique_ptr<FarPeers> far;  // null if there are none
     const Descriptor* queue;
     uint64_t queue_mask;
+    const FaultRecord* fault;  // of this rank
     std::function<void(Status)> on_error;  // from the proxy thread, at most once
   };
 
@@ -50,7 +55,7 @@ class Mover {
   // Copies what is in the queue, waits for the copies and ends the thread.
   ~Mover();
 
-  // See Group::StartWireTrace and EndWireTrace.
+  // See Group::StartWireTrace and EndWireTrace: of the copies, not of what goes to far peers.
   Status StartTrace();
   std::vector<WireRecord> EndTrace();
 
@@ -68,6 +73,9 @@ class Mover {
 
   void Run();
   Status Move(const Descriptor& chunk);
+  Status Copy(const Descriptor& chunk, int64_t from, int64_t to, int64_t signal);
+  // Whether there is nothing to tell the far peers any more.
+  bool ToldFault() const;
   // Under trace_mutex_; null if the trace has ended or is full.
   const Timed* NextTimed(const Descriptor& chunk);
   void ForgetTimed();

@@ -25,4 +25,14 @@ StatusOr<CUcontext> MoverContext(int32_t device) {
   return context;
 }
 
+StatusOr<CUcontext> PrimaryContext(int32_t device) {
+  auto driver = Driver::Get();
+  if (!driver.ok()) return driver.status();
+  CUcontext context = nullptr;  // never given back: XLA and NVSHMEM keep it, too
+  const Status status = driver.value()->ToStatus(
+      driver.value()->device_primary_ctx_retain(&context, device), "cuDevicePrimaryCtxRetain");
+  if (!status.ok()) return status;
+  return context;
+}
+
 }  // namespace smfree::cuda

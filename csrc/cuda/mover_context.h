@@ -28,7 +28,10 @@ constexpr size_t kMoverContextBytes = size_t{600} << 20;
 // takes half a gigabyte of the GPU and a tenth of a second to make.
 StatusOr<CUcontext> MoverContext(int32_t device);
 
-// Makes it current for this thread, for a while: all calls of the runtime then mean it.
+// That of XLA's kernels, and of NVSHMEM.
+StatusOr<CUcontext> PrimaryContext(int32_t device);
+
+// Makes one current for this thread, for a while: all calls of the runtime then mean it.
 class ContextScope {
  public:
   ContextScope(const Driver& driver, CUcontext context) : driver_(driver) {

@@ -41,6 +41,7 @@ static_assert(sizeof(UniqueId) == 128 && sizeof(UniqueIdArgs) == 24);
 static_assert(sizeof(InitArgs) == 128 && sizeof(InitAttributes) == 144);
 constexpr unsigned int kInitWithUniqueId = 1 << 3;
 constexpr int kIsInitialized = 2;  // of the states, and more than it
+constexpr int kSignalSet = 9;      // NVSHMEM_SIGNAL_SET
 
 }  // namespace
 
@@ -55,6 +56,11 @@ struct Nvshmem::Library {
   int (*n_pes)();
   void* (*malloc)(size_t bytes);
   void* (*ptr)(const void* address, int pe);
+  void (*putmem_signal_on_stream)(void* to, const void* from, size_t bytes, uint64_t* word,
+                                  uint64_t value, int op, int pe, cudaStream_t stream);
+  void (*signal_op_on_stream)(uint64_t* word, uint64_t value, int op, int pe,
+                              cudaStream_t stream);
+  void (*quiet_on_stream)(cudaStream_t stream);
 };
 
 namespace {
@@ -95,7 +101,10 @@ StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
       !Find(handle, "nvshmemx_hostlib_init_attr", found.init_attr) ||
       !Find(handle, "nvshmem_my_pe", found.my_pe) || !Find(handle, "nvshmem_n_pes", found.n_pes) ||
       !Find(handle, "nvshmem_malloc", found.malloc) ||
-      !Find(handle, "nvshmem_ptr", found.ptr)) {
+      !Find(handle, "nvshmem_ptr", found.ptr) ||
+      !Find(handle, "nvshmemx_putmem_signal_on_stream", found.putmem_signal_on_stream) ||
+      !Find(handle, "nvshmemx_signal_op_on_stream", found.signal_op_on_stream) ||
+      !Find(handle, "nvshmemx_quiet_on_stream", found.quiet_on_stream)) {
     return NoLibrary(dlerror());
   }
   int major = 0, minor = 0, patch = 0;
@@ -149,6 +158,35 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
 char* Nvshmem::Allocate(size_t bytes) const { return static_cast<char*>(library_.malloc(bytes)); }
 char* Nvshmem::At(char* memory, int32_t process) const {
   return static_cast<char*>(library_.ptr(memory, process));
+}
+
+namespace {
+
+// NVSHMEM wants its calls one at a time. Those that wait for other processes must not be among
+// them: another group may be what these wait for.
+std::mutex& OneAtATime() {
+  static std::mutex& mutex = *new std::mutex;
+  return mutex;
+}
+
+}  // namespace
+
+void Nvshmem::PutThenSet(char* to, const char* from, size_t bytes, char* word, uint64_t value,
+                         int32_t process, cudaStream_t stream) const {
+  const std::lock_guard<std::mutex> lock(OneAtATime());
+  library_.putmem_signal_on_stream(to, from, bytes, reinterpret_cast<uint64_t*>(word), value,
+                                   kSignalSet, process, stream);
+}
+
+void Nvshmem::Set(char* word, uint64_t value, int32_t process, cudaStream_t stream) const {
+  const std::lock_guard<std::mutex> lock(OneAtATime());
+  library_.signal_op_on_stream(reinterpret_cast<uint64_t*>(word), value, kSignalSet, process,
+                               stream);
+}
+
+void Nvshmem::Quiet(cudaStream_t stream) const {
+  const std::lock_guard<std::mutex> lock(OneAtATime());
+  library_.quiet_on_stream(stream);
 }
 
 }  // namespace smfree::cuda

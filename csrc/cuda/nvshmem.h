@@ -8,6 +8,8 @@
 #ifndef SMFREE_CSRC_CUDA_NVSHMEM_H_
 #define SMFREE_CSRC_CUDA_NVSHMEM_H_
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -35,6 +37,17 @@ class Nvshmem {
   char* Allocate(size_t bytes) const;
   // Where this process reaches that place in the heap of `process`; nullptr if not by NVLink.
   char* At(char* memory, int32_t process) const;
+
+  // Work on a stream of the GPU's primary context, which is current. Addresses are those of this
+  // process, for the same place in the heap of `process`. NVSHMEM ends the process where a call
+  // fails.
+  //
+  // Copies bytes there; when they have been delivered, sets `word` there to `value`.
+  void PutThenSet(char* to, const char* from, size_t bytes, char* word, uint64_t value,
+                  int32_t process, cudaStream_t stream) const;
+  void Set(char* word, uint64_t value, int32_t process, cudaStream_t stream) const;
+  // What stands behind it on the stream starts when all that stands before it has been delivered.
+  void Quiet(cudaStream_t stream) const;
 
  private:
   struct Library;

@@ -106,7 +106,7 @@ __device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
   *static_cast<volatile uint32_t*>(c.group_failed) = 1;
   if (!c.among_processes || kind == FaultKind::kPeerFailed) return;  // that peer has told all
   for (int32_t peer = 0; peer < c.num_ranks; ++peer) {
-    if (peer == c.rank) continue;
+    if (peer == c.rank || c.memories[peer] == nullptr) continue;  // the mover tells far ones
     char* const word = c.memories[peer] + c.layout.FaultWordOffset();
     *reinterpret_cast<volatile uint64_t*>(word) = static_cast<uint64_t>(c.rank) + 1;
   }

@@ -101,11 +101,11 @@ struct Context {
   int32_t rank, num_ranks, num_experts, top_k, places_per_row;
   int32_t expert_alignment;
   bool drop_overflow;
-  bool among_processes;  // peers are told of a fault through their fault words
+  bool among_processes;  // peers tell of a fault through the fault words
   uint64_t timeout_ns;
 
   char* memory;           // this rank's symmetric memory
-  char* const* memories;  // [R], that of every rank (device array)
+  char* const* memories;  // [R], that of every rank (device array); nullptr for far ones
   RankState* state;
   LaneScratch* scratch;   // of the lane index
   int32_t* route_counts;  // [route blocks, E + R]
@@ -127,7 +127,7 @@ struct Context {
   int32_t experts, slots;  // per row of the message: top_k or 0
   int32_t chunks;          // into how many a message is cut
   int32_t pieces;          // into how many a row is cut, each for one warp; divides kWarps
-  bool push;               // store to the peers, no mover
+  bool push;               // store to the near peers, no mover
   const int32_t* position;
   const float* token;
   float* token_out;

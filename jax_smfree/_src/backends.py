@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_smfree import _native
-from jax_smfree._src import bootstrap, nvshmem
+from jax_smfree._src import bootstrap, compat, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 
@@ -39,15 +39,28 @@ def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
     ]
 
 
-def nodes_of_ranks(mesh: Mesh, axis: str) -> list[list[int]]:
-    """Of each group along ``axis``, in which node its ranks are: a process on CPUs.
+def nodes_of_ranks(mesh: Mesh, axis: str, timeout_s: float) -> list[list[int]]:
+    """Of each group along ``axis``, in which node its ranks are: a process on CPUs, a host on GPUs.
 
-    The GPUs that this build connects reach each other over NVLink: they are one node.
+    Nodes are named by their first process. Collective over the processes of a mesh of GPUs. GPUs
+    that one only compiles for count as one node.
     """
-    return [
-        [device.process_index if device.platform == "cpu" else 0 for device in devices]
-        for devices in _replicas(mesh, axis)
-    ]
+    devices = list(mesh.devices.flat)
+    processes = sorted({device.process_index for device in devices})
+    node = {process: process for process in processes}
+    if devices[0].platform != "cpu":
+        hosts = _hosts(devices, processes, timeout_s)
+        node = {p: processes[hosts.index(host)] for p, host in zip(processes, hosts, strict=True)}
+    return [[node[device.process_index] for device in group] for group in _replicas(mesh, axis)]
+
+
+def _hosts(devices: list[jax.Device], processes: list[int], timeout_s: float) -> list[str]:
+    """The names of the hosts of ``processes``."""
+    mine = bootstrap.host_name()
+    if compat.is_compile_only(devices[0]) or len(processes) == 1:
+        return [mine] * len(processes)
+    key = f"{_meeting_place(devices)}/host"
+    return bootstrap.exchange(key, mine, processes, jax.process_index(), timeout_s)
 
 
 def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:

@@ -37,7 +37,9 @@ class EpConfig:
         rows.
       num_lanes: operations that may be in flight at the same time (micro-batches).
       ranks_per_node: how many ranks, one after the other, form a node. ``None`` asks the hardware:
-        GPUs that reach each other over NVLink, or the CPU devices of a process.
+        the GPUs of a host, or the CPU devices of a process; 1 in a direct mode whose ranks are not
+        in that order. GPUs of one node exchange rows over NVLink, those of different nodes always
+        by NVSHMEM's puts, also where NVLink would reach them.
       mode: ``"direct"`` or ``"hierarchical"``; ``None`` follows the rule above. GPUs know the
         direct mode only.
       timeout_s: deadline of every wait for a peer, in seconds.

@@ -54,9 +54,9 @@ class EpGroup:
 
         Args:
           mesh: of GPUs of one process that reach one another's memory; of GPUs of several processes
-            with one each, all processes of the job (NVSHMEM); or of CPU devices of one host (in
-            one process or several). A mesh of devices that one can only compile for
-            (``jax.experimental.topologies``) makes a group that only compiles.
+            with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
+            devices of one host (in one process or several). A mesh of devices that one can only
+            compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -95,7 +95,8 @@ class EpGroup:
         _created[fingerprint] += 1
         device = mesh.devices.flat[0]
         platform = "cpu" if device.platform == "cpu" else "CUDA"
-        config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(mesh, axis))
+        hardware = backends.nodes_of_ranks(mesh, axis, config.timeout_s)
+        config = nodes.resolve("EpGroup.create", config, hardware)
         if platform == "CUDA" and config.mode == "hierarchical":
             raise ValueError(
                 f"EpGroup.create: got {ranks} GPUs in nodes of {config.ranks_per_node}, which is "
@@ -196,7 +197,10 @@ class EpGroup:
         return self._traces("trace")
 
     def start_wire_trace(self) -> None:
-        """Lets the copy-engine movers note the times of their copies, up to 1024 per GPU."""
+        """Lets the copy-engine movers note the times of their copies, up to 1024 per GPU.
+
+        What goes to GPUs of other nodes is no copy.
+        """
         for native in self._native:
             if isinstance(native, backends.CUDA_GROUP):
                 native.start_wire_trace()

@@ -26,10 +26,10 @@ def resolve(where: str, config: EpConfig, nodes_of_ranks: Sequence[Sequence[Hash
         if len(sizes) == 1 and None not in sizes:
             (per_node,) = sizes
         elif config.mode == "direct":
-            per_node = 1  # nothing depends on it
+            per_node = 1
         else:
             raise ValueError(
-                f"{where}: got ranks in the nodes (CPU: processes) "
+                f"{where}: got ranks in the nodes (CPU: processes, GPU: hosts) "
                 f"{[list(nodes) for nodes in nodes_of_ranks]}, expected nodes of one size whose "
                 "ranks follow one another. Order the devices of the mesh by node, or set "
                 "EpConfig.ranks_per_node, or EpConfig(mode='direct')."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would connect hosts: NVSHMEM and network adapters. This build uses neither of them yet."""
+"""What connects GPUs of several processes and hosts: NVSHMEM and network adapters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def nvshmem(packages: dict[str, str]) -> Iterator[Finding]:
     topic = "network"
     found = [name for name in _WHEELS if name in packages]
     if not found:
-        yield Finding(topic, "NVSHMEM", "not installed; not needed within a host")
+        yield Finding(topic, "NVSHMEM", "not installed; not needed within a process")
     for wheel in found:
         try:
             version = _library_version(_library_of(wheel))
         except OSError as error:
-            cure = f"Nothing here needs it. To repair it: pip install --force-reinstall {wheel}."
+            cure = f"For GPUs of several processes: pip install --force-reinstall {wheel}."
             yield Finding(topic, wheel, f"{packages[wheel]}: {error}", "warning", cure)
         else:
             yield Finding(topic, wheel, f"{packages[wheel]}, library {version}")

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import threading
@@ -37,13 +38,15 @@ class Setting:
         """Runs a step, and tells what each rank of this process says, and after which time.
 
         With one device in a process JAX runs the step at once, and raises here; else the arrays
-        have the errors.
+        have the errors. A rank of a GPU raises none, its part of the result is NaN.
         """
         begin = time.monotonic()
         try:
             shards = (step or self.step)(*self.problem.arrays[:3]).addressable_shards
             shards = sorted(shards, key=lambda shard: shard.index[0].start or 0)
             errors = [error_of(shard.data) for shard in shards]
+            if errors == [None] * len(errors):
+                tell(finite=all(bool(np.isfinite(shard.data).all()) for shard in shards))
         except jax.errors.JaxRuntimeError as error:
             errors = [str(error)]
         tell(errors=errors, seconds=time.monotonic() - begin)
@@ -58,12 +61,17 @@ class Setting:
 
 
 def start(
-    timeout_s: float, local: Callable[..., Any] = round_trip, mode: Any = "direct"
+    timeout_s: float,
+    local: Callable[..., Any] = round_trip,
+    mode: Any = "direct",
+    ranks_per_node: int | None = None,
 ) -> Setting:
     """Joins the others, and shows that the group works; ``local`` is the step to come."""
     testing.initialize()
     mesh = Mesh(np.array(jax.devices()), ("ep",))
-    config = smfree.EpConfig(**CONFIG, timeout_s=timeout_s, mode=mode)
+    config = smfree.EpConfig(
+        **CONFIG, timeout_s=timeout_s, mode=mode, ranks_per_node=ranks_per_node
+    )
     group = smfree.EpGroup.create(mesh, config=config)
     problem = make_problem(mesh)
     jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
@@ -113,7 +121,9 @@ def leave(directory: str, survivors: list[int]) -> None:
 # ---- the programs --------------------------------------------------------------------------------
 
 
-def killed(directory: str, mode: str) -> None:
+def killed(
+    directory: str, mode: str, timeout_s: float = 60.0, ranks_per_node: int | None = None
+) -> None:
     """A process is killed between its dispatch and its combine."""
 
     def local(token, *arrays):
@@ -123,7 +133,7 @@ def killed(directory: str, mode: str) -> None:
         y = jax.lax.fori_loop(0, forever, lambda _, y: jnp.sin(y), d.x)
         return smfree.combine(token, d, y)[0]
 
-    setting = start(60.0, local, mode)
+    setting = start(timeout_s, local, mode, ranks_per_node)
     if jax.process_index() == ODD:
         threading.Thread(target=die_after_dispatch, args=[setting.group], daemon=True).start()
     setting.tell_errors()
@@ -152,6 +162,18 @@ def never_sends(mode: str) -> None:
         setting.tell_errors()
         meet()
     setting.tell_check()
+    setting.group.close()
+    assert_local_group_works()
+
+
+def comes_late(seconds: float, timeout_s: float, ranks_per_node: int | None) -> None:
+    """A process takes its time before a step; the others wait, and fail if it is too long."""
+    setting = start(timeout_s, ranks_per_node=ranks_per_node)
+    if jax.process_index() == ODD:
+        time.sleep(seconds)
+    setting.tell_errors()
+    setting.tell_check()
+    meet()
     setting.group.close()
     assert_local_group_works()
 
@@ -211,16 +233,22 @@ def closes_too_early() -> None:
     assert_local_group_works()
 
 
-def exits_in_the_middle(seconds: float) -> None:
+def exits_in_the_middle(
+    seconds: float, timeout_s: float = 60.0, ranks_per_node: int | None = None
+) -> None:
     """A process comes to its end while its receives wait for the others, who come later."""
-    setting = start(60.0)
+    setting = start(timeout_s, ranks_per_node=ranks_per_node)
     if jax.process_index() != ODD:
         time.sleep(seconds)
         setting.tell_errors()
         setting.tell_check()
         return
+    sends = setting.group.stats()["dispatch_send_calls"]
     out = setting.step(*setting.problem.arrays[:3])
-    while setting.group.stats()["pending_receives"] < jax.local_device_count():
+    while setting.group.stats()["dispatch_send_calls"] < sends + jax.local_device_count():
+        time.sleep(0.01)
+    # A GPU's receives follow on the stream.
+    while setting.group.stats().get("pending_receives", math.inf) < jax.local_device_count():
         time.sleep(0.01)
     assert not out.is_ready()
     tell(exits=True)

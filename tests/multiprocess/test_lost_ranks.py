@@ -1,41 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that die, stay away, disagree or leave: a named error on all others, in time."""
 
-import json
-import re
 import signal
 
 import pytest
 
-from jax_smfree.testing import launch
 from multiprocess import programs
+from multiprocess.running import assert_all_match, run
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("no_leftovers")]
-
-
-def run(program, *args, log_dir, processes=2, devices=2):
-    """What each process told, and how it ended."""
-    result = launch(
-        program,
-        args=args,
-        processes=processes,
-        devices_per_process=devices,
-        timeout_s=120,
-        survivors_s=None,
-        log_dir=log_dir,
-    )
-    assert not result.timed_out, result.summary()
-    told = []
-    for process in result.processes:
-        told.append({})
-        for line in re.findall("^TOLD (.*)$", process.text, re.MULTILINE):
-            told[-1] |= json.loads(line)
-    return told, result
-
-
-def assert_all_match(errors, pattern):
-    for error in errors:
-        assert error is not None and re.search(pattern, error), (error, pattern)
 
 
 @pytest.mark.parametrize(

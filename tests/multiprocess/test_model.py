@@ -60,7 +60,7 @@ MODES = {"ep": "hierarchical", "ep by turns": "direct"}  # the others have one r
 def test_gradients(groups, world, kind):
     mesh = MESHES[kind](np.array(jax.devices()))
     if kind == "ep by turns":
-        with pytest.raises(ValueError, match=r"processes\) \[\[1, 0, 1, 0\]\], expected nodes"):
+        with pytest.raises(ValueError, match=r"hosts\) \[\[1, 0, 1, 0\]\], expected nodes"):
             groups(mesh, **CONFIG)
     group = groups(mesh, **CONFIG, mode="direct" if kind == "ep by turns" else None)
     assert group.config.mode == MODES.get(kind, "direct")

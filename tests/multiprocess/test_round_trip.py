@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranks of a group in several processes: the same bits as the oracle, whoever owns which."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -37,8 +39,14 @@ SHAPES = [
     (Shape(2, 8, 3, 7, 16, "float32"), gpus(2)),
     (Shape(2, 8, 2, 50, 900, "bfloat16"), gpus(2)),
     (Shape(2, 4, 2, 5, 8, "float16", capacity=9), gpus(2)),
+    # Nodes of one GPU: all peers are far.
+    (Shape(2, 8, 3, 7, 16, "float32", ranks_per_node=1), gpus(2)),
+    (Shape(2, 8, 2, 50, 900, "bfloat16", ranks_per_node=1), gpus(2)),
+    (Shape(2, 4, 2, 5, 8, "float16", capacity=9, ranks_per_node=1), gpus(2)),
     (Shape(4, 8, 3, 7, 16, "float32"), gpus(4)),
     (Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), gpus(4)),
+    (Shape(4, 8, 3, 7, 16, "float32", ranks_per_node=2, direct=True), gpus(4)),
+    (Shape(4, 8, 2, 6, 33, "bfloat16", ranks_per_node=2, direct=True), cpus(2, 2)),
 ]
 PARAMETERS = [
     pytest.param(
@@ -65,7 +73,7 @@ def test_round_trip(shape, world):
             first, on_other_lane_with_hooks = program(case)
             assert_dispatched(shape, case, first.d, routing)
             assert_rounded(shape, case, first, routing)
-            assert_summed_in_order(case, first, routing, shape.ranks_per_node)
+            assert_summed_in_order(case, first, routing, shape.ranks_per_sum)
             assert_same_bits(on_other_lane_with_hooks, first)
             if backend() == "cuda":
                 continue
@@ -73,4 +81,23 @@ def test_round_trip(shape, world):
                 assert_same_bits(program(case), [first, first])
                 world.barrier()  # what one process holds back, another one waits for
         program.group.check()
+        world.barrier()
+
+
+@gpus(2)
+@pytest.mark.cuda_only
+def test_far_peers_get_the_same_rows_in_chunks(world):
+    """Messages of three chunks, again and again, with the bits of a group whose peers are near."""
+    shape = Shape(2, 4, 2, 2100, 8192, "bfloat16", capacity=5000)
+    rng = np.random.default_rng(0)
+    near, far = Program(shape), Program(dataclasses.replace(shape, ranks_per_node=1))
+    with near.group, far.group:
+        idx = random_routing(rng, shape.ranks * shape.tokens, shape.top_k, shape.experts)
+        idx[rng.random(idx.shape) < 0.1] = -1
+        idx = idx.reshape(shape.ranks, shape.tokens, shape.top_k)
+        case = random_inputs(rng, shape, near.num_rows, idx)
+        expected, _ = near(case)
+        for _ in range(3):
+            assert_same_bits(far(case), [expected, expected])
+        far.group.check()
         world.barrier()

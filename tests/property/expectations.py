@@ -74,7 +74,7 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
     v = float(jnp.finfo(jnp.float32).eps) / 2
     # Of one rank by ascending slot, then of all ranks, or of those of a node and of all nodes.
     terms = shape.top_k + 2 * shape.places
-    sums = 2 if shape.ranks_per_node is None else 3
+    sums = 2 if shape.ranks_per_sum == 1 else 3
 
     def bound(magnitude, roundings, float32_roundings):
         relative = (1 + u) ** roundings * (1 + v) ** float32_roundings - 1
@@ -127,20 +127,19 @@ def assert_rounded(shape: Shape, inputs: Inputs, actual: Outputs, routing: oracl
 
 
 def assert_summed_in_order(
-    inputs: Inputs, actual: Outputs, routing: oracle.Routing, ranks_per_node: int | None = None
+    inputs: Inputs, actual: Outputs, routing: oracle.Routing, ranks_per_sum: int = 1
 ) -> None:
     """The same sums once more, in float32 and in the documented order: not a bit is left open.
 
-    ``ranks_per_node``: as in `Shape`.
+    ``ranks_per_sum``: as in `Shape`.
     """
 
     def combined(y, weights):
         num_ranks, _, rows_sent, top_k = routing.rows.shape
-        per_sum = ranks_per_node or 1
         out = np.zeros((num_ranks, rows_sent, y.shape[-1]), np.float32)
-        for first in range(0, num_ranks, per_sum):
+        for first in range(0, num_ranks, ranks_per_sum):
             of_node = np.zeros_like(out)
-            for receiver in range(first, first + per_sum):
+            for receiver in range(first, first + ranks_per_sum):
                 partial = np.zeros_like(out)
                 for slot in range(top_k):
                     rows = routing.rows[receiver, :, :, slot]

@@ -29,13 +29,20 @@ class Shape:
     capacity: int | None = None
     overflow: str = "drop"
     unused_tokens: int = 0  # max_tokens beyond those sent
-    ranks_per_node: int | None = None  # hierarchical mode; None: direct
+    ranks_per_node: int | None = None  # None: as the hardware is, in direct mode
+    direct: bool = False  # in direct mode over several nodes, too
 
     def __str__(self) -> str:
         name = f"R{self.ranks}-E{self.experts}-K{self.top_k}-T{self.tokens}-H{self.hidden}"
         name += f"-{self.dtype}-align{self.alignment}"
         name += "" if self.capacity is None else f"-{self.overflow}{self.capacity}"
-        return name if self.ranks_per_node is None else f"{name}-nodes{self.ranks_per_node}"
+        name += "" if self.ranks_per_node is None else f"-nodes{self.ranks_per_node}"
+        return f"{name}-direct" if self.direct else name
+
+    @property
+    def ranks_per_sum(self) -> int:
+        """Of how many ranks a combine adds up what they return, before it adds up these sums."""
+        return 1 if self.direct else self.ranks_per_node or 1
 
     @property
     def places(self) -> int:
@@ -53,7 +60,7 @@ class Shape:
             recv_capacity=self.capacity,
             overflow=self.overflow,
             ranks_per_node=self.ranks_per_node,
-            mode="direct" if self.ranks_per_node is None else "hierarchical",
+            mode="direct" if self.ranks_per_sum == 1 else "hierarchical",
             **more,
         )
 

@@ -58,7 +58,7 @@ def check(program, case, seed):
     )
     assert_dispatched(shape, case, first.d, routing)
     assert_rounded(shape, case, first, routing)
-    assert_summed_in_order(case, first, routing, shape.ranks_per_node)
+    assert_summed_in_order(case, first, routing, shape.ranks_per_sum)
     assert_same_bits(on_other_lane_with_hooks, first)
 
     assert_same_bits(program(case), [first, first])

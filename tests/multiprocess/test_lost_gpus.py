@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes with a GPU each that die, come late or leave: a named error on the others, in time.
+
+GPUs learn of a process that is gone by the deadline, and of one that has failed by its fault word.
+"""
+
+import signal
+
+import pytest
+
+from multiprocess import programs
+from multiprocess.running import assert_all_match, run
+
+pytestmark = [
+    pytest.mark.cuda_only,
+    pytest.mark.usefixtures("no_leftovers"),
+    pytest.mark.parametrize("ranks_per_node", [2, 1], ids=["near", "far"]),
+]
+
+TIMEOUT_S = 4.0
+PROCESSES = 2
+
+
+def run_gpus(program, *args, log_dir):
+    return run(program, *args, log_dir=log_dir, processes=PROCESSES, devices=1, platform="cuda")
+
+
+def waits(phase):
+    return rf"deadline exceeded: rank 0 in {phase} \(.*\): waited 4\.0 s for rank 1.*Cure: "
+
+
+def test_killed(tmp_path, ranks_per_node):
+    told, result = run_gpus(
+        programs.killed, str(tmp_path), "direct", TIMEOUT_S, ranks_per_node, log_dir=tmp_path
+    )
+    survivor, lost = result.processes
+    assert lost.returncode == -signal.SIGKILL
+    assert survivor.returncode == 0, result.summary()
+    assert_all_match([told[0]["check"]], waits("combine_recv"))
+    assert not told[0].get("finite")
+    assert told[0]["seconds"] < TIMEOUT_S + 5.0
+    assert told[0]["close_seconds"] < 10.0
+
+
+def test_comes_late(tmp_path, ranks_per_node):
+    told, result = run_gpus(programs.comes_late, 2.0, 30.0, ranks_per_node, log_dir=tmp_path)
+    result.check()
+    for process in told:
+        assert process["errors"] == [None] and process["check"] is None and process["finite"]
+    assert told[0]["seconds"] > 1.0
+
+
+def test_comes_too_late(tmp_path, ranks_per_node):
+    """It hears of the fault at once, and does not wait for its own deadline."""
+    told, result = run_gpus(
+        programs.comes_late, TIMEOUT_S + 3.0, TIMEOUT_S, ranks_per_node, log_dir=tmp_path
+    )
+    result.check()
+    assert_all_match([told[0]["check"]], waits("dispatch_recv"))
+    assert_all_match(
+        [told[1]["check"]],
+        r"peer failed: rank 1 in combine_recv \(.*\): rank 0, which is in another process, is at "
+        r"fault.*Cure: ",
+    )
+    assert not told[0].get("finite") and not told[1].get("finite")
+    assert told[1]["seconds"] < TIMEOUT_S - 1.0
+
+
+def test_exits_in_the_middle(tmp_path, ranks_per_node):
+    told, result = run_gpus(
+        programs.exits_in_the_middle, 2.0, TIMEOUT_S, ranks_per_node, log_dir=tmp_path
+    )
+    result.check()
+    assert told[1] == {"exits": True}
+    assert_all_match([told[0]["check"]], waits("combine_recv"))
+    assert told[0]["seconds"] < TIMEOUT_S + 5.0
