@@ -168,8 +168,11 @@ class Program:
 
     def __call__(self, inputs: Inputs) -> list[Outputs]:
         """What each mode computed on all ranks, as NumPy arrays."""
-        fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-        return jax.tree.map(np.asarray, everywhere(self._step(fields)))
+        return jax.tree.map(np.asarray, everywhere(self.run(inputs)))
+
+    def run(self, inputs: Inputs) -> list[Outputs]:
+        """What each mode computed, as global arrays."""
+        return self._step({f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)})
 
     def _local(self, fields: dict[str, Any]) -> list[Outputs]:
         inputs = Inputs(**jax.tree.map(lambda a: a[0], fields))
