@@ -12,10 +12,11 @@
 // network has taken or delivered what it should. Hence
 // - all of them are called once while the group is made: a kernel is loaded at its first launch;
 // - the group's own kernels leave room on the device (Rank::num_sms): while one waits for a peer,
-//   its rank's messages to others have to leave. Two of its blocks may take all registers of an SM,
-//   so it has two blocks for all SMs but one; then some SM has one at most;
+//   its rank's messages to others have to leave. Two of its blocks may take all registers of an
+//   SM, so it has two blocks for all SMs but one; then some SM has one at most;
 // - the streams belong to the context that NVSHMEM was initialised in, the primary one. What holds
-//   that up (mover_context.h) holds up messages to far peers, and those to near peers not.
+//   that up (mover_context.h) holds up messages to far peers, and those to near peers not. So a
+//   recv is launched after the puts of its rank (launches.h).
 #ifndef SMFREE_CSRC_CUDA_FAR_PEERS_H_
 #define SMFREE_CSRC_CUDA_FAR_PEERS_H_
 
@@ -38,9 +39,9 @@ class FarPeers {
   struct Wiring {
     int32_t device;
     const Nvshmem* nvshmem;
-    char* memory;                           // of this rank, zero; at the same place everywhere
-    int64_t fault_word;                     // in the memory of each rank
-    std::vector<int32_t> process_of_rank;   // kNear: not one of these peers
+    char* memory;                          // of this rank, zero; at the same place everywhere
+    int64_t fault_word;                    // in the memory of each rank
+    std::vector<int32_t> process_of_rank;  // kNear: not one of these peers
   };
   static constexpr int32_t kNear = -1;
 

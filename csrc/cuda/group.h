@@ -74,6 +74,8 @@ struct GroupState {
   Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
                    const std::vector<int32_t>& process_of_rank);
   bool HasFarPeers() const;
+  // Messages that a rank sends to other nodes in each operation.
+  int32_t FarMessages() const;
   Status AllocateRank(int32_t rank, int32_t device, std::shared_ptr<SymmetricMemory> memory);
   Status Connect();
 };

@@ -157,6 +157,12 @@ bool GroupState::HasFarPeers() const {
   return std::find(memories.begin(), memories.end(), nullptr) != memories.end();
 }
 
+int32_t GroupState::FarMessages() const {
+  const Nodes nodes = NodesOf(options);
+  if (!HasFarPeers()) return 0;
+  return nodes.Regions(kWire) - (options.hierarchical ? 1 : nodes.ranks_per_node);
+}
+
 Status GroupState::AllocateRank(int32_t number, int32_t device,
                                 std::shared_ptr<SymmetricMemory> memory) {
   ranks.push_back(std::make_unique<Rank>());
@@ -238,6 +244,10 @@ Status GroupState::Connect() {
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
                                std::move(far), rank->queue.as<Descriptor>(), queue_mask,
                                &rank->host.as<HostPage>()->fault,
+                               [this, index = rank->index](int32_t lane_index) {
+                                 launches->NotePut(index, lane_index);
+                               },
+                               [this] { launches->SwitchOff(); },
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
     rank->mover = std::move(mover.value());

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The order in which the threads of a process launch what its GPUs run: a recv only after all the
-// sends that it waits for.
+// sends that it waits for, and after its own rank's puts to other nodes.
 //
 // A thread that launches a kernel for the first time loads it, which may take until its device is
 // idle, and may hold a lock of the process meanwhile (JAX's Mosaic runtime does). Were that device
 // in a recv that waits for a send which another thread launches behind the same lock, nobody could
 // go on before the deadline.
+//
+// Puts to other nodes are launched in the context of these kernels (far_peers.h), and a thread that
+// loads one holds that up, too, until the recv before it has ended. What this recv waits for could
+// be held up in the same way at its sender. Where each rank launches its puts before its recv, all
+// of them get under way, whatever is loaded then: take the earliest recv that never ends; only
+// recvs before it hold up the puts that it waits for, and these end.
 //
 // Replays of a CUDA graph do not come by here, and have nothing to load. Where ranks disagree about
 // what is replayed, waiting would be in vain: the first wait that is switches waiting off.
@@ -26,29 +32,29 @@ class Launches {
  public:
   Launches(int32_t num_ranks, int32_t num_lane_indices)
       : sends_(static_cast<size_t>(num_lane_indices),
-               std::vector<int64_t>(static_cast<size_t>(num_ranks))) {}
+               std::vector<int64_t>(static_cast<size_t>(num_ranks))),
+        puts_(sends_) {}
 
   // `rank` has launched a send.
-  void NoteSend(int32_t rank, int32_t lane_index) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      ++sends_[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
-    }
-    changed_.notify_all();
-  }
+  void NoteSend(int32_t rank, int32_t lane_index) { Note(sends_, rank, lane_index); }
+  // The mover of `rank` has launched the last put of a message.
+  void NotePut(int32_t rank, int32_t lane_index) { Note(puts_, rank, lane_index); }
 
   // Before `rank` launches the recv of its last send: until all ranks have launched as many sends
   // on that lane. False if they have not after `bound`; from then on it returns at once.
   bool AwaitSends(int32_t rank, int32_t lane_index, std::chrono::nanoseconds bound) {
-    std::unique_lock<std::mutex> lock(mutex_);
     const std::vector<int64_t>& sends = sends_[static_cast<size_t>(lane_index)];
-    const int64_t mine = sends[static_cast<size_t>(rank)];
-    const bool launched = changed_.wait_for(lock, bound, [&] {
-      return off_ || *std::min_element(sends.begin(), sends.end()) >= mine;
+    return Await(bound, [&] {
+      return *std::min_element(sends.begin(), sends.end()) >= sends[static_cast<size_t>(rank)];
     });
-    lock.unlock();
-    if (!launched) SwitchOff();
-    return launched;
+  }
+  // The same for the puts of its last send, `messages` for each send. They are launched when the
+  // send has run.
+  bool AwaitPuts(int32_t rank, int32_t lane_index, int32_t messages,
+                 std::chrono::nanoseconds bound) {
+    const int64_t& sends = sends_[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
+    const int64_t& puts = puts_[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
+    return Await(bound, [&] { return puts >= sends * messages; });
   }
 
   // Nobody waits any more: the group is at fault, and sends will not come.
@@ -61,9 +67,28 @@ class Launches {
   }
 
  private:
+  using Counts = std::vector<std::vector<int64_t>>;  // [lane index][rank]
+
+  void Note(Counts& counts, int32_t rank, int32_t lane_index) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++counts[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
+    }
+    changed_.notify_all();
+  }
+  template <typename Launched>
+  bool Await(std::chrono::nanoseconds bound, Launched launched) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const bool done = changed_.wait_for(lock, bound, [&] { return off_ || launched(); });
+    lock.unlock();
+    if (!done) SwitchOff();
+    return done;
+  }
+
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::vector<int64_t>> sends_;  // [lane index][rank]
+  Counts sends_;
+  Counts puts_;  // messages of which all is put
   bool off_ = false;
 };
 

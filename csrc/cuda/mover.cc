@@ -106,6 +106,7 @@ Status Mover::Move(const Descriptor& chunk) {
   }
   const bool first = chunk.begin == 0;
   wiring_.far->Put(chunk.peer, {first, from, to, chunk.bytes, signal, chunk.signal});
+  if (AllArrived(chunk.signal, number)) wiring_.on_put(chunk.lane_index);
   return {};
 }
 
@@ -135,6 +136,7 @@ bool Mover::ToldFault() const {
   if (__atomic_load_n(&wiring_.fault->ready, __ATOMIC_ACQUIRE) == 0) return false;
   // As in Report, whose stores reach the near peers: one that has failed has told all.
   if (wiring_.fault->kind != FaultKind::kPeerFailed) wiring_.far->TellFault(wiring_.rank);
+  wiring_.on_fault();
   return true;
 }
 

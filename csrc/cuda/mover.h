@@ -47,7 +47,10 @@ class Mover {
     const Descriptor* queue;
     uint64_t queue_mask;
     const FaultRecord* fault;  // of this rank
-    std::function<void(Status)> on_error;  // from the proxy thread, at most once
+    // From the proxy thread:
+    std::function<void(int32_t lane_index)> on_put;  // the last one of a message to a far peer
+    std::function<void()> on_fault;                  // of this rank, which has far peers
+    std::function<void(Status)> on_error;            // at most once
   };
 
   // Starts the thread when there are peers.

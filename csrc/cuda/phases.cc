@@ -68,6 +68,10 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
     const std::chrono::duration<double> bound(std::min(kMostHeldBackS, options.timeout_s / 2));
     group.launches->AwaitSends(rank.index, lane_index,
                                std::chrono::duration_cast<std::chrono::nanoseconds>(bound));
+    // Whatever the send stands behind on the device ends by its deadline.
+    const std::chrono::duration<double> deadline(options.timeout_s);
+    group.launches->AwaitPuts(rank.index, lane_index, group.FarMessages(),
+                              std::chrono::duration_cast<std::chrono::nanoseconds>(deadline));
   }
 
   Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};

@@ -55,6 +55,32 @@ TEST(AFaultEndsTheWaits) {
   fault.join();
 }
 
+TEST(ARecvIsLaunchedAfterItsOwnPuts) {
+  constexpr int32_t kMessages = 3, kOperations = 200;
+  Launches launches(1, 1);
+  std::atomic<int64_t> sends{0}, puts{0};
+  std::thread mover([&] {
+    for (int64_t operation = 1; operation <= kOperations; ++operation) {
+      while (sends < operation) std::this_thread::yield();
+      for (int32_t message = 0; message < kMessages; ++message) {
+        ++puts;
+        launches.NotePut(0, 0);
+      }
+    }
+  });
+  int early = 0, gave_up = 0;
+  for (int64_t operation = 1; operation <= kOperations; ++operation) {
+    launches.NoteSend(0, 0);
+    ++sends;
+    gave_up += !launches.AwaitPuts(0, 0, kMessages, seconds(60));
+    early += puts < operation * kMessages;
+  }
+  mover.join();
+  CHECK_EQ(early, 0);
+  CHECK_EQ(gave_up, 0);
+  CHECK(launches.AwaitPuts(0, 0, 0, seconds(0)));
+}
+
 TEST(LanesDoNotWaitForOneAnother) {
   Launches launches(2, 2);
   launches.NoteSend(0, 0);  // rank 1 is late on lane 0

@@ -233,11 +233,9 @@ def closes_too_early() -> None:
     assert_local_group_works()
 
 
-def exits_in_the_middle(
-    seconds: float, timeout_s: float = 60.0, ranks_per_node: int | None = None
-) -> None:
+def exits_in_the_middle(seconds: float, timeout_s: float = 60.0) -> None:
     """A process comes to its end while its receives wait for the others, who come later."""
-    setting = start(timeout_s, ranks_per_node=ranks_per_node)
+    setting = start(timeout_s)
     if jax.process_index() != ODD:
         time.sleep(seconds)
         setting.tell_errors()

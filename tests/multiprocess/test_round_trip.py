@@ -93,7 +93,7 @@ def own_shards(tree):
 @pytest.mark.cuda_only
 def test_far_peers_get_the_same_rows_in_chunks(world):
     """Messages of three chunks, again and again, with the bits of a group whose peers are near."""
-    shape = Shape(2, 4, 2, 2100, 8192, "bfloat16", capacity=5000)
+    shape = Shape(2, 4, 1, 2100, 8192, "bfloat16", capacity=2300)
     rng = np.random.default_rng(0)
     near, far = Program(shape), Program(dataclasses.replace(shape, ranks_per_node=1))
     with near.group, far.group:
