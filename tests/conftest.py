@@ -2,6 +2,7 @@
 """The option ``--backend``, and what the tests of one backend only are marked with."""
 
 import os
+import signal
 
 import pytest
 
@@ -31,6 +32,8 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
         flags["--xla_gpu_autotune_level"] = "0"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A shell that runs tests in the background has its children ignore it, and theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = os.environ.get("XLA_FLAGS", "")
     more = [f"{name}={value}" for name, value in flags.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
@@ -53,9 +56,12 @@ def groups(request):
     Its parameter, if it has one, is a part of their config; see `support.in_both_modes`.
     """
     import jax_smfree as smfree
+    from support import devices
 
     made = []
     common = getattr(request, "param", {})
+    if "ranks_per_node" in common:
+        devices(2 * common["ranks_per_node"])
 
     def create(mesh, axis="ep", **config):
         config = common | config

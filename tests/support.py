@@ -19,7 +19,7 @@ in_both_modes = pytest.mark.parametrize(
     "groups",
     [
         pytest.param({}, id="direct"),
-        pytest.param({"ranks_per_node": 2}, id="hierarchical", marks=pytest.mark.cpu_only),
+        pytest.param({"ranks_per_node": 2}, id="hierarchical"),
     ],
     indirect=True,
 )

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA backend: an expert-parallel group whose ranks are the GPUs of one process, and the
-// phases that exchange rows between them. No XLA, no Python.
+// The CUDA backend: an expert-parallel group whose ranks are GPUs, of one process or one in each of
+// several processes, and the phases that exchange rows between them. No XLA, no Python.
 //
 // Every phase only launches kernels on the given stream: no allocation, no host synchronisation, no
 // counter on the host, so that it can be captured into a CUDA graph and replayed. Results are
@@ -47,6 +47,9 @@ struct PhaseStats {
 struct Stats {
   PhaseStats phases[kPhases];
   int64_t rows_dropped = 0;
+  int64_t rows_relayed = 0;  // that relays sent on, in hierarchical mode
+  int64_t bytes_relayed = 0;
+  int64_t internode_bytes[2] = {};  // by Operation: sent from one node to another
 };
 
 struct Memory {

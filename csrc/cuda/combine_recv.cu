@@ -8,16 +8,18 @@
 // Gather  S7 – S10  a warp per piece of a row t, in the order of t, which is the order in which the
 //                   rows of every message arrive: waits for the chunks that it needs.
 //
+// In hierarchical mode d is a node, and PlaceOnWire says which places that are.
+//
 // Byte floor: sum(send_counts) * row_bytes read, T * row_bytes written.
 #include "csrc/cuda/launch.h"
+#include "csrc/cuda/places.cuh"
 #include "csrc/cuda/rows.cuh"
 
 namespace smfree::cuda {
 namespace {
 
 struct GatherArrays {
-  const int32_t* places;
-  const int32_t* send_counts;
+  WirePlaces wire;
   char* out;
   float* slots;  // may be null
 };
@@ -38,10 +40,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ const float* values[kWarps][kMaxTopK];
   const float nan = __int_as_float(0x7fc00000);
   const bool nothing_sent = NothingWasSent(c);
-  NoteBegin(c);
+  if (!c.nodes.hierarchical) NoteBegin(c);
   const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
-  const bool ok =
-      begun.ok && OpenMessages(c, begun.number, a.send_counts, num_rows, arrivals);
+  const Messages messages{c, kWire, begun.number};
+  const bool ok = begun.ok && OpenMessages(messages, a.wire.counts, num_rows, arrivals);
+  const int32_t width = c.wire_width();
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
@@ -52,21 +55,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const Words words(c.x_row_bytes, sizeof(Word), piece, c.pieces);
     char* const out = a.out + t * c.x_row_bytes;
     const int32_t place =
-        ok && lane < c.places_per_row ? a.places[int64_t{t} * c.places_per_row + lane] : -1;
+        ok && lane < width ? a.wire.places[int64_t{t} * width + lane] : -1;
     bool here = ok;
     if (place >= 0) {
-      const int32_t source = place / c.tokens;
+      const int32_t region = place / c.tokens;
       const int32_t row = place % c.tokens;
-      if (source >= c.num_ranks || row >= num_rows[source]) {
+      if (region >= messages.count() || row >= num_rows[region]) {
         Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
         here = false;
       } else {
-        const Chunks chunks(num_rows[source], c.chunks);
+        const Chunks chunks(num_rows[region], c.chunks);
         const int32_t wanted = ChunksThrough(chunks.Of(row), chunks.count);
-        here = WaitForChunks(c, begun.number, source, wanted, arrivals);
-        const char* const message =
-            MessageFrom(c, begun.number, source) + c.layout.header_bytes;
-        const MessageLayout layout = LayoutOf(c, num_rows[source]);
+        here = WaitForChunks(messages, region, wanted, arrivals);
+        const char* const message = messages.From(region) + c.layout.header_bytes;
+        const MessageLayout layout = LayoutOf(c, num_rows[region]);
         terms[warp][lane] = {message + layout.rows_offset + row * c.layout.row_bytes, 1.0f};
         values[warp][lane] = reinterpret_cast<const float*>(message + layout.slots_offset) +
                              int64_t{row} * c.top_k;
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   if (!IsLastBlock(c) || threadIdx.x != 0) return;
   int64_t wire_rows = 0;
-  for (int32_t s = 0; ok && s < c.num_ranks; ++s) wire_rows += num_rows[s];
+  for (int32_t r = 0; ok && r < messages.count(); ++r) wire_rows += num_rows[r];
   EndPhase(c, begun, ok && !Faulted(c), wire_rows, wire_rows * c.x_row_bytes,
            c.tokens * c.x_row_bytes);
 }
@@ -104,12 +106,21 @@ constexpr auto kGather = [](auto element, auto word) {
 
 }  // namespace
 
-cudaError_t LoadCombineRecv() { return LoadKernelsFor(kGather); }
+cudaError_t LoadCombineRecv() {
+  const cudaError_t error = LoadKernels({Kernel(PlaceOnWire)});
+  return error == cudaSuccess ? LoadKernelsFor(kGather) : error;
+}
 
 cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
                               const Launch& launch) {
-  const GatherArrays gather{arrays.places, arrays.send_counts, static_cast<char*>(arrays.out),
-                            arrays.slots};
+  const GatherArrays gather{WirePlaces(c, arrays.places, arrays.send_counts),
+                            static_cast<char*>(arrays.out), arrays.slots};
+  if (c.nodes.hierarchical) {
+    PlaceOnWire<<<Launch::BlocksForPlaces(c.tokens), kThreads, 0, launch.stream>>>(c,
+                                                                                   arrays.places);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kGather);
   kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, gather);
   return cudaGetLastError();

@@ -14,6 +14,8 @@
 //
 // Byte floor: sum(recv_counts) * row_bytes read, N * row_bytes written; weighted: y read as well.
 //
+// In hierarchical mode the relay comes first (dispatch_relay.cu); the messages are then the same.
+//
 // The weighted form writes x[n] = w[n] * row i and values[n] = <y[n], row i>: the gradient of a
 // combine.
 #include <algorithm>
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const bool nothing_sent = NothingWasSent(c);
   const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
   const bool ok = begun.ok;
+  const Messages messages{c, c.nodes.LastLeg(Operation::kDispatch), begun.number};
   if (nothing_sent) {
     FillRows(c, a, Zeros<Word>(), 0.0f, everything);
   } else if (!ok || c.scratch->overflowed) {
@@ -92,13 +95,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
   if (ok) {
     arrivals.Clear();
-    if (threadIdx.x < kWarp) segments.Build(c, c.scratch->source_rows, /*own_first=*/true);
+    if (threadIdx.x < kWarp) segments.Build(messages, c.scratch->source_rows, /*own_first=*/true);
     __syncthreads();
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     const bool write = !c.scratch->overflowed;
     unsigned long long copies_written = 0;
-    int32_t waited_source = -1, waited_chunk = -1;
+    int32_t waited_for = -1, waited_chunk = -1;
     bool here = true;
     int32_t at = 0;
     for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
@@ -107,25 +110,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       at = segments.Find(unit / c.pieces, at);
       const Segment& segment = segments.segment[at];
       const int32_t row = segment.row + unit / c.pieces - segment.first;
-      if (segment.source != waited_source || segment.chunk != waited_chunk) {
-        waited_source = segment.source;
+      if (segment.region != waited_for || segment.chunk != waited_chunk) {
+        waited_for = segment.region;
         waited_chunk = segment.chunk;
-        const Chunks chunks(c.scratch->source_rows[waited_source], c.chunks);
+        const Chunks chunks(c.scratch->source_rows[waited_for], c.chunks);
         const int32_t wanted = ChunksThrough(waited_chunk, chunks.count);
         if (lane == 0) {
-          here = WaitForChunks(c, begun.number, waited_source, wanted, arrivals);
+          here = WaitForChunks(messages, waited_for, wanted, arrivals);
         }
         here = __shfl_sync(~0u, here, 0);
       }
-      const int64_t first_slot = (int64_t{segment.source} * c.tokens + row) * c.top_k;
+      const int64_t first_slot = (int64_t{segment.region} * c.tokens + row) * c.top_k;
       const int32_t n = lane < c.top_k && write ? a.rows[first_slot + lane] : -1;
       const int32_t count = CopiesOf(n, copies[warp], slots[warp]);
       const Words words(c.x_row_bytes, sizeof(Word), piece, c.pieces);
       if (lane < count) targets[warp][lane] = a.x + copies[warp][lane] * c.x_row_bytes;
       __syncwarp();
-      const char* const message = MessageFrom(c, begun.number, segment.source) +
-                                  c.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(c, c.scratch->source_rows[segment.source]);
+      const char* const message = messages.From(segment.region) + c.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(c, c.scratch->source_rows[segment.region]);
       const char* const from = message + layout.rows_offset + row * c.layout.row_bytes;
       if (!here) {  // a row is right, or NaN
         for (int32_t i = 0; i < count; ++i) {
@@ -185,7 +187,7 @@ cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& array
   const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   const PlaceArrays place{capacity, arrays.group_sizes, arrays.num_dropped, arrays.rows,
-                          arrays.recv_counts, arrays.relay};
+                          arrays.recv_counts, c.nodes.hierarchical ? nullptr : arrays.relay};
   Place<<<launch.BlocksForItems(slots), kThreads, PlaceSharedBytes(c.num_experts, c.num_ranks),
           launch.stream>>>(c, place);
   const cudaError_t error = cudaGetLastError();
@@ -198,8 +200,11 @@ cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& array
   return cudaGetLastError();
 }
 
-cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArrays& arrays,
+cudaError_t LaunchDispatchRecvCached(const Context& context,
+                                     const DispatchRecvCachedArrays& arrays,
                                      const Launch& launch) {
+  Context c = context;
+  if (arrays.w) c.pieces = 1;  // a warp sums over the whole row
   const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, arrays.rows,

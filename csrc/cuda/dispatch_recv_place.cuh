@@ -28,14 +28,15 @@ struct ExpertRows {
 
 // Groups, and in first[s * El + e] the row of the first copy from source s for expert e. By all
 // threads of a block.
-__device__ void LayOutGroups(const Context& c, int64_t number, int32_t capacity, ExpertRows* groups,
+__device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* groups,
                              int32_t* first) {
+  const Context& c = m.c;
   const int32_t local_experts = c.local_experts();
   for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
     int32_t count = 0;
 #pragma unroll 4
     for (int32_t source = 0; source < c.num_ranks; ++source) {
-      const char* const header = MessageFrom(c, number, source) + kHeaderIdentityBytes;
+      const char* const header = m.From(source) + kHeaderIdentityBytes;
       first[source * local_experts + e] = count;
       count += __ldcg(reinterpret_cast<const int32_t*>(header) + e);
     }
@@ -72,7 +73,7 @@ struct PlaceArrays {
   int32_t* num_dropped;
   int32_t* rows;
   int32_t* recv_counts;
-  int32_t* relay;
+  int32_t* relay;  // null in hierarchical mode, where the relay has filled it in
 };
 
 __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceArrays a) {
@@ -86,17 +87,20 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
 
-  if (thread == 0) *a.relay = -1;
-  NoteBegin(c);
+  if (a.relay) {
+    if (thread == 0) *a.relay = -1;
+    NoteBegin(c);
+  }
   const Begun begun = BeginRecvPhase(c);
-  if (!begun.ok || !OpenMessages(c, begun.number, nullptr, source_rows, arrivals)) {
+  const Messages messages{c, c.nodes.LastLeg(Operation::kDispatch), begun.number};
+  if (!begun.ok || !OpenMessages(messages, nullptr, source_rows, arrivals)) {
     for (int64_t i = thread; i < slots; i += threads) a.rows[i] = -1;
     for (int64_t i = thread; i < local_experts; i += threads) a.group_sizes[i] = 0;
     for (int64_t i = thread; i < c.num_ranks; i += threads) a.recv_counts[i] = 0;
     if (thread == 0) *a.num_dropped = 0;
     return;
   }
-  LayOutGroups(c, begun.number, a.capacity, groups, first);
+  LayOutGroups(messages, a.capacity, groups, first);
   WriteSources(c, source_rows);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
     const int64_t slot = at % (int64_t{c.tokens} * c.top_k);  // of that source
     int32_t n = -1;
     if (slot / c.top_k < source_rows[source]) {
-      const char* const message = MessageFrom(c, begun.number, source) + c.layout.header_bytes;
+      const char* const message = messages.From(source) + c.layout.header_bytes;
       const int32_t code = __ldcg(reinterpret_cast<const int32_t*>(message) + slot);
       if (code >= 0 && c.code.Expert(code) < local_experts) {
         const int32_t expert = c.code.Expert(code);
@@ -147,13 +151,11 @@ __global__ void __launch_bounds__(kThreads)
     Mark(const Context c, const int32_t capacity, const int32_t* rows, const int32_t* recv_counts) {
   __shared__ int32_t source_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
-  NoteBegin(c);
+  if (!c.nodes.hierarchical) NoteBegin(c);
   if (NothingWasSent(c)) return;
   const Begun begun = BeginRecvPhase(c);
-  if (!begun.ok ||
-      !OpenMessages(c, begun.number, recv_counts, source_rows, arrivals)) {
-    return;
-  }
+  const Messages messages{c, c.nodes.LastLeg(Operation::kDispatch), begun.number};
+  if (!begun.ok || !OpenMessages(messages, recv_counts, source_rows, arrivals)) return;
   WriteSources(c, source_rows);
   if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->overflowed = 0;
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Route, the kernel with which dispatch_send.cu begins: the place of every row in the messages, and
-// the messages but for their rows.
+// Route, the kernel with which dispatch_send.cu begins: the place of every row at its ranks and, in
+// hierarchical mode, in the messages to nodes; and the messages but for their rows.
 #ifndef SMFREE_CSRC_CUDA_DISPATCH_SEND_ROUTE_CUH_
 #define SMFREE_CSRC_CUDA_DISPATCH_SEND_ROUTE_CUH_
 
 #include <cstddef>
 #include <cstdint>
 
-#include "csrc/cuda/messages.cuh"
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/places.cuh"
 
 namespace smfree::cuda {
 namespace {
 
-// The bits of the rows of a block that go to expert or rank `bin`.
+// The bits of the rows of a block that go to expert, rank or node `bin`.
 struct RowBits {
   uint32_t* words;
   int32_t words_per_bin;
@@ -50,11 +51,16 @@ __device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
 __global__ void __launch_bounds__(kRouteThreads)
     Route(const Context c, const DispatchSendArrays a, const int32_t rows_per_block) {
   extern __shared__ uint32_t shared[];
-  const int32_t bins = c.num_experts + c.num_ranks;  // first the experts, then the ranks
+  // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
+  // a node in hierarchical mode, and names the experts there.
+  const bool by_node = c.nodes.hierarchical;
+  const int32_t bins = RouteBins(c.nodes, c.num_experts);
+  const int32_t wire_bin = c.num_experts + (by_node ? c.num_ranks : 0);
   const RowBits bits{shared, rows_per_block / 32};
   auto* const before = reinterpret_cast<int32_t*>(shared + bins * bits.words_per_bin);
-  int32_t* const rank_rows = before + bins;
+  int32_t* const wire_rows = before + bins;
   const int32_t local_experts = c.local_experts();
+  const int32_t wire_experts = c.num_experts / c.nodes.Regions(kWire);
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * rows_per_block;
   const int32_t num_rows = min(rows_per_block, c.tokens - first_row);
   const int32_t num_slots = num_rows * c.top_k;
@@ -64,6 +70,7 @@ __global__ void __launch_bounds__(kRouteThreads)
 
   NoteBegin(c);
   const Begun begun = BeginSendPhase(c);
+  const Messages wire{c, kWire, begun.number};
   const uint64_t epoch = c.scratch->epoch + 1;
   for (int32_t i = thread; i < bins * bits.words_per_bin; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
@@ -79,6 +86,7 @@ __global__ void __launch_bounds__(kRouteThreads)
       continue;
     }
     bits.Set(c.num_experts + expert / local_experts, row);
+    if (by_node) bits.Set(wire_bin + expert / wire_experts, row);
   }
   __syncthreads();
 
@@ -91,7 +99,7 @@ __global__ void __launch_bounds__(kRouteThreads)
   }
   WaitForAllBlocks(c, epoch);
 
-  // `before`: in earlier blocks. rank_rows: in all.
+  // `before`: in earlier blocks. wire_rows: in all.
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) {
     int32_t earlier = 0, all = 0;
 #pragma unroll 16
@@ -101,47 +109,61 @@ __global__ void __launch_bounds__(kRouteThreads)
       if (block < static_cast<int32_t>(blockIdx.x)) earlier += count;
     }
     before[bin] = earlier;
-    if (bin >= c.num_experts) {
-      rank_rows[bin - c.num_experts] = all;
-      if (blockIdx.x == 0) a.send_counts[bin - c.num_experts] = all;
-    } else if (blockIdx.x == 0 && begun.ok) {
-      char* const message = MessageTo(c, begun.number, bin / local_experts);
-      reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % local_experts] = all;
+    if (bin >= wire_bin) wire_rows[bin - wire_bin] = all;
+    if (blockIdx.x != 0) continue;
+    if (bin >= c.num_experts + c.num_ranks) {
+      c.scratch->wire_rows[bin - wire_bin] = all;
+    } else if (bin >= c.num_experts) {
+      a.send_counts[bin - c.num_experts] = all;
+    } else if (begun.ok) {
+      char* const message = wire.To(bin / wire_experts);
+      reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % wire_experts] = all;
     }
   }
   __syncthreads();
   if (blockIdx.x == 0 && begun.ok) {
-    for (int32_t peer = thread; peer < c.num_ranks; peer += kRouteThreads) {
-      WriteHeader(c, begun.number, MessageTo(c, begun.number, peer), rank_rows[peer]);
+    for (int32_t region = thread; region < wire.count(); region += kRouteThreads) {
+      WriteHeader(wire, region, wire_rows[region]);
     }
   }
 
-  // A thread per slot: its code to the rank of its expert, -1 to the row's other ranks.
+  // A thread per slot: its code in the message that its expert is behind, -1 in the row's others.
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
     const int32_t row = slot / c.top_k;
     const int32_t k = slot % c.top_k;
     const int32_t expert = experts[slot];
     const float weight = weights[slot];
     const bool valid = expert >= 0 && expert < c.num_experts;
-    const int32_t home = valid ? expert / local_experts : -1;
-    const int32_t code = valid ? c.code.Encode(expert % local_experts,
+    const int32_t home = valid ? expert / wire_experts : -1;
+    const int32_t code = valid ? c.code.Encode(expert % wire_experts,
                                                before[expert] + bits.CountBelow(expert, row))
                                : -1;
-    int32_t* const places = a.places + int64_t{first_row + row} * c.places_per_row;
-    int32_t num_places = 0;
-    for (int32_t peer = 0; peer < c.num_ranks; ++peer) {
-      const int32_t bin = c.num_experts + peer;
-      if (!(bits.of(bin)[row / 32] >> (row % 32) & 1)) continue;
-      const int32_t i = before[bin] + bits.CountBelow(bin, row);
-      if (k == 0) places[num_places++] = peer * c.tokens + i;
-      if (!begun.ok) continue;
-      char* const message = MessageTo(c, begun.number, peer) + c.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(c, rank_rows[peer]);
+    // `visit(d, i)`: the row is the i-th one in list d of those that begin at `first_bin`.
+    const auto for_each_list = [&](int32_t first_bin, int32_t lists, const auto& visit) {
+      for (int32_t list = 0; list < lists; ++list) {
+        const int32_t bin = first_bin + list;
+        if (!(bits.of(bin)[row / 32] >> (row % 32) & 1)) continue;
+        visit(list, before[bin] + bits.CountBelow(bin, row));
+      }
+    };
+    Placing at_ranks(a.places, first_row + row, c.places_per_row);
+    Placing on_wire(c.wire_places, first_row + row, c.wire_width());
+    Placing& of_messages = by_node ? on_wire : at_ranks;
+    for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
+      if (k == 0) of_messages.Add(region * c.tokens + i);
+      if (!begun.ok) return;
+      char* const message = wire.To(region) + c.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(c, wire_rows[region]);
       const int64_t at = int64_t{i} * c.top_k + k;
-      reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = peer == home ? code : -1;
+      reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = region == home ? code : -1;
       reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
-    }
-    while (k == 0 && num_places < c.places_per_row) places[num_places++] = -1;
+    });
+    if (k != 0) continue;
+    of_messages.End();
+    if (!by_node) continue;
+    for_each_list(c.num_experts, c.num_ranks,
+                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * c.tokens + i); });
+    at_ranks.End();
   }
 }
 

@@ -38,9 +38,10 @@ Status CheckOptions(const GroupOptions& options, size_t devices) {
   } else if (options.top_k > kMaxTopK) {
     wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
             std::to_string(kMaxTopK) + " on GPUs";
-  } else if (!CopyCode(options.max_tokens).Fits(options.num_experts / options.num_ranks)) {
-    wrong = "max_tokens " + std::to_string(options.max_tokens) + " times experts per rank " +
-            std::to_string(options.num_experts / options.num_ranks) +
+  } else if (const int32_t experts = options.num_experts / NodesOf(options).Regions(kWire);
+             !CopyCode(options.max_tokens).Fits(experts)) {
+    wrong = "max_tokens " + std::to_string(options.max_tokens) + " times experts per " +
+            (options.hierarchical ? "node " : "rank ") + std::to_string(experts) +
             " does not fit 31 bits. Lower max_tokens";
   }
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
@@ -183,6 +184,12 @@ Stats Group::stats() const {
   for (const auto& rank : state_->ranks) {
     const RankState state = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1)[0];
     stats.rows_dropped += static_cast<int64_t>(state.rows_dropped);
+    stats.rows_relayed += static_cast<int64_t>(state.rows_relayed);
+    stats.bytes_relayed += static_cast<int64_t>(state.bytes_relayed);
+    for (const auto operation : {Operation::kDispatch, Operation::kCombine}) {
+      const auto i = static_cast<int32_t>(operation);
+      stats.internode_bytes[i] += static_cast<int64_t>(state.internode_bytes[i]);
+    }
     for (int32_t phase = 0; phase < kPhases; ++phase) {
       stats.phases[phase].calls += static_cast<int64_t>(state.calls[phase]);
       stats.phases[phase].rows += static_cast<int64_t>(state.rows[phase]);

@@ -80,9 +80,9 @@ struct GroupState {
   Status Connect();
 };
 
-// Of a LaneScratch with its counts, flags and tags, each aligned to kAlignment.
+// Of a LaneScratch with its counts, flags, tags and places, each aligned to kAlignment.
 struct LaneScratchLayout {
-  int64_t counts_offset, flags_offset, tags_offset, bytes;
+  int64_t counts_offset, flags_offset, tags_offset, wire_places_offset, bytes;
   explicit LaneScratchLayout(const GroupConfig& config);
 };
 

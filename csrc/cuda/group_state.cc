@@ -13,7 +13,7 @@ namespace {
 
 LayoutConfig LayoutConfigOf(const GroupConfig& config) {
   return {config.num_ranks,
-          config.num_ranks,
+          NodesOf(config).ranks_per_node,
           config.num_experts,
           config.top_k,
           config.num_lanes,
@@ -21,7 +21,7 @@ LayoutConfig LayoutConfigOf(const GroupConfig& config) {
           config.hidden,
           config.max_tokens,
           config.differentiable,
-          /*hierarchical=*/false};
+          config.hierarchical};
 }
 
 // A recv reads what a network card has written to `device` while the kernel runs. On GPUs that keep
@@ -49,13 +49,18 @@ int64_t SymmetricBytes(const GroupConfig& config) {
 }
 
 LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
-  const int64_t bins = config.num_experts + config.num_ranks;
+  const Nodes nodes = NodesOf(config);
+  const int64_t bins = RouteBins(nodes, config.num_experts);
+  const int64_t wire_places =
+      config.hierarchical ? config.max_tokens * std::min(config.top_k, nodes.count()) : 0;
   counts_offset = AlignUp(sizeof(LaneScratch), kAlignment);
   flags_offset =
       counts_offset + AlignUp(kMaxRouteBlocks * bins * int64_t{sizeof(int32_t)}, kAlignment);
   tags_offset = flags_offset + AlignUp(kMaxRouteBlocks * int64_t{sizeof(uint64_t)}, kAlignment);
-  bytes = tags_offset + AlignUp(RowsCapacity(config, config.max_tokens) * int64_t{sizeof(uint32_t)},
-                                kAlignment);
+  wire_places_offset =
+      tags_offset + AlignUp(RowsCapacity(config, config.max_tokens) * int64_t{sizeof(uint32_t)},
+                            kAlignment);
+  bytes = wire_places_offset + AlignUp(wire_places * int64_t{sizeof(int32_t)}, kAlignment);
 }
 
 Context Rank::ContextFor(int32_t lane_index) const {
@@ -65,6 +70,7 @@ Context Rank::ContextFor(int32_t lane_index) const {
   Context c{};
   c.layout = group->layout;
   c.code = CopyCode(options.max_tokens);
+  c.nodes = NodesOf(options);
   c.rank = rank;
   c.num_ranks = options.num_ranks;
   c.num_experts = options.num_experts;
@@ -78,6 +84,7 @@ Context Rank::ContextFor(int32_t lane_index) const {
   c.memories = peer_table.as<char*>();
   c.state = state.as<RankState>();
   c.scratch = reinterpret_cast<LaneScratch*>(lane);
+  c.wire_places = reinterpret_cast<int32_t*>(lane + layout.wire_places_offset);
   c.route_counts = reinterpret_cast<int32_t*>(lane + layout.counts_offset);
   c.route_flags = reinterpret_cast<uint64_t*>(lane + layout.flags_offset);
   c.row_tags = reinterpret_cast<uint32_t*>(lane + layout.tags_offset);
@@ -94,8 +101,9 @@ Context Rank::ContextFor(int32_t lane_index) const {
 Status GroupState::Prepare() {
   layout = Layout::Make(LayoutConfigOf(options));
   // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
-  const int64_t most = int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 *
-                       options.num_ranks * kMaxChunks;
+  const int64_t messages = layout.peers[kWire] + layout.peers[kNode];
+  const int64_t most =
+      int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 * messages * kMaxChunks;
   uint64_t entries = 64;
   while (entries < static_cast<uint64_t>(most)) entries *= 2;
   queue_mask = entries - 1;
@@ -178,7 +186,7 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   if (!status.ok()) return status;
   rank->num_sms = properties.multiProcessorCount - (HasFarPeers() ? 1 : 0);
   const size_t route_bytes =
-      RouteSharedBytes(options.max_tokens, options.num_experts, options.num_ranks);
+      RouteSharedBytes(options.max_tokens, RouteBins(NodesOf(options), options.num_experts));
   const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
   if (std::max(route_bytes, place_bytes) > properties.sharedMemPerBlockOptin) {
     return Status(FaultKind::kInvalidArgument,
@@ -215,6 +223,10 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineRecv(), "loading kernels");
+  if (status.ok() && options.hierarchical) {
+    status = CudaStatus(LoadDispatchRelay(), "loading kernels");
+    if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
+  }
   if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
   return status;
 }
@@ -241,8 +253,8 @@ Status GroupState::Connect() {
       if (!made.ok()) return made.status();
       far = std::move(made.value());
     }
-    auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, layout, memories,
-                               std::move(far), rank->queue.as<Descriptor>(), queue_mask,
+    auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, NodesOf(options),
+                               layout, memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,
                                &rank->host.as<HostPage>()->fault,
                                [this, index = rank->index](int32_t lane_index) {
                                  launches->NotePut(index, lane_index);

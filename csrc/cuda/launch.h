@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Between the phases (host functions that know the group) and their kernels: one function per phase
-// that loads its kernels and one that launches them.
+// that loads its kernels and one that launches them, and the same for the relays.
 #ifndef SMFREE_CSRC_CUDA_LAUNCH_H_
 #define SMFREE_CSRC_CUDA_LAUNCH_H_
 
@@ -21,6 +21,7 @@ constexpr int32_t kMaxRouteBlocks = 32;   // resident on any GPU; else more rows
 constexpr int32_t kRouteThreads = 1024;
 
 constexpr int32_t kThreads = 512;  // of a block, but for Route
+constexpr int32_t kPlacedRows = 256;  // of a block that places rows (places.cuh)
 // Resident at once, which kernels rely on where blocks wait for one another.
 constexpr int32_t kBlocksPerSm = 2;
 
@@ -33,6 +34,8 @@ struct Launch {
   int32_t BlocksFor(int64_t warps) const { return Blocks(warps, kThreads / 32); }
   // With a thread per item.
   int32_t BlocksForItems(int64_t items) const { return Blocks(items, kThreads); }
+  // That place rows.
+  static int32_t BlocksForPlaces(int32_t rows) { return (rows + kPlacedRows - 1) / kPlacedRows; }
 
  private:
   int32_t Blocks(int64_t items, int64_t per_block) const {
@@ -70,13 +73,19 @@ inline cudaError_t LoadKernels(std::initializer_list<Kernel> kernels) {
   return cudaSuccess;
 }
 
-size_t RouteSharedBytes(int64_t tokens, int32_t num_experts, int32_t num_ranks);
+// What Route counts the rows of: experts, ranks and nodes.
+constexpr int32_t RouteBins(const Nodes& nodes, int32_t num_experts) {
+  return num_experts + nodes.num_ranks + (nodes.hierarchical ? nodes.count() : 0);
+}
+size_t RouteSharedBytes(int64_t tokens, int32_t bins);
 size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks);
 
 cudaError_t LoadDispatchSend(size_t route_shared_bytes);
 cudaError_t LoadDispatchRecv(size_t place_shared_bytes);
 cudaError_t LoadCombineSend();
 cudaError_t LoadCombineRecv();
+cudaError_t LoadDispatchRelay();
+cudaError_t LoadCombineRelay();
 cudaError_t LoadReadClock();
 
 // Each returns at the first launch that fails.
@@ -92,6 +101,13 @@ cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
                               const Launch& launch);
 cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
                               const Launch& launch);
+// The relays of hierarchical mode: the first part of a dispatch_recv, the last of a combine_send.
+cudaError_t LaunchDispatchRelay(const Context& c, const DispatchRecvArrays& arrays,
+                                const Launch& launch);
+cudaError_t LaunchDispatchRelayCached(const Context& c, const DispatchRecvCachedArrays& arrays,
+                                      const Launch& launch);
+cudaError_t LaunchCombineRelay(const Context& c, const CombineSendArrays& arrays,
+                               const Launch& launch);
 cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 
 }  // namespace smfree::cuda

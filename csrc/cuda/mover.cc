@@ -96,24 +96,27 @@ void Mover::Run() {
 Status Mover::Move(const Descriptor& chunk) {
   const Layout& layout = wiring_.layout;
   const int64_t number = NumberOf(chunk.signal);
+  const int32_t peer = PeerOf(chunk);
+  const int32_t there = wiring_.nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
   const int64_t from =
-      layout.SendRegionOffset(kWire, chunk.lane_index, number, chunk.peer) + chunk.begin;
+      layout.SendRegionOffset(chunk.leg, chunk.lane_index, number, chunk.region) + chunk.begin;
   const int64_t to =
-      layout.RecvRegionOffset(kWire, chunk.lane_index, number, wiring_.rank) + chunk.begin;
-  const int64_t signal = layout.SignalOffset(kWire, chunk.lane_index, number, wiring_.rank);
-  if (wiring_.memories[static_cast<size_t>(chunk.peer)] != nullptr) {
-    return Copy(chunk, from, to, signal);
+      layout.RecvRegionOffset(chunk.leg, chunk.lane_index, number, there) + chunk.begin;
+  const int64_t signal = layout.SignalOffset(chunk.leg, chunk.lane_index, number, there);
+  if (wiring_.memories[static_cast<size_t>(peer)] != nullptr) {
+    return Copy(chunk, peer, from, to, signal);
   }
   const bool first = chunk.begin == 0;
-  wiring_.far->Put(chunk.peer, {first, from, to, chunk.bytes, signal, chunk.signal});
+  wiring_.far->Put(peer, {first, from, to, chunk.bytes, signal, chunk.signal});
   if (AllArrived(chunk.signal, number)) wiring_.on_put(chunk.lane_index);
   return {};
 }
 
-Status Mover::Copy(const Descriptor& chunk, int64_t from, int64_t to, int64_t signal) {
+Status Mover::Copy(const Descriptor& chunk, int32_t peer, int64_t from, int64_t to,
+                   int64_t signal) {
   char* const here = wiring_.memories[static_cast<size_t>(wiring_.rank)];
-  char* const there = wiring_.memories[static_cast<size_t>(chunk.peer)];
-  const cudaStream_t stream = streams_[static_cast<size_t>(chunk.peer)];
+  char* const there = wiring_.memories[static_cast<size_t>(peer)];
+  const cudaStream_t stream = streams_[static_cast<size_t>(peer)];
   std::unique_lock<std::mutex> tracing(trace_mutex_, std::defer_lock);
   if (tracing_.load(std::memory_order_relaxed)) tracing.lock();
   const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk) : nullptr;
@@ -195,7 +198,7 @@ std::vector<WireRecord> Mover::EndTrace() {
       return trace_origin_ns_ + static_cast<int64_t>(static_cast<double>(ms) * 1e6);
     };
     const int32_t lanes = wiring_.num_lanes;
-    records.push_back({wiring_.rank, timed.chunk.peer, timed.chunk.lane_index % lanes,
+    records.push_back({wiring_.rank, PeerOf(timed.chunk), timed.chunk.lane_index % lanes,
                        static_cast<Side>(timed.chunk.lane_index / lanes),
                        NumberOf(timed.chunk.signal) - 1, at(begin_ms), at(end_ms),
                        timed.chunk.bytes});

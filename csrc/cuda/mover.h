@@ -41,6 +41,7 @@ class Mover {
     int32_t device;
     int32_t rank;
     int32_t num_lanes;
+    Nodes nodes;
     Layout layout;
     std::vector<char*> memories;    // of all ranks; nullptr for far ones
     std::unique_ptr<FarPeers> far;  // null if there are none
@@ -76,7 +77,10 @@ class Mover {
 
   void Run();
   Status Move(const Descriptor& chunk);
-  Status Copy(const Descriptor& chunk, int64_t from, int64_t to, int64_t signal);
+  Status Copy(const Descriptor& chunk, int32_t peer, int64_t from, int64_t to, int64_t signal);
+  int32_t PeerOf(const Descriptor& chunk) const {
+    return wiring_.nodes.Peer(chunk.leg, wiring_.rank, chunk.region);
+  }
   // Whether there is nothing to tell the far peers any more.
   bool ToldFault() const;
   // Under trace_mutex_; null if the trace has ended or is full.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The phases of backend.h: what a caller may ask for, and how the work is cut.
+// The phases of backend.h: what a caller may ask for, and how the work is cut. In hierarchical mode
+// a dispatch_recv begins with a relay, and a combine_send ends with one, which are launched as parts
+// of their own: both wait for the ranks of the leg before them.
 #include <algorithm>
 #include <chrono>
 #include <string>
@@ -19,7 +21,7 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 constexpr int64_t kTilesPerBlock = 3;
 constexpr int32_t kBlockWarps = kThreads / 32;
 
-// How long a recv may be held back until its peers' sends are launched (launches.h), in seconds.
+// How long a part may be held back until its peers' sends are launched (launches.h), in seconds.
 constexpr double kMostHeldBackS = 5;
 
 // Whether the work goes into a CUDA graph, to be run later.
@@ -29,15 +31,47 @@ bool IsCaptured(cudaStream_t stream) {
          status != cudaStreamCaptureStatusNone;
 }
 
-// A phase under way. Holds the group open until its kernels are launched.
+enum class Part { kSend, kRelay, kRecv };
+
+// What is about to be launched.
+struct Work {
+  Phase phase;
+  Part part;
+  bool has_experts, has_slots;  // of its messages
+
+  Operation operation() const {
+    const bool dispatch = phase == Phase::kDispatchSend || phase == Phase::kDispatchRecv;
+    return dispatch ? Operation::kDispatch : Operation::kCombine;
+  }
+};
+
+// A part under way. Holds the group open until its kernels are launched.
 struct Launching {
   std::shared_lock<std::shared_mutex> open;
   Context context;
   Launch launch;
 };
 
-StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation operation,
-                          bool has_experts, bool has_slots, cudaStream_t stream) {
+// Holds a part back until what it waits for is launched.
+void Await(Rank& rank, const Work& work, int32_t lane_index) {
+  GroupState& group = *rank.group;
+  const Nodes nodes = NodesOf(group.options);
+  const Leg leg = work.part == Part::kRelay ? nodes.FirstLeg(work.operation())
+                                            : nodes.LastLeg(work.operation());
+  const auto seconds = [](double s) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(s));
+  };
+  const double timeout_s = group.options.timeout_s;
+  group.launches->AwaitSends(rank.index, lane_index, leg,
+                             seconds(std::min(kMostHeldBackS, timeout_s / 2)));
+  if (leg != kWire) return;
+  // Whatever the send stands behind on the device ends by its deadline.
+  group.launches->AwaitPuts(rank.index, lane_index, group.FarMessages(), seconds(timeout_s));
+}
+
+StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaStream_t stream) {
+  const Phase phase = what.phase;
+  const Operation operation = what.operation();
   GroupState& group = *rank.group;
   const GroupOptions& options = group.options;
   Identity identity;
@@ -64,15 +98,7 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
                       "; the program was compiled for another EpConfig. Compile it again.");
   }
   const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
-  if (!IsSend(phase) && !IsCaptured(stream)) {
-    const std::chrono::duration<double> bound(std::min(kMostHeldBackS, options.timeout_s / 2));
-    group.launches->AwaitSends(rank.index, lane_index,
-                               std::chrono::duration_cast<std::chrono::nanoseconds>(bound));
-    // Whatever the send stands behind on the device ends by its deadline.
-    const std::chrono::duration<double> deadline(options.timeout_s);
-    group.launches->AwaitPuts(rank.index, lane_index, group.FarMessages(),
-                              std::chrono::duration_cast<std::chrono::nanoseconds>(deadline));
-  }
+  if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
 
   Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
   if (group.closed) {
@@ -98,8 +124,8 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
   c.derivation = call.derivation;
   c.call_site = call.call_site;
   c.tokens = static_cast<int32_t>(call.tokens);
-  c.experts = has_experts ? options.top_k : 0;
-  c.slots = has_slots ? options.top_k : 0;
+  c.experts = what.has_experts ? options.top_k : 0;
+  c.slots = what.has_slots ? options.top_k : 0;
   const int64_t message_bytes = call.tokens * c.layout.row_bytes;
   c.push = message_bytes <= options.sm_push_bytes;
   c.chunks = c.push ? 1
@@ -119,72 +145,82 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, Phase phase, Operation o
 }
 
 // The other ranks wait for what was launched, or are told that it was not.
-Status End(Rank& rank, const Launching& work, cudaError_t error) {
+Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t error) {
   const Status status = CudaStatus(error, "a kernel could not be launched");
   if (!status.ok()) {
     rank.group->Fail(status);
-  } else if (IsSend(work.context.phase) && !IsCaptured(work.launch.stream)) {
-    rank.group->launches->NoteSend(rank.index, work.context.lane_index);
+  } else if (what.part != Part::kRecv && !IsCaptured(work.launch.stream)) {
+    const Nodes nodes = NodesOf(rank.group->options);
+    const Leg leg = what.part == Part::kSend ? nodes.FirstLeg(what.operation())
+                                             : nodes.LastLeg(what.operation());
+    rank.group->launches->NoteSend(rank.index, work.context.lane_index, leg);
   }
   return status;
 }
+
+// Launches a part: `launch(context, arrays, …)`.
+template <typename Arrays, typename LaunchPart>
+Status Run(Rank& rank, const Call& call, const Work& what, const Arrays& arrays,
+           cudaStream_t stream, const LaunchPart& launch) {
+  auto work = Begin(rank, call, what, stream);
+  if (!work.ok()) return work.status();
+  return End(rank, work.value(), what,
+             launch(work.value().context, arrays, work.value().launch));
+}
+
+bool IsHierarchical(const Rank& rank) { return rank.group->options.hierarchical; }
 
 }  // namespace
 
 Status DispatchSend(Rank& rank, const Call& call, const DispatchSendArrays& arrays,
                     cudaStream_t stream) {
-  auto work = Begin(rank, call, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/true,
-                    /*has_slots=*/true, stream);
-  if (!work.ok()) return work.status();
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchSend(context, arrays, launch));
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, true, true}, arrays, stream,
+             LaunchDispatchSend);
 }
 
 Status DispatchSendCached(Rank& rank, const Call& call, const DispatchSendCachedArrays& arrays,
                           cudaStream_t stream) {
-  auto work = Begin(rank, call, Phase::kDispatchSend, Operation::kDispatch, /*has_experts=*/false,
-                    /*has_slots=*/arrays.slots != nullptr, stream);
-  if (!work.ok()) return work.status();
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchSendCached(context, arrays, launch));
+  const bool has_slots = arrays.slots != nullptr;
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, false, has_slots}, arrays, stream,
+             LaunchDispatchSendCached);
 }
 
 Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arrays,
                     cudaStream_t stream) {
-  auto work = Begin(rank, call, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/true,
-                    /*has_slots=*/true, stream);
-  if (!work.ok()) return work.status();
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchRecv(context, arrays, launch));
+  Work work{Phase::kDispatchRecv, Part::kRelay, true, true};
+  if (IsHierarchical(rank)) {
+    const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelay);
+    if (!status.ok()) return status;
+  }
+  work.part = Part::kRecv;
+  return Run(rank, call, work, arrays, stream, LaunchDispatchRecv);
 }
 
 Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCachedArrays& arrays,
                           cudaStream_t stream) {
-  const bool weighted = arrays.w != nullptr;
-  auto work = Begin(rank, call, Phase::kDispatchRecv, Operation::kDispatch, /*has_experts=*/false,
-                    /*has_slots=*/arrays.values != nullptr && !weighted, stream);
-  if (!work.ok()) return work.status();
-  if (weighted) work.value().context.pieces = 1;  // a warp sums over the whole row
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchDispatchRecvCached(context, arrays, launch));
+  const bool has_slots = arrays.values != nullptr && arrays.w == nullptr;
+  Work work{Phase::kDispatchRecv, Part::kRelay, false, has_slots};
+  if (IsHierarchical(rank)) {
+    const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelayCached);
+    if (!status.ok()) return status;
+  }
+  work.part = Part::kRecv;
+  return Run(rank, call, work, arrays, stream, LaunchDispatchRecvCached);
 }
 
 Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays,
                    cudaStream_t stream) {
-  auto work = Begin(rank, call, Phase::kCombineSend, Operation::kCombine, /*has_experts=*/false,
-                    /*has_slots=*/arrays.values != nullptr, stream);
-  if (!work.ok()) return work.status();
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchCombineSend(context, arrays, launch));
+  Work work{Phase::kCombineSend, Part::kSend, false, arrays.values != nullptr};
+  const Status status = Run(rank, call, work, arrays, stream, LaunchCombineSend);
+  if (!status.ok() || !IsHierarchical(rank)) return status;
+  work.part = Part::kRelay;
+  return Run(rank, call, work, arrays, stream, LaunchCombineRelay);
 }
 
 Status CombineRecv(Rank& rank, const Call& call, const CombineRecvArrays& arrays,
                    cudaStream_t stream) {
-  auto work = Begin(rank, call, Phase::kCombineRecv, Operation::kCombine, /*has_experts=*/false,
-                    /*has_slots=*/arrays.slots != nullptr, stream);
-  if (!work.ok()) return work.status();
-  const auto& [_, context, launch] = work.value();
-  return End(rank, work.value(), LaunchCombineRecv(context, arrays, launch));
+  return Run(rank, call, {Phase::kCombineRecv, Part::kRecv, false, arrays.slots != nullptr}, arrays,
+             stream, LaunchCombineRecv);
 }
 
 }  // namespace smfree::cuda

@@ -19,15 +19,16 @@ constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
 constexpr int32_t kMaxChunks = 16;  // of one message
 constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recent ones
 
-// A chunk handed to the mover: bytes [begin, begin + bytes) of the send region for `peer`. Pinned
-// host memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
+// A chunk handed to the mover: bytes [begin, begin + bytes) of a send region (nodes.h). Pinned host
+// memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
 struct alignas(64) Descriptor {
   uint64_t ticket;
   uint64_t signal;  // what `arrived` at the peer becomes after the copy; has the number in it
   int64_t begin;
   int64_t bytes;
   int32_t lane_index;
-  int32_t peer;
+  Leg leg;
+  int32_t region;
 };
 static_assert(sizeof(Descriptor) == 64);
 
@@ -77,6 +78,8 @@ struct RankState {
   unsigned long long queue_tail;  // descriptors ever written
   unsigned long long calls[kPhases], rows[kPhases], wait_ns[kPhases];
   unsigned long long rows_dropped;
+  unsigned long long rows_relayed, bytes_relayed;
+  unsigned long long internode_bytes[2];  // by Operation
 };
 
 // Device memory, one per rank and lane index, zero at the start.
@@ -88,8 +91,11 @@ struct LaneScratch {
   unsigned long long copies;           // rows of the expert-grouped array that were read or written
   uint32_t blocks_done;
   uint32_t overflowed;               // this dispatch_recv's outputs are NaN
-  int32_t source_rows[kMaxRanks];    // of the operation that is being received
-  uint32_t packed[kMaxRanks][kMaxChunks];  // rows that are complete
+  // Rows of messages, by region: of the operation that is being received; of hierarchical mode, on
+  // the wire from this rank, through this relay on the wire, and through it inside the node.
+  int32_t source_rows[kMaxRanks], wire_rows[kMaxRanks];
+  int32_t relay_wire_rows[kMaxRanks], relay_node_rows[kMaxRanks];
+  uint32_t packed[kMaxRanks][kMaxChunks];  // by region: rows that are complete
   uint32_t posted[kMaxRanks];              // chunks handed over
   TraceEntry trace[kTracedOperations][kPhases];  // at number % kTracedOperations
 };
@@ -98,6 +104,7 @@ struct LaneScratch {
 struct Context {
   Layout layout;
   CopyCode code{1};
+  Nodes nodes;
   int32_t rank, num_ranks, num_experts, top_k, places_per_row;
   int32_t expert_alignment;
   bool drop_overflow;
@@ -108,7 +115,8 @@ struct Context {
   char* const* memories;  // [R], that of every rank (device array); nullptr for far ones
   RankState* state;
   LaneScratch* scratch;   // of the lane index
-  int32_t* route_counts;  // [route blocks, E + R]
+  int32_t* wire_places;   // [T, wire_width]: hierarchical mode, see places.cuh
+  int32_t* route_counts;  // [route blocks, bins]
   uint64_t* route_flags;  // [route blocks]
   uint32_t* row_tags;     // [N]: the number of the operation that writes the row
   Descriptor* queue;
@@ -133,6 +141,12 @@ struct Context {
   float* token_out;
 
   SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
+  // The most messages on the wire that a row goes into, and inside the node.
+  SMFREE_HD int32_t wire_width() const { return Least(top_k, nodes.Regions(kWire)); }
+  SMFREE_HD int32_t relay_width() const { return Least(top_k, nodes.ranks_per_node); }
+
+ private:
+  SMFREE_HD static int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
 }  // namespace smfree::cuda

@@ -79,7 +79,14 @@ std::string BusIdOf(int32_t device) {
 
 Counters StatsOf(const Group& group) {
   const cuda::Stats stats = group.stats();
-  Counters counters{{"rows_dropped", stats.rows_dropped}};
+  const auto internode_bytes = [&](Operation operation) {
+    return stats.internode_bytes[static_cast<int32_t>(operation)];
+  };
+  Counters counters{{"rows_relayed", stats.rows_relayed},
+                    {"bytes_relayed", stats.bytes_relayed},
+                    {"dispatch_internode_bytes", internode_bytes(Operation::kDispatch)},
+                    {"combine_internode_bytes", internode_bytes(Operation::kCombine)},
+                    {"rows_dropped", stats.rows_dropped}};
   for (int32_t phase = 0; phase < cuda::kPhases; ++phase) {
     const std::string name = cuda::Name(static_cast<cuda::Phase>(phase));
     counters[name + "_calls"] = stats.phases[phase].calls;

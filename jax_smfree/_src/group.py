@@ -62,8 +62,8 @@ class EpGroup:
 
         Raises:
           ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
-            over the ranks, nodes that are not equally large and contiguous, hierarchical mode on
-            GPUs, devices without a backend.
+            over the ranks, nodes that are not equally large and contiguous, devices without a
+            backend.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
             another mesh or config; when a GPU has too little free memory, or cannot reach another.
         """
@@ -97,12 +97,6 @@ class EpGroup:
         platform = "cpu" if device.platform == "cpu" else "CUDA"
         hardware = backends.nodes_of_ranks(mesh, axis, config.timeout_s)
         config = nodes.resolve("EpGroup.create", config, hardware)
-        if platform == "CUDA" and config.mode == "hierarchical":
-            raise ValueError(
-                f"EpGroup.create: got {ranks} GPUs in nodes of {config.ranks_per_node}, which is "
-                "the hierarchical mode, expected the direct one: the CUDA backend knows no other "
-                "yet. Set EpConfig(mode='direct')."
-            )
         group = cls(mesh, axis, config, fingerprint, ordinal)
         targets.register(platform)
         if compat.is_compile_only(device):

@@ -9,6 +9,8 @@
 
 #include "tests/cpp/check.h"
 
+using smfree::kNode;
+using smfree::kWire;
 using smfree::cuda::Launches;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
@@ -24,8 +26,8 @@ TEST(ARecvIsLaunchedAfterAllSends) {
       for (int64_t operation = 1; operation <= kOperations; ++operation) {
         const auto lane = static_cast<int32_t>(operation % kLanes);
         ++sent[lane][rank];
-        launches.NoteSend(rank, lane);
-        if (!launches.AwaitSends(rank, lane, seconds(60))) ++gave_up;
+        launches.NoteSend(rank, lane, kWire);
+        if (!launches.AwaitSends(rank, lane, kWire, seconds(60))) ++gave_up;
         for (const auto& count : sent[lane]) early += count < sent[lane][rank];
       }
     });
@@ -37,21 +39,21 @@ TEST(ARecvIsLaunchedAfterAllSends) {
 
 TEST(OneVainWaitIsTheLast) {
   Launches launches(2, 1);
-  launches.NoteSend(0, 0);
-  CHECK(!launches.AwaitSends(0, 0, milliseconds(20)));
+  launches.NoteSend(0, 0, kWire);
+  CHECK(!launches.AwaitSends(0, 0, kWire, milliseconds(20)));
   const auto begin = std::chrono::steady_clock::now();
   for (int i = 0; i < 100; ++i) {
-    launches.NoteSend(0, 0);
-    CHECK(launches.AwaitSends(0, 0, seconds(60)));
+    launches.NoteSend(0, 0, kWire);
+    CHECK(launches.AwaitSends(0, 0, kWire, seconds(60)));
   }
   CHECK(std::chrono::steady_clock::now() - begin < seconds(30));
 }
 
 TEST(AFaultEndsTheWaits) {
   Launches launches(2, 1);
-  launches.NoteSend(0, 0);
+  launches.NoteSend(0, 0, kWire);
   std::thread fault([&] { launches.SwitchOff(); });
-  CHECK(launches.AwaitSends(0, 0, seconds(60)));
+  CHECK(launches.AwaitSends(0, 0, kWire, seconds(60)));
   fault.join();
 }
 
@@ -70,7 +72,7 @@ TEST(ARecvIsLaunchedAfterItsOwnPuts) {
   });
   int early = 0, gave_up = 0;
   for (int64_t operation = 1; operation <= kOperations; ++operation) {
-    launches.NoteSend(0, 0);
+    launches.NoteSend(0, 0, kWire);
     ++sends;
     gave_up += !launches.AwaitPuts(0, 0, kMessages, seconds(60));
     early += puts < operation * kMessages;
@@ -83,9 +85,17 @@ TEST(ARecvIsLaunchedAfterItsOwnPuts) {
 
 TEST(LanesDoNotWaitForOneAnother) {
   Launches launches(2, 2);
-  launches.NoteSend(0, 0);  // rank 1 is late on lane 0
-  for (int32_t rank : {0, 1}) launches.NoteSend(rank, 1);
-  CHECK(launches.AwaitSends(0, 1, seconds(60)));
+  launches.NoteSend(0, 0, kWire);  // rank 1 is late on lane 0
+  for (int32_t rank : {0, 1}) launches.NoteSend(rank, 1, kWire);
+  CHECK(launches.AwaitSends(0, 1, kWire, seconds(60)));
+}
+
+TEST(LegsDoNotWaitForOneAnother) {
+  Launches launches(2, 1);
+  launches.NoteSend(0, 0, kNode);  // rank 1 is late on that leg
+  for (int32_t rank : {0, 1}) launches.NoteSend(rank, 0, kWire);
+  CHECK(launches.AwaitSends(0, 0, kWire, seconds(60)));
+  CHECK(!launches.AwaitSends(0, 0, kNode, milliseconds(20)));
 }
 
 TEST_MAIN()

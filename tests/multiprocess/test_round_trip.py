@@ -48,6 +48,9 @@ SHAPES = [
     (Shape(4, 8, 2, 6, 33, "bfloat16", alignment=4), gpus(4)),
     (Shape(4, 8, 3, 7, 16, "float32", ranks_per_node=2, direct=True), gpus(4)),
     (Shape(4, 8, 2, 6, 33, "bfloat16", ranks_per_node=2, direct=True), cpus(2, 2)),
+    (Shape(4, 8, 6, 6, 33, "bfloat16", alignment=4, ranks_per_node=2), gpus(4)),
+    (Shape(4, 8, 3, 7, 8, "float16", capacity=9, ranks_per_node=2), gpus(4)),
+    (Shape(4, 16, 8, 700, 16, "float32", ranks_per_node=2), gpus(4)),
 ]
 PARAMETERS = [
     pytest.param(
@@ -89,20 +92,30 @@ def own_shards(tree):
     return jax.tree.map(lambda a: np.concatenate([s.data for s in a.addressable_shards]), tree)
 
 
-@gpus(2)
+CHUNKED = Shape(2, 4, 1, 2100, 8192, "bfloat16", capacity=2300)
+
+
 @pytest.mark.cuda_only
-def test_far_peers_get_the_same_rows_in_chunks(world):
-    """Messages of three chunks, again and again, with the bits of a group whose peers are near."""
-    shape = Shape(2, 4, 1, 2100, 8192, "bfloat16", capacity=2300)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(CHUNKED, marks=gpus(2)),
+        pytest.param(dataclasses.replace(CHUNKED, ranks_per_node=1), marks=gpus(2)),
+        pytest.param(dataclasses.replace(CHUNKED, ranks=4, ranks_per_node=2), marks=gpus(4)),
+    ],
+    ids=str,
+)
+def test_messages_in_chunks(shape, world):
+    """Messages of three chunks, again and again, with the bits of messages that come as a whole."""
     rng = np.random.default_rng(0)
-    near, far = Program(shape), Program(dataclasses.replace(shape, ranks_per_node=1))
-    with near.group, far.group:
+    chunked, whole = Program(shape, sm_push_bytes=0), Program(shape, sm_push_bytes=2**30)
+    with chunked.group, whole.group:
         idx = random_routing(rng, shape.ranks * shape.tokens, shape.top_k, shape.experts)
         idx[rng.random(idx.shape) < 0.1] = -1
         idx = idx.reshape(shape.ranks, shape.tokens, shape.top_k)
-        case = random_inputs(rng, shape, near.num_rows, idx)
-        expected = own_shards(near.run(case))
+        case = random_inputs(rng, shape, chunked.num_rows, idx)
+        expected = own_shards(whole.run(case))
         for _ in range(3):
-            assert_same_bits(own_shards(far.run(case)), expected)
-        far.group.check()
+            assert_same_bits(own_shards(chunked.run(case)), expected)
+        chunked.group.check()
         world.barrier()

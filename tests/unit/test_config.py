@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import jax_smfree as smfree
 from jax_smfree._src import nodes
-from support import backend, ep_mesh
+from support import ep_mesh
 
 GOOD = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8}
 
@@ -68,10 +68,6 @@ def test_bad_group(groups, config, axis, match):
     ],
 )
 def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
-    if mode == "hierarchical" and backend() == "cuda":
-        with pytest.raises(ValueError, match="the CUDA backend knows no other yet"):
-            groups(ep_mesh(4), **(GOOD | config))
-        return
     group = groups(ep_mesh(4), **(GOOD | config))
     assert (group.config.mode, group.config.ranks_per_node) == (mode, ranks_per_node)
 
