@@ -79,6 +79,8 @@ struct GroupOptions : GroupConfig {
   // Messages of operations that send up to so many bytes of rows per peer are stored to the peer by
   // the pack kernel; larger ones go by copy engine.
   int64_t sm_push_bytes = 0;
+  // Messages to other nodes are put by the GPU, not by the mover.
+  bool puts_on_device = false;
 };
 
 class NvshmemMemory;

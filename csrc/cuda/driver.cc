@@ -32,7 +32,10 @@ bool FindAll(Driver& d) {
          Find("cuMemMap", 10020, d.mem_map) && Find("cuMemUnmap", 10020, d.mem_unmap) &&
          Find("cuMemSetAccess", 10020, d.mem_set_access) &&
          Find("cuMemcpyDtoDAsync", 3020, d.memcpy_dtod_async) &&
-         Find("cuStreamWriteValue64", 11070, d.stream_write_value64);
+         Find("cuStreamWriteValue64", 11070, d.stream_write_value64) &&
+         Find("cuModuleLoadData", 2000, d.module_load_data) &&
+         Find("cuModuleGetFunction", 2000, d.module_get_function) &&
+         Find("cuLaunchKernel", 4000, d.launch_kernel);
 }
 
 }  // namespace

@@ -27,6 +27,9 @@ struct Driver {
   PFN_cuMemSetAccess_v10020 mem_set_access;
   PFN_cuMemcpyDtoDAsync_v3020 memcpy_dtod_async;
   PFN_cuStreamWriteValue64_v11070 stream_write_value64;
+  PFN_cuModuleLoadData_v2000 module_load_data;
+  PFN_cuModuleGetFunction_v2000 module_get_function;
+  PFN_cuLaunchKernel_v4000 launch_kernel;
 
   // Fails where there is no driver, or one that is too old.
   static StatusOr<const Driver*> Get();

@@ -16,6 +16,7 @@
 #include "csrc/cuda/memory.h"
 #include "csrc/cuda/memory_nvshmem.h"
 #include "csrc/cuda/mover.h"
+#include "csrc/cuda/put_kernel.h"
 
 namespace smfree::cuda {
 
@@ -49,6 +50,7 @@ struct GroupState {
   std::vector<char*> memories;               // of all ranks; nullptr for far ones
   std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
   std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
+  std::unique_ptr<PutKernel> put_kernel;     // null: the mover puts, or there are no far peers
   std::unique_ptr<Launches> launches;
 
   // Held shared while a phase is launched, exclusively while the group closes.
@@ -74,7 +76,7 @@ struct GroupState {
   Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
                    const std::vector<int32_t>& process_of_rank);
   bool HasFarPeers() const;
-  // Messages that a rank sends to other nodes in each operation.
+  // Messages that the mover of a rank puts to other nodes in each operation.
   int32_t FarMessages() const;
   Status AllocateRank(int32_t rank, int32_t device, std::shared_ptr<SymmetricMemory> memory);
   Status Connect();

@@ -81,6 +81,7 @@ Context Rank::ContextFor(int32_t lane_index) const {
   c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
   c.memory = memory->data();
   c.among_processes = group->block != nullptr;
+  c.puts_on_device = group->put_kernel != nullptr;
   c.memories = peer_table.as<char*>();
   c.state = state.as<RankState>();
   c.scratch = reinterpret_cast<LaneScratch*>(lane);
@@ -167,7 +168,7 @@ bool GroupState::HasFarPeers() const {
 
 int32_t GroupState::FarMessages() const {
   const Nodes nodes = NodesOf(options);
-  if (!HasFarPeers()) return 0;
+  if (!HasFarPeers() || put_kernel) return 0;
   return nodes.Regions(kWire) - (options.hierarchical ? 1 : nodes.ranks_per_node);
 }
 
@@ -252,6 +253,11 @@ Status GroupState::Connect() {
                                      layout.FaultWordOffset(), far_processes});
       if (!made.ok()) return made.status();
       far = std::move(made.value());
+      if (options.puts_on_device) {
+        auto loaded = PutKernel::Load(block->nvshmem(), rank->device, far_processes);
+        if (!loaded.ok()) return loaded.status();
+        put_kernel = std::move(loaded.value());
+      }
     }
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, NodesOf(options),
                                layout, memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,

@@ -102,6 +102,17 @@ __device__ inline Outgoing OutgoingTo(const Messages& m, int32_t region, int32_t
           Chunks(rows, m.c.chunks)};
 }
 
+// The bytes of a chunk in its message.
+struct ChunkBytes {
+  int64_t begin, end;
+
+  __device__ ChunkBytes(const Context& c, const Chunks& chunks, int32_t chunk) {
+    const int64_t rows_begin = c.layout.header_bytes + LayoutOf(c, chunks.rows).rows_offset;
+    begin = chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk) * c.layout.row_bytes;
+    end = rows_begin + chunks.End(chunk) * c.layout.row_bytes;
+  }
+};
+
 // S4: hands chunk `chunk` of a message over. All of it has been written by now, as this thread has
 // observed.
 __device__ inline void HandOver(const Messages& m, int32_t region, const Chunks& chunks,
@@ -115,14 +126,14 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Chunks&
     store_release_system(reinterpret_cast<uint64_t*>(word), signal);
     return;
   }
-  const int64_t rows_begin = c.layout.header_bytes + LayoutOf(c, chunks.rows).rows_offset;
-  const int64_t begin = chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk) * c.layout.row_bytes;
-  const int64_t end = rows_begin + chunks.End(chunk) * c.layout.row_bytes;
+  // The kernel behind this one puts what is for other nodes (put_messages.cu).
+  if (c.puts_on_device && c.memories[m.Peer(region)] == nullptr) return;
+  const ChunkBytes part(c, chunks, chunk);
   const uint64_t ticket = atomicAdd(&c.state->queue_tail, 1ull);
   Descriptor& entry = c.queue[ticket & c.queue_mask];
   entry.signal = signal;
-  entry.begin = begin;
-  entry.bytes = end - begin;
+  entry.begin = part.begin;
+  entry.bytes = part.end - part.begin;
   entry.lane_index = c.lane_index;
   entry.leg = m.leg;
   entry.region = region;

@@ -61,6 +61,7 @@ struct Nvshmem::Library {
   void (*signal_op_on_stream)(uint64_t* word, uint64_t value, int op, int pe,
                               cudaStream_t stream);
   void (*quiet_on_stream)(cudaStream_t stream);
+  int (*cumodule_init)(CUmodule module);
 };
 
 namespace {
@@ -104,7 +105,8 @@ StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
       !Find(handle, "nvshmem_ptr", found.ptr) ||
       !Find(handle, "nvshmemx_putmem_signal_on_stream", found.putmem_signal_on_stream) ||
       !Find(handle, "nvshmemx_signal_op_on_stream", found.signal_op_on_stream) ||
-      !Find(handle, "nvshmemx_quiet_on_stream", found.quiet_on_stream)) {
+      !Find(handle, "nvshmemx_quiet_on_stream", found.quiet_on_stream) ||
+      !Find(handle, "nvshmemx_cumodule_init", found.cumodule_init)) {
     return NoLibrary(dlerror());
   }
   int major = 0, minor = 0, patch = 0;
@@ -158,6 +160,18 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
 char* Nvshmem::Allocate(size_t bytes) const { return static_cast<char*>(library_.malloc(bytes)); }
 char* Nvshmem::At(char* memory, int32_t process) const {
   return static_cast<char*>(library_.ptr(memory, process));
+}
+
+Status Nvshmem::InitModule(CUmodule module) const {
+  if (library_.cumodule_init(module) == 0) return {};
+  int major = 0, minor = 0, patch = 0;
+  library_.get_version(&major, &minor, &patch);
+  return Status(FaultKind::kSystem,
+                "NVSHMEM " + std::to_string(major) + "." + std::to_string(minor) + "." +
+                    std::to_string(patch) +
+                    " does not take kernels that were built with the device library of " +
+                    SMFREE_NVSHMEM_VERSION + ". Cure: build with the installed version, or "
+                    "EpConfig(puts='host')");
 }
 
 namespace {

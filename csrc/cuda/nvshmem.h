@@ -8,6 +8,7 @@
 #ifndef SMFREE_CSRC_CUDA_NVSHMEM_H_
 #define SMFREE_CSRC_CUDA_NVSHMEM_H_
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -37,6 +38,9 @@ class Nvshmem {
   char* Allocate(size_t bytes) const;
   // Where this process reaches that place in the heap of `process`; nullptr if not by NVLink.
   char* At(char* memory, int32_t process) const;
+
+  // Lets the kernels of a module, which was linked with the device library, call NVSHMEM.
+  Status InitModule(CUmodule module) const;
 
   // Work on a stream of the GPU's primary context, which is current. Addresses are those of this
   // process, for the same place in the heap of `process`. NVSHMEM ends the process where a call

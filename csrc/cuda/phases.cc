@@ -158,14 +158,24 @@ Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t erro
   return status;
 }
 
+bool SendsOnWire(const Rank& rank, const Work& work) {
+  const Nodes nodes = NodesOf(rank.group->options);
+  return (work.part == Part::kSend && nodes.FirstLeg(work.operation()) == kWire) ||
+         (work.part == Part::kRelay && nodes.LastLeg(work.operation()) == kWire);
+}
+
 // Launches a part: `launch(context, arrays, …)`.
 template <typename Arrays, typename LaunchPart>
 Status Run(Rank& rank, const Call& call, const Work& what, const Arrays& arrays,
            cudaStream_t stream, const LaunchPart& launch) {
   auto work = Begin(rank, call, what, stream);
   if (!work.ok()) return work.status();
-  return End(rank, work.value(), what,
-             launch(work.value().context, arrays, work.value().launch));
+  const Context& context = work.value().context;
+  cudaError_t error = launch(context, arrays, work.value().launch);
+  if (error == cudaSuccess && SendsOnWire(rank, what) && context.puts_on_device) {
+    error = rank.group->put_kernel->Launch(context, stream);
+  }
+  return End(rank, work.value(), what, error);
 }
 
 bool IsHierarchical(const Rank& rank) { return rank.group->options.hierarchical; }

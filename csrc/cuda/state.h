@@ -109,6 +109,7 @@ struct Context {
   int32_t expert_alignment;
   bool drop_overflow;
   bool among_processes;  // peers tell of a fault through the fault words
+  bool puts_on_device;   // to far peers: by a kernel, not by the mover
   uint64_t timeout_ns;
 
   char* memory;           // this rank's symmetric memory

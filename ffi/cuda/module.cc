@@ -17,6 +17,7 @@
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/memory_nvshmem.h"
 #include "csrc/cuda/nvshmem.h"
+#include "csrc/cuda/put_kernel.h"
 #include "csrc/cuda/visible.h"
 
 namespace smfree {
@@ -37,9 +38,10 @@ std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, const GroupConfi
                                               int32_t rank, int32_t device,
                                               const std::vector<int32_t>& process_of_rank,
                                               std::shared_ptr<NvshmemMemory> memory,
-                                              int64_t sm_push_bytes) {
-  auto group = Group::CreateAmongProcesses(group_id, {config, sm_push_bytes}, rank, device,
-                                           process_of_rank, std::move(memory));
+                                              int64_t sm_push_bytes, bool puts_on_device) {
+  auto group =
+      Group::CreateAmongProcesses(group_id, {config, sm_push_bytes, puts_on_device}, rank, device,
+                                  process_of_rank, std::move(memory));
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -147,6 +149,7 @@ nb::list EndWireTrace(Group& group) {
 }  // namespace
 
 void BindCuda(nb::module_& m) {
+  m.attr("puts_on_device") = cuda::PutKernel::IsBuilt();
   nb::class_<NvshmemMemory>(m, "NvshmemMemory")
       .def_prop_ro("bytes", &NvshmemMemory::bytes)
       .def_prop_ro("in_use", [](const NvshmemMemory& memory) { return memory.in_use.load(); });
@@ -164,6 +167,7 @@ void BindCuda(nb::module_& m) {
       .def_static("among_processes", &NewGroupAmongProcesses, nb::kw_only(), nb::arg("group_id"),
                   nb::arg("config"), nb::arg("rank"), nb::arg("device"),
                   nb::arg("process_of_rank"), nb::arg("memory"), nb::arg("sm_push_bytes"),
+                  nb::arg("puts_on_device"),
                   nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
       .def("check", [](Group& group) { return FaultOf(group.Check()); })

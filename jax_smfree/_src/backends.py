@@ -143,6 +143,7 @@ def _cuda_group_among_processes(
         process_of_rank=[device.process_index for device in devices],
         memory=nvshmem.memory(_native.symmetric_bytes(native_config), mine, key, config.timeout_s),
         sm_push_bytes=_sm_push_bytes(config),
+        puts_on_device=config.puts == "device",
     )
     # All memory is zero before anybody sends.
     bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)

@@ -40,8 +40,7 @@ class EpConfig:
         the GPUs of a host, or the CPU devices of a process; 1 in a direct mode whose ranks are not
         in that order. GPUs of one node exchange rows over NVLink, those of different nodes always
         by NVSHMEM's puts, also where NVLink would reach them.
-      mode: ``"direct"`` or ``"hierarchical"``; ``None`` follows the rule above. GPUs know the
-        direct mode only.
+      mode: ``"direct"`` or ``"hierarchical"``; ``None`` follows the rule above.
       timeout_s: deadline of every wait for a peer, in seconds.
       overflow: when more rows arrive than ``recv_capacity``: ``"error"`` poisons the outputs with
         NaN and raises in ``group.check()``; ``"drop"`` drops in a fixed order (the last experts,
@@ -49,6 +48,9 @@ class EpConfig:
       sm_push_bytes: on GPUs, operations that send up to so many bytes of rows to a peer store them
         there from the pack kernel, which is faster for small ones; larger ones go by copy engine,
         which leaves the SMs to the compute. ``None`` leaves it to the library; 0 is never.
+      puts: on GPUs, who starts the puts to other nodes: ``"host"``, a thread of this process, while
+        the rows are still being packed; or ``"device"``, a kernel behind the one that packs them,
+        for networks that the GPU drives itself (IBGDA). See docs/multihost.md.
       differentiable: whether the group takes part in differentiation, which needs buffers of its
         own for the operations of the backward pass.
 
@@ -69,6 +71,7 @@ class EpConfig:
     timeout_s: float = 60.0
     overflow: Literal["error", "drop"] = "error"
     sm_push_bytes: int | None = None
+    puts: Literal["host", "device"] = "host"
     differentiable: bool = True
 
     def __post_init__(self) -> None:
@@ -104,6 +107,8 @@ class EpConfig:
             raise ValueError(
                 f"EpConfig: got mode={self.mode!r}, expected 'direct', 'hierarchical' or None."
             )
+        if self.puts not in ("host", "device"):
+            raise ValueError(f"EpConfig: got puts={self.puts!r}, expected 'host' or 'device'.")
         if self.overflow not in ("error", "drop"):
             raise ValueError(
                 f"EpConfig: got overflow={self.overflow!r}, expected 'error' or 'drop'."

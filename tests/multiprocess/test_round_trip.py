@@ -51,6 +51,10 @@ SHAPES = [
     (Shape(4, 8, 6, 6, 33, "bfloat16", alignment=4, ranks_per_node=2), gpus(4)),
     (Shape(4, 8, 3, 7, 8, "float16", capacity=9, ranks_per_node=2), gpus(4)),
     (Shape(4, 16, 8, 700, 16, "float32", ranks_per_node=2), gpus(4)),
+    # The GPU puts.
+    (Shape(2, 8, 2, 50, 900, "bfloat16", ranks_per_node=1, puts="device"), gpus(2)),
+    (Shape(4, 8, 3, 7, 16, "float32", ranks_per_node=2, direct=True, puts="device"), gpus(4)),
+    (Shape(4, 8, 6, 6, 33, "bfloat16", ranks_per_node=2, puts="device"), gpus(4)),
 ]
 PARAMETERS = [
     pytest.param(
@@ -101,6 +105,7 @@ CHUNKED = Shape(2, 4, 1, 2100, 8192, "bfloat16", capacity=2300)
     [
         pytest.param(CHUNKED, marks=gpus(2)),
         pytest.param(dataclasses.replace(CHUNKED, ranks_per_node=1), marks=gpus(2)),
+        pytest.param(dataclasses.replace(CHUNKED, ranks_per_node=1, puts="device"), marks=gpus(2)),
         pytest.param(dataclasses.replace(CHUNKED, ranks=4, ranks_per_node=2), marks=gpus(4)),
     ],
     ids=str,

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
+from jax_smfree import _native
 from support import ep_mesh
 
 
@@ -31,13 +33,15 @@ class Shape:
     unused_tokens: int = 0  # max_tokens beyond those sent
     ranks_per_node: int | None = None  # None: as the hardware is, in direct mode
     direct: bool = False  # in direct mode over several nodes, too
+    puts: str = "host"
 
     def __str__(self) -> str:
         name = f"R{self.ranks}-E{self.experts}-K{self.top_k}-T{self.tokens}-H{self.hidden}"
         name += f"-{self.dtype}-align{self.alignment}"
         name += "" if self.capacity is None else f"-{self.overflow}{self.capacity}"
         name += "" if self.ranks_per_node is None else f"-nodes{self.ranks_per_node}"
-        return f"{name}-direct" if self.direct else name
+        name += "-direct" if self.direct else ""
+        return f"{name}-puts" if self.puts == "device" else name
 
     @property
     def ranks_per_sum(self) -> int:
@@ -60,6 +64,7 @@ class Shape:
             recv_capacity=self.capacity,
             overflow=self.overflow,
             ranks_per_node=self.ranks_per_node,
+            puts=self.puts,
             mode="direct" if self.ranks_per_sum == 1 else "hierarchical",
             **more,
         )
@@ -154,6 +159,8 @@ class Program:
 
     def __init__(self, shape: Shape, platform: str | None = None, **config: Any) -> None:
         mesh = ep_mesh(shape.ranks, platform)
+        if shape.puts == "device" and not _native.puts_on_device:
+            pytest.skip("this build has no puts by the GPU: no NVSHMEM was there")
         self.shape = shape
         config["num_lanes"] = len(MODES)
         self.group = smfree.EpGroup.create(mesh, config=shape.config(**config))

@@ -35,6 +35,7 @@ def test_defaults():
         ({"timeout_s": float("inf")}, ValueError, "deadline"),
         ({"overflow": "ignore"}, ValueError, "'error' or 'drop'"),
         ({"mode": "ring"}, ValueError, "'direct', 'hierarchical' or None"),
+        ({"puts": "nic"}, ValueError, "'host' or 'device'"),
     ],
 )
 def test_bad_values(bad, error, match):
