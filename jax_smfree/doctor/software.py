@@ -50,6 +50,8 @@ def build(gpus: int) -> Iterator[Finding]:
     yield _registered("cpu", "cpu")
     if _native.has_cuda:
         yield _registered("cuda", "CUDA")
+        puts = "built" if _native.puts_on_device else "not built: no NVSHMEM was there"
+        yield Finding("build", "puts by the GPU", puts)
     elif gpus:
         cure = (
             "This host has GPUs. Put nvcc on PATH and install from a clone: "

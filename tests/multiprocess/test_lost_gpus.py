@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from jax_smfree.testing.environment import visible_gpus
 from multiprocess import programs
 from multiprocess.running import assert_all_match, run
 
@@ -38,6 +39,26 @@ def test_killed(tmp_path, ranks_per_node):
     assert not told[0].get("finite")
     assert told[0]["seconds"] < TIMEOUT_S + 5.0
     assert told[0]["close_seconds"] < 10.0
+
+
+def test_killed_in_nodes(tmp_path):
+    """The relay that misses it names it, and the others either it, or that relay."""
+    if len(visible_gpus()) < 4:
+        pytest.skip("needs 4 GPUs, which may be the same ones: CUDA_VISIBLE_DEVICES=0,1,0,1")
+    options = "hierarchical", TIMEOUT_S, 2
+    told, result = run(
+        programs.killed, str(tmp_path), *options,
+        log_dir=tmp_path, processes=4, devices=1, platform="cuda",
+    )  # fmt: skip
+    relay, lost, *others = result.processes
+    assert lost.returncode == -signal.SIGKILL
+    assert_all_match([told[0]["check"]], waits("combine_send"))
+    for process in (relay, *others):
+        found = told[process.rank]
+        assert process.returncode == 0, result.summary()
+        assert not found.get("finite")
+        assert found["seconds"] < TIMEOUT_S + 6.0
+        assert_all_match([found["check"]], r"waited \d\.\d s for rank 1|peer failed: .* at fault")
 
 
 @near_and_far
