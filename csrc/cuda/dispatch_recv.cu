@@ -155,11 +155,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (lane == 0 && copies_written) atomicAdd(&c.scratch->copies, copies_written);
   }
   if (!IsLastBlock(c) || threadIdx.x != 0) return;
-  int64_t wire_rows = 0;
-  for (int32_t s = 0; ok && s < c.num_ranks; ++s) wire_rows += c.scratch->source_rows[s];
-  const auto read = static_cast<int64_t>(kWeighted ? c.scratch->copies : 0);
-  EndPhase(c, begun, ok && !Faulted(c), wire_rows, (wire_rows + read) * c.x_row_bytes,
-           a.capacity * c.x_row_bytes);
+  int64_t rows = 0, relay_read = 0, relay_written = 0;
+  for (int32_t s = 0; ok && s < c.num_ranks; ++s) {
+    rows += c.scratch->source_rows[s];
+    if (c.nodes.hierarchical) relay_written += c.scratch->relay_node_rows[s];
+  }
+  for (int32_t n = 0; ok && c.nodes.hierarchical && n < c.nodes.count(); ++n) {
+    relay_read += c.scratch->relay_wire_rows[n];
+  }
+  const auto y_read = static_cast<int64_t>(kWeighted ? c.scratch->copies : 0);
+  EndPhase(c, begun, ok && !Faulted(c), rows, (rows + relay_read + y_read) * c.x_row_bytes,
+           (a.capacity + relay_written) * c.x_row_bytes);
 }
 
 constexpr auto kScatter = [](auto element, auto word) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel with NVSHMEM's device library, which a build without the wheel leaves out, compiles."""
+"""The kernel with NVSHMEM's device library, which builds without the wheel leave out, compiles."""
 
 import importlib.util
 import os
