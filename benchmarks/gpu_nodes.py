@@ -9,9 +9,9 @@
 The first ``--processes`` of the visible GPUs are those of the ranks, and ``--ranks-per-node`` of
 these, one after the other, are a node, wherever they are: nodes are reached by NVSHMEM's puts in
 both modes. A GPU that is named several times is shared by its ranks. Their pools have to fit into
-it, hence the fraction; and their kernels take turns, so that times only compare the modes. Above,
-the ranks of a node share a GPU, and the nodes are connected by NVLink; with 0,1,0,1 it is the
-other way round.
+it, hence the fraction; and their processes take turns, so that a wait for another rank takes
+whatever it takes. Above, the ranks of a node share a GPU, and the nodes are connected by NVLink;
+with 0,1,0,1 it is the other way round.
 
 The modes run by turns in new processes. Writes a JSON and a Markdown file, anew after every run, so
 that they have whatever was measured before it ends. Nothing in here is a collective of XLA's, since
@@ -69,6 +69,7 @@ COUNTERS = (
     "rows_relayed",
     "bytes_relayed",
 )
+WAITING_PHASES = ("dispatch_recv", "combine_send", "total")  # in hierarchical mode
 # Of rows of bfloat16 that were rounded up to three times on their way; a lost sum is far above.
 MAX_RELATIVE_ERROR = 2e-2
 LEGEND = """\
@@ -327,9 +328,17 @@ def sharing_line(result: Json) -> str:
     if len(set(gpus)) == len(gpus):
         return f"{where}, each on one of its own."
     return (
-        f"{where}: **they share GPUs**, where their kernels take turns. So the times compare the "
-        "two modes, and are not those of a machine with a GPU per rank. The bytes are."
+        f"{where}: **they share GPUs**, where processes take turns of some milliseconds. So times "
+        "that contain a wait for another rank are left out here; the JSON has them."
     )
+
+
+def is_shown(what: str, result: Json) -> bool:
+    """Not what only says how ranks that share a GPU take turns."""
+    gpus = result["gpu_of_rank"]
+    kind, _, name = what.partition(": ")
+    waits = kind in ("call", "device", "adds", "hidden") or name in WAITING_PHASES
+    return len(set(gpus)) == len(gpus) or not waits
 
 
 def lines(result: Json) -> Iterator[str]:
@@ -339,6 +348,8 @@ def lines(result: Json) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|"
     direct, hierarchical = best(result[DIRECT]), best(result[HIERARCHICAL])
     for shape, what in direct | hierarchical:
+        if not is_shown(what, result):
+            continue
         values = [found.get((shape, what)) for found in (direct, hierarchical)]
         texts = ["–" if value is None else f"{value:.5g}" for value in values]
         one, other = values

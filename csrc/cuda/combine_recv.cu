@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
   const Messages messages{c, kWire, begun.number};
   const bool ok = begun.ok && OpenMessages(messages, a.wire.counts, num_rows, arrivals);
-  const int32_t width = c.wire_width();
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const Words words(c.x_row_bytes, sizeof(Word), piece, c.pieces);
     char* const out = a.out + t * c.x_row_bytes;
     const int32_t place =
-        ok && lane < width ? a.wire.places[int64_t{t} * width + lane] : -1;
+        ok && lane < c.wire_width ? a.wire.places[int64_t{t} * c.wire_width + lane] : -1;
     bool here = ok;
     if (place >= 0) {
       const int32_t region = place / c.tokens;

@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Begun begun = BeginSendPhase(c);
   const Messages wire{c, kWire, begun.number}, node{c, kNode, begun.number};
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  const int32_t width = c.relay_width();
   const auto terms_of = [&](int32_t from, int32_t row, int32_t, Term* terms) {
-    const int32_t place = lane < width ? RelayOf(c, relay, from, row)[lane] : -1;
+    const int32_t place = lane < c.relay_width ? RelayOf(c, relay, from, row)[lane] : -1;
     bool here = true;
     if (place >= 0) {
       const int32_t region = from * c.nodes.ranks_per_node + place / c.tokens;

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!__syncthreads_and(ok)) {
     for (int32_t at = threadIdx.x; kRouted && at < block.num_rows; at += blockDim.x) {
-      Placing(relay, block.node * c.tokens + block.first_row + at, c.relay_width()).End();
+      Placing(relay, block.node * c.tokens + block.first_row + at, c.relay_width).End();
     }
     return;
   }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t code = kRouted && row < rows ? __ldcg(codes + from) : -1;
     const int32_t expert = code < 0 ? -1 : c.code.Expert(code);
     const float value = c.slots && row < rows ? __ldcg(slots + from) : 0.0f;
-    Placing places(relay, block.node * c.tokens + row, c.relay_width());
+    Placing places(relay, block.node * c.tokens + row, c.relay_width);
     for (int32_t index = 0; row < rows && index < per_node; ++index) {
       if (!lists.Has(index, at)) continue;
       const int32_t position = lists.Position(index, at);
@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   HandOverEmpty(node, outgoing);
 
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  const int32_t width = c.relay_width();
   char** const to = targets[threadIdx.x / kWarp];
   int32_t at = 0, tile_at = 0;  // segments of this warp's row and of the tile
   int32_t waited_for = -1, waited_chunk = -1;
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (lane == 0) here = WaitForChunks(wire, waited_for, wanted, arrivals);
       here = __shfl_sync(~0u, here, 0);
     }
-    const int32_t place = lane < width ? RelayOf(c, relay, segment.region, row)[lane] : -1;
+    const int32_t place = lane < c.relay_width ? RelayOf(c, relay, segment.region, row)[lane] : -1;
     if (place >= 0) {
       const int32_t region = segment.region * c.nodes.ranks_per_node + place / c.tokens;
       to[lane] = outgoing[region].rows + place % c.tokens * c.layout.row_bytes;
@@ -168,11 +167,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   ForEachTile(c, rounds, segments.rows, pack, [&](int32_t first, int32_t rows) {
     if (Faulted(c)) return;  // the tile may not be complete
     tile_at = segments.Find(first, tile_at);
-    for (int32_t i = lane; i < rows * width; i += kWarp) {
-      const int32_t unit = first + i / width;
+    for (int32_t i = lane; i < rows * c.relay_width; i += kWarp) {
+      const int32_t unit = first + i / c.relay_width;
       const Segment& segment = segments.segment[segments.Find(unit, tile_at)];
       const int32_t row = segment.row + unit - segment.first;
-      const int32_t place = RelayOf(c, relay, segment.region, row)[i % width];
+      const int32_t place = RelayOf(c, relay, segment.region, row)[i % c.relay_width];
       if (place < 0) continue;
       const int32_t region = segment.region * c.nodes.ranks_per_node + place / c.tokens;
       CountRow(node, region, outgoing[region].chunks, place % c.tokens);

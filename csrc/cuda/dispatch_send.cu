@@ -5,7 +5,7 @@
 //   message to d, row i = x[t], CopyCodes of topk_idx[t,:], slots topk_weights[t,:]
 //   places[t,p] = d * T + i          i counts the rows to d in the order of t
 //
-// In hierarchical mode there is a message to each node instead, to its relay. `places` are the same.
+// In hierarchical mode there is a message to each node instead, to its relay; the same `places`.
 //
 // Route    S1, S2  a thread per slot. A bit per (expert, row) and (rank, row) of the block in
 //                  shared memory makes every index a population count; the blocks add up their
@@ -40,11 +40,10 @@ __global__ void LayOut(const Context c, const float* slots, const WirePlaces wir
   const Begun begun = BeginSendPhase(c);
   if (!begun.ok) return;
   const Messages messages{c, kWire, begun.number};
-  const int32_t width = c.wire_width();
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   WriteHeaders(messages, wire.counts);
-  for (int64_t at = thread; at < int64_t{c.tokens} * width; at += threads) {
+  for (int64_t at = thread; at < int64_t{c.tokens} * c.wire_width; at += threads) {
     const int32_t place = wire.places[at];
     if (place < 0) continue;
     if (IsBroken(c, place, wire)) {
@@ -57,7 +56,7 @@ __global__ void LayOut(const Context c, const float* slots, const WirePlaces wir
     auto* const to =
         reinterpret_cast<float*>(message + LayoutOf(c, wire.counts[region]).slots_offset);
     for (int32_t k = 0; k < c.top_k; ++k) {
-      to[int64_t{place % c.tokens} * c.top_k + k] = slots[at / width * c.top_k + k];
+      to[int64_t{place % c.tokens} * c.top_k + k] = slots[at / c.wire_width * c.top_k + k];
     }
   }
 }
@@ -80,11 +79,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
     const auto warp = static_cast<int32_t>(threadIdx.x) / kWarp;
     const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-    const int32_t width = c.wire_width();
     char** const to = targets[warp];
     const int32_t stride = static_cast<int32_t>(gridDim.x) * (kWarps / c.pieces);
     const auto place_of = [&](int32_t t) {
-      return t < c.tokens && lane < width ? wire.places[int64_t{t} * width + lane] : -1;
+      return t < c.tokens && lane < c.wire_width
+                 ? wire.places[int64_t{t} * c.wire_width + lane]
+                 : -1;
     };
     int32_t next =
         place_of(static_cast<int32_t>(blockIdx.x) * (kWarps / c.pieces) + warp / c.pieces);
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                     count);
     };
     ForEachTile(c, rounds, c.tokens, pack, [&](int32_t first_row, int32_t rows) {
-      for (int32_t at = lane; at < rows * width; at += kWarp) {
-        const int32_t place = wire.places[int64_t{first_row} * width + at];
+      for (int32_t at = lane; at < rows * c.wire_width; at += kWarp) {
+        const int32_t place = wire.places[int64_t{first_row} * c.wire_width + at];
         if (place < 0) continue;
         const int32_t region = place / c.tokens;
         CountRow(messages, region, outgoing[region].chunks, place % c.tokens);
@@ -155,7 +155,7 @@ cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedA
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  LayOut<<<launch.BlocksForItems(int64_t{c.tokens} * c.wire_width()), kThreads, 0,
+  LayOut<<<launch.BlocksForItems(int64_t{c.tokens} * c.wire_width), kThreads, 0,
            launch.stream>>>(c, arrays.slots, wire);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

@@ -146,11 +146,9 @@ __global__ void __launch_bounds__(kRouteThreads)
         visit(list, before[bin] + bits.CountBelow(bin, row));
       }
     };
-    Placing at_ranks(a.places, first_row + row, c.places_per_row);
-    Placing on_wire(c.wire_places, first_row + row, c.wire_width());
-    Placing& of_messages = by_node ? on_wire : at_ranks;
+    Placing on_wire(by_node ? c.wire_places : a.places, first_row + row, c.wire_width);
     for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
-      if (k == 0) of_messages.Add(region * c.tokens + i);
+      if (k == 0) on_wire.Add(region * c.tokens + i);
       if (!begun.ok) return;
       char* const message = wire.To(region) + c.layout.header_bytes;
       const MessageLayout layout = LayoutOf(c, wire_rows[region]);
@@ -159,8 +157,9 @@ __global__ void __launch_bounds__(kRouteThreads)
       reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
     });
     if (k != 0) continue;
-    of_messages.End();
+    on_wire.End();
     if (!by_node) continue;
+    Placing at_ranks(a.places, first_row + row, c.places_per_row);
     for_each_list(c.num_experts, c.num_ranks,
                   [&](int32_t rank, int32_t i) { at_ranks.Add(rank * c.tokens + i); });
     at_ranks.End();

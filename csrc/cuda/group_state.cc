@@ -76,6 +76,8 @@ Context Rank::ContextFor(int32_t lane_index) const {
   c.num_experts = options.num_experts;
   c.top_k = options.top_k;
   c.places_per_row = PlacesPerRow(options);
+  c.wire_width = std::min(options.top_k, c.nodes.Regions(kWire));
+  c.relay_width = PlacesPerNode(options);
   c.expert_alignment = options.expert_alignment;
   c.drop_overflow = options.overflow == Overflow::kDrop;
   c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
@@ -260,7 +262,8 @@ Status GroupState::Connect() {
       }
     }
     auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, NodesOf(options),
-                               layout, memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,
+                               layout, memories, std::move(far), rank->queue.as<Descriptor>(),
+                               queue_mask,
                                &rank->host.as<HostPage>()->fault,
                                [this, index = rank->index](int32_t lane_index) {
                                  launches->NotePut(index, lane_index);

@@ -183,10 +183,12 @@ __device__ inline void HandOverEmpty(const Messages& m, const Outgoing* outgoing
 struct Arrivals {
   int32_t chunks[kMaxRanks];
   uint32_t looking[kMaxRanks];
-  bool asks;  // whether other ranks are at fault: host memory is far, so some blocks do
+  // Whether this block asks if other ranks are at fault. The word is in host memory, and many that
+  // read there slow the copy engine down: one thread of one block at a time does.
+  bool asks;
 
   // By all threads of a block, which meet afterwards.
-  __device__ void Clear(bool asks_others = blockIdx.x % 32 == 0) {
+  __device__ void Clear(bool asks_others = blockIdx.x == 0) {
     asks = asks_others;
     for (int32_t region = threadIdx.x; region < kMaxRanks; region += blockDim.x) {
       chunks[region] = 0;
@@ -195,7 +197,7 @@ struct Arrivals {
   }
 };
 
-// How long a wait for a peer may last. Whoever waits for a relay is more patient than the relay, so
+// How long a wait for a peer may last. Who waits for a relay is more patient than the relay, so
 // that the fault names the rank that is silent, not one that waits for it.
 __device__ inline int64_t PatienceNs(const Messages& m) {
   const auto timeout_ns = static_cast<int64_t>(m.c.timeout_ns);
@@ -213,7 +215,8 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
   const char* const word = c.memory + c.layout.SignalOffset(m.leg, c.lane_index, m.number, region);
   int64_t begin = 0;
   for (int32_t turn = 0; here < wanted; ++turn) {
-    if (atomicExch(&arrivals.looking[region], 1u) == 0) {
+    const bool looks = atomicExch(&arrivals.looking[region], 1u) == 0;
+    if (looks) {
       const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
       const int32_t chunks = ChunksArrived(seen, m.number);
       __threadfence_block();  // what the signal vouches for, before `here`
@@ -225,24 +228,24 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
     __nanosleep(turn < 4 ? 100 : 2000);
     if (turn % 16 != 15) continue;
     if (Faulted(c)) return false;
-    if (NowNs() - begin > PatienceNs(m)) {
-      const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
-      Report(c, FaultKind::kDeadline, m.number,
-             {m.Peer(region), -1, m.number, NumberOf(seen)});
-      return false;
-    }
-    if (!arrivals.asks) continue;
-    if (load_relaxed_system(c.group_failed)) {
+    const bool asks = looks && arrivals.asks;
+    if (asks && load_relaxed_system(c.group_failed)) {
       atomicExch(&c.state->faulted, 1u);
       return false;
     }
-    if (c.among_processes) {
+    if (asks && c.among_processes) {
       const auto* const fault =
           reinterpret_cast<const uint32_t*>(c.memory + c.layout.FaultWordOffset());
       if (const uint32_t told = load_relaxed_system(fault)) {
         Report(c, FaultKind::kPeerFailed, m.number, {static_cast<int32_t>(told) - 1});
         return false;
       }
+    }
+    if (NowNs() - begin > PatienceNs(m)) {
+      const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
+      Report(c, FaultKind::kDeadline, m.number,
+             {m.Peer(region), -1, m.number, NumberOf(seen)});
+      return false;
     }
   }
   __threadfence_block();  // `here`, before what it vouches for

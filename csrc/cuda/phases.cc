@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The phases of backend.h: what a caller may ask for, and how the work is cut. In hierarchical mode
-// a dispatch_recv begins with a relay, and a combine_send ends with one, which are launched as parts
-// of their own: both wait for the ranks of the leg before them.
+// The phases of backend.h: what a caller may ask for, and how the work is cut. In hierarchical
+// mode a dispatch_recv begins with a relay, and a combine_send ends with one, which are launched as
+// parts of their own: both wait for the ranks of the leg before them.
 #include <algorithm>
 #include <chrono>
 #include <string>

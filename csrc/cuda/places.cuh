@@ -18,7 +18,7 @@ namespace {
 
 // Of the messages on the wire: as in a handle, or as PlaceOnWire says in hierarchical mode.
 struct WirePlaces {
-  const int32_t* places;  // [T, c.wire_width()]
+  const int32_t* places;  // [T, c.wire_width]
   const int32_t* counts;  // by region
 
   __host__ __device__ WirePlaces(const Context& c, const int32_t* handle_places,
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) PlaceOnWire(const Context c, const i
     c.scratch->wire_rows[threadIdx.x] = lists.total[threadIdx.x];
   }
   for (int32_t at = threadIdx.x; at < min(kPlacedRows, c.tokens - first_row); at += blockDim.x) {
-    Placing to(c.wire_places, first_row + at, c.wire_width());
+    Placing to(c.wire_places, first_row + at, c.wire_width);
     for (int32_t node = 0; node < num_nodes; ++node) {
       if (lists.Has(node, at)) to.Add(node * c.tokens + lists.Position(node, at));
     }

@@ -3,9 +3,9 @@
 // The relay: what a rank does for others between the two legs of an operation in hierarchical mode
 // (PROTOCOL.md, R1 and R2).
 //
-// Its routing, `relay` [M,T,Q] in a handle, are places (places.cuh): the i-th row that the rank with
-// this index in node n has sent here goes to the ranks of this node at relay[n,i,:]. Inside the node
-// their messages are regions n * L + 0 … L - 1.
+// Its routing, `relay` [M,T,Q] in a handle, are places (places.cuh): the i-th row that the rank
+// with this index in node n has sent here goes to the ranks of this node at relay[n,i,:]. Inside
+// the node their messages are regions n * L + 0 … L - 1.
 #ifndef SMFREE_CSRC_CUDA_RELAY_CUH_
 #define SMFREE_CSRC_CUDA_RELAY_CUH_
 
@@ -36,19 +36,18 @@ inline int32_t RelayBlocks(const Context& c) {
 // Row `row` of node `node` in `relay`.
 template <typename Int>
 __device__ Int* RelayOf(const Context& c, Int* relay, int32_t node, int32_t row) {
-  return relay + (int64_t{node} * c.tokens + row) * c.relay_width();
+  return relay + (int64_t{node} * c.tokens + row) * c.relay_width;
 }
 
 // The lists of a handle's relay, by index. What no dispatch can have made is a fault.
 __device__ inline void CountRelay(const Context& c, int64_t number, const int32_t* relay,
                                   const RelayBlock& block, Lists& lists) {
-  const int32_t width = c.relay_width();
   const auto report = [&](int32_t row, int32_t place) {
     Report(c, FaultKind::kInvalidArgument, number, {-1, row, c.tokens, place});
   };
   lists.Count(c.tokens, c.nodes.ranks_per_node, block.first_row, [&](int32_t row) {
     int32_t broken = -1;
-    const uint64_t indices = ListsOf(RelayOf(c, relay, block.node, row), width, c.tokens,
+    const uint64_t indices = ListsOf(RelayOf(c, relay, block.node, row), c.relay_width, c.tokens,
                                      c.nodes.ranks_per_node, &broken);
     if (broken != -1) report(row, broken);
     return indices;

@@ -105,7 +105,9 @@ struct Context {
   Layout layout;
   CopyCode code{1};
   Nodes nodes;
-  int32_t rank, num_ranks, num_experts, top_k, places_per_row;
+  int32_t rank, num_ranks, num_experts, top_k;
+  int32_t places_per_row, wire_width, relay_width;  // of a row: most ranks, messages on the wire,
+                                                    // and from a relay inside its node
   int32_t expert_alignment;
   bool drop_overflow;
   bool among_processes;  // peers tell of a fault through the fault words
@@ -116,7 +118,7 @@ struct Context {
   char* const* memories;  // [R], that of every rank (device array); nullptr for far ones
   RankState* state;
   LaneScratch* scratch;   // of the lane index
-  int32_t* wire_places;   // [T, wire_width]: hierarchical mode, see places.cuh
+  int32_t* wire_places;   // [T, wire_width]: in hierarchical mode, see places.cuh
   int32_t* route_counts;  // [route blocks, bins]
   uint64_t* route_flags;  // [route blocks]
   uint32_t* row_tags;     // [N]: the number of the operation that writes the row
@@ -142,12 +144,6 @@ struct Context {
   float* token_out;
 
   SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
-  // The most messages on the wire that a row goes into, and inside the node.
-  SMFREE_HD int32_t wire_width() const { return Least(top_k, nodes.Regions(kWire)); }
-  SMFREE_HD int32_t relay_width() const { return Least(top_k, nodes.ranks_per_node); }
-
- private:
-  SMFREE_HD static int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
 }  // namespace smfree::cuda

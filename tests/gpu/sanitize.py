@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two MoE layers, forward and backward, for compute-sanitizer, under which everything is slow.
 
+Four ranks are two nodes, in hierarchical mode.
+
     compute-sanitizer --report-api-errors no python tests/gpu/sanitize.py
 
 (That peer access is enabled already is no error of the kernels.) No collective of NCCL takes part.
@@ -27,6 +29,7 @@ def main():
     mesh = ep_mesh(as_many(4))
     problem = make_problem(mesh, tokens=33, top_k=3, hidden=40)
     sizes = {"num_experts": 8, "top_k": 3, "hidden": 40, "max_tokens": 40}
+    sizes["ranks_per_node"] = 2 if mesh.size == 4 else None
     config = smfree.EpConfig(**sizes, dtype=jnp.float32, expert_alignment=4, timeout_s=300)
     with (
         smfree.EpGroup.create(mesh, config=config) as pushing,
