@@ -19,46 +19,58 @@
 namespace smfree::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) LayOut(const Context c, const int32_t* relay) {
-  __shared__ Lists lists;
-  __shared__ Arrivals arrivals;
-  const Begun begun = BeginSendPhase(c);
-  if (!begun.ok) return;
-  const Messages wire{c, kWire, begun.number}, node{c, kNode, begun.number};
-  const RelayBlock block(c);
-  CountRelay(c, begun.number, relay, block, lists);
-  arrivals.Clear(/*asks_others=*/block.first_row == 0);
+// Shared memory of a block that lays out messages.
+struct LaidOut {
+  Lists lists;
+  Arrivals arrivals;
+};
+
+__device__ void LayOutTile(const Messages& wire, const Messages& node, const RelayTile& tile,
+                           const int32_t* relay, LaidOut& shared) {
+  const Context& c = wire.c;
+  Lists& lists = shared.lists;
+  CountRelay(c, wire.number, relay, tile, lists);
+  shared.arrivals.Clear(/*asks_others=*/tile.first_row == 0);
   __syncthreads();
   bool ok = true;
   const int32_t per_node = c.nodes.ranks_per_node;
   for (int32_t index = threadIdx.x; index < per_node; index += blockDim.x) {
     int32_t rows = 0;
-    ok = OpenMessage(node, block.first_region + index, lists.total[index], rows, arrivals) && ok;
+    ok = OpenMessage(node, tile.first_region + index, lists.total[index], rows, shared.arrivals) &&
+         ok;
   }
   if (!__syncthreads_and(ok)) return;
-  if (block.first_row == 0) {
-    WriteRelayRows(c, block, lists);
-    if (threadIdx.x == 0) WriteHeader(wire, block.node, lists.rows);
+  if (tile.first_row == 0) {
+    WriteRelayRows(c, tile, lists);
+    if (threadIdx.x == 0) WriteHeader(wire, tile.node, lists.rows);
   }
   if (!c.slots) return;
 
-  char* const message = wire.To(block.node) + c.layout.header_bytes;
+  char* const message = wire.To(tile.node) + c.layout.header_bytes;
   auto* const to = reinterpret_cast<float*>(message + LayoutOf(c, lists.rows).slots_offset);
-  const int32_t num_slots = min(block.num_rows, lists.rows - block.first_row) * c.top_k;
+  const int32_t num_slots = min(tile.num_rows, lists.rows - tile.first_row) * c.top_k;
   for (int32_t slot = threadIdx.x; slot < num_slots; slot += blockDim.x) {
     const int32_t at = slot / c.top_k;
     const int32_t k = slot % c.top_k;
     float sum = 0.0f;
     for (int32_t index = 0; index < per_node; ++index) {
       if (!lists.Has(index, at)) continue;
-      const char* const from = node.From(block.first_region + index) + c.layout.header_bytes;
+      const char* const from = node.From(tile.first_region + index) + c.layout.header_bytes;
       const auto* const values =
           reinterpret_cast<const float*>(from + LayoutOf(c, lists.total[index]).slots_offset);
       const int64_t position = lists.Position(index, at);
       sum = __fadd_rn(sum, __ldcg(values + position * c.top_k + k));
     }
-    to[int64_t{block.first_row} * c.top_k + slot] = sum;
+    to[int64_t{tile.first_row} * c.top_k + slot] = sum;
   }
+}
+
+__global__ void __launch_bounds__(kThreads) LayOut(const Context c, const int32_t* relay) {
+  __shared__ LaidOut shared;
+  const Begun begun = BeginSendPhase(c);
+  if (!begun.ok) return;
+  const Messages wire{c, kWire, begun.number}, node{c, kNode, begun.number};
+  ForEachRelayTile(c, [&](const RelayTile& tile) { LayOutTile(wire, node, tile, relay, shared); });
 }
 
 template <typename T, typename Word>
@@ -119,7 +131,7 @@ cudaError_t LoadCombineRelay() {
 
 cudaError_t LaunchCombineRelay(const Context& c, const CombineSendArrays& arrays,
                                const Launch& launch) {
-  LayOut<<<RelayBlocks(c), kThreads, 0, launch.stream>>>(c, arrays.relay);
+  LayOut<<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, arrays.relay);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kReduce);

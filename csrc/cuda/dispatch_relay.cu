@@ -35,40 +35,43 @@ __device__ void WriteFront(const Messages& m, int32_t region, int32_t rows, cons
   if (threadIdx.x == 0) WriteHeader(m, region, rows);
 }
 
+// Shared memory of a block that places rows.
+struct Placed {
+  Lists lists;
+  Arrivals arrivals;
+  int32_t rows;  // of the message on the wire
+};
+
 template <bool kRouted>
-__global__ void __launch_bounds__(kThreads)
-    Place(const Context c, const int32_t* known, int32_t* relay) {
-  __shared__ Lists lists;
-  __shared__ Arrivals arrivals;
-  __shared__ int32_t rows;  // of the message on the wire
-  NoteBegin(c);
-  if (!kRouted && NothingWasSent(c)) return;
-  const Begun begun = BeginRecvPhase(c);
-  const Messages wire{c, kWire, begun.number}, node{c, kNode, begun.number};
-  const RelayBlock block(c);
-  if (!kRouted && begun.ok) CountRelay(c, begun.number, known, block, lists);
-  arrivals.Clear(/*asks_others=*/block.first_row == 0);
+__device__ void PlaceTile(const Messages& wire, const Messages& node, bool begun,
+                          const RelayTile& tile, const int32_t* known, int32_t* relay,
+                          Placed& shared) {
+  const Context& c = wire.c;
+  Lists& lists = shared.lists;
+  if (!kRouted && begun) CountRelay(c, wire.number, known, tile, lists);
+  shared.arrivals.Clear(/*asks_others=*/tile.first_row == 0);
   __syncthreads();
-  bool ok = begun.ok;
+  bool ok = begun;
   if (ok && threadIdx.x == 0) {
-    ok = OpenMessage(wire, block.node, kRouted ? -1 : lists.rows, rows, arrivals);
+    ok = OpenMessage(wire, tile.node, kRouted ? -1 : lists.rows, shared.rows, shared.arrivals);
   }
   if (!__syncthreads_and(ok)) {
-    for (int32_t at = threadIdx.x; kRouted && at < block.num_rows; at += blockDim.x) {
-      Placing(relay, block.node * c.tokens + block.first_row + at, c.relay_width).End();
+    for (int32_t at = threadIdx.x; kRouted && at < tile.num_rows; at += blockDim.x) {
+      Placing(relay, tile.node * c.tokens + tile.first_row + at, c.relay_width).End();
     }
     return;
   }
 
+  const int32_t rows = shared.rows;
   const int32_t per_node = c.nodes.ranks_per_node;
   const int32_t local_experts = c.local_experts();
-  const char* const message = wire.From(block.node);
+  const char* const message = wire.From(tile.node);
   const char* const front = message + c.layout.header_bytes;
   const auto* const codes = reinterpret_cast<const int32_t*>(front);
   const auto* const slots =
       reinterpret_cast<const float*>(front + LayoutOf(c, rows).slots_offset);
   if (kRouted) {
-    lists.Count(c.tokens, per_node, block.first_row, [&](int32_t row) {
+    lists.Count(c.tokens, per_node, tile.first_row, [&](int32_t row) {
       uint64_t indices = 0;
       for (int32_t k = 0; row < rows && k < c.top_k; ++k) {
         const int32_t code = __ldcg(codes + int64_t{row} * c.top_k + k);
@@ -77,27 +80,27 @@ __global__ void __launch_bounds__(kThreads)
       return indices;
     });
   }
-  if (block.first_row == 0) {
-    WriteRelayRows(c, block, lists);
+  if (tile.first_row == 0) {
+    WriteRelayRows(c, tile, lists);
     for (int32_t index = 0; index < per_node; ++index) {
-      WriteFront(node, block.first_region + index, lists.total[index], message);
+      WriteFront(node, tile.first_region + index, lists.total[index], message);
     }
   }
 
   // A thread per slot.
-  for (int32_t slot = threadIdx.x; slot < block.num_rows * c.top_k; slot += blockDim.x) {
+  for (int32_t slot = threadIdx.x; slot < tile.num_rows * c.top_k; slot += blockDim.x) {
     const int32_t at = slot / c.top_k;
     const int32_t k = slot % c.top_k;
-    const int32_t row = block.first_row + at;
+    const int32_t row = tile.first_row + at;
     const int64_t from = int64_t{row} * c.top_k + k;
     const int32_t code = kRouted && row < rows ? __ldcg(codes + from) : -1;
     const int32_t expert = code < 0 ? -1 : c.code.Expert(code);
     const float value = c.slots && row < rows ? __ldcg(slots + from) : 0.0f;
-    Placing places(relay, block.node * c.tokens + row, c.relay_width);
+    Placing places(relay, tile.node * c.tokens + row, c.relay_width);
     for (int32_t index = 0; row < rows && index < per_node; ++index) {
       if (!lists.Has(index, at)) continue;
       const int32_t position = lists.Position(index, at);
-      char* const to = node.To(block.first_region + index) + c.layout.header_bytes;
+      char* const to = node.To(tile.first_region + index) + c.layout.header_bytes;
       const MessageLayout layout = LayoutOf(c, lists.total[index]);
       const int64_t there = int64_t{position} * c.top_k + k;
       if (kRouted) {
@@ -110,6 +113,19 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (kRouted && k == 0) places.End();
   }
+}
+
+template <bool kRouted>
+__global__ void __launch_bounds__(kThreads)
+    Place(const Context c, const int32_t* known, int32_t* relay) {
+  __shared__ Placed shared;
+  NoteBegin(c);
+  if (!kRouted && NothingWasSent(c)) return;
+  const Begun begun = BeginRecvPhase(c);
+  const Messages wire{c, kWire, begun.number}, node{c, kNode, begun.number};
+  ForEachRelayTile(c, [&](const RelayTile& tile) {
+    PlaceTile<kRouted>(wire, node, begun.ok, tile, known, relay, shared);
+  });
 }
 
 template <typename Word>
@@ -200,13 +216,13 @@ cudaError_t LoadDispatchRelay() {
 
 cudaError_t LaunchDispatchRelay(const Context& c, const DispatchRecvArrays& arrays,
                                 const Launch& launch) {
-  Place<true><<<RelayBlocks(c), kThreads, 0, launch.stream>>>(c, nullptr, arrays.relay);
+  Place<true><<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, nullptr, arrays.relay);
   return LaunchForward(c, arrays.relay, launch);
 }
 
 cudaError_t LaunchDispatchRelayCached(const Context& c, const DispatchRecvCachedArrays& arrays,
                                       const Launch& launch) {
-  Place<false><<<RelayBlocks(c), kThreads, 0, launch.stream>>>(c, arrays.relay, nullptr);
+  Place<false><<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, arrays.relay, nullptr);
   return LaunchForward(c, arrays.relay, launch);
 }
 

@@ -35,7 +35,9 @@ struct Launch {
   // With a thread per item.
   int32_t BlocksForItems(int64_t items) const { return Blocks(items, kThreads); }
   // That place rows.
-  static int32_t BlocksForPlaces(int32_t rows) { return (rows + kPlacedRows - 1) / kPlacedRows; }
+  SMFREE_HD static constexpr int32_t BlocksForPlaces(int32_t rows) {
+    return (rows + kPlacedRows - 1) / kPlacedRows;
+  }
 
  private:
   int32_t Blocks(int64_t items, int64_t per_block) const {

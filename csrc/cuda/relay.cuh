@@ -9,6 +9,7 @@
 #ifndef SMFREE_CSRC_CUDA_RELAY_CUH_
 #define SMFREE_CSRC_CUDA_RELAY_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "csrc/cuda/places.cuh"
@@ -16,21 +17,36 @@
 namespace smfree::cuda {
 namespace {
 
-// The rows of one node's message on the wire that a block places.
-struct RelayBlock {
+// Rows of one node's message on the wire that a block places at once.
+struct RelayTile {
   int32_t node, first_row, num_rows;
   int32_t first_region;  // inside the node
 
-  __device__ explicit RelayBlock(const Context& c) {
-    const auto blocks = static_cast<int32_t>(gridDim.x) / c.nodes.count();
-    node = static_cast<int32_t>(blockIdx.x) / blocks;
-    first_row = static_cast<int32_t>(blockIdx.x) % blocks * kPlacedRows;
+  __device__ RelayTile(const Context& c, int32_t tile) {
+    const int32_t per_node = Launch::BlocksForPlaces(c.tokens);
+    node = tile / per_node;
+    first_row = tile % per_node * kPlacedRows;
     num_rows = min(kPlacedRows, c.tokens - first_row);
     first_region = node * c.nodes.ranks_per_node;
   }
 };
-inline int32_t RelayBlocks(const Context& c) {
+
+__host__ __device__ inline int32_t RelayTiles(const Context& c) {
   return c.nodes.count() * Launch::BlocksForPlaces(c.tokens);
+}
+
+// Calls body(tile) for all tiles, by all threads of all blocks. They wait for others, so they are no
+// more than leave room for puts (far_peers.h).
+template <typename Body>
+__device__ void ForEachRelayTile(const Context& c, const Body& body) {
+  for (int32_t tile = static_cast<int32_t>(blockIdx.x); tile < RelayTiles(c);
+       tile += static_cast<int32_t>(gridDim.x)) {
+    body(RelayTile(c, tile));
+    __syncthreads();  // the next tile takes the shared memory
+  }
+}
+inline int32_t RelayBlocks(const Context& c, const Launch& launch) {
+  return std::min(RelayTiles(c), launch.num_sms * kBlocksPerSm);
 }
 
 // Row `row` of node `node` in `relay`.
@@ -41,20 +57,20 @@ __device__ Int* RelayOf(const Context& c, Int* relay, int32_t node, int32_t row)
 
 // The lists of a handle's relay, by index. What no dispatch can have made is a fault.
 __device__ inline void CountRelay(const Context& c, int64_t number, const int32_t* relay,
-                                  const RelayBlock& block, Lists& lists) {
+                                  const RelayTile& tile, Lists& lists) {
   const auto report = [&](int32_t row, int32_t place) {
     Report(c, FaultKind::kInvalidArgument, number, {-1, row, c.tokens, place});
   };
-  lists.Count(c.tokens, c.nodes.ranks_per_node, block.first_row, [&](int32_t row) {
+  lists.Count(c.tokens, c.nodes.ranks_per_node, tile.first_row, [&](int32_t row) {
     int32_t broken = -1;
-    const uint64_t indices = ListsOf(RelayOf(c, relay, block.node, row), c.relay_width, c.tokens,
+    const uint64_t indices = ListsOf(RelayOf(c, relay, tile.node, row), c.relay_width, c.tokens,
                                      c.nodes.ranks_per_node, &broken);
     if (broken != -1) report(row, broken);
     return indices;
   });
-  for (int32_t at = threadIdx.x; at < block.num_rows; at += blockDim.x) {
-    const int32_t row = block.first_row + at;
-    const int32_t* const places = RelayOf(c, relay, block.node, row);
+  for (int32_t at = threadIdx.x; at < tile.num_rows; at += blockDim.x) {
+    const int32_t row = tile.first_row + at;
+    const int32_t* const places = RelayOf(c, relay, tile.node, row);
     int32_t p = 0;
     for (int32_t index = 0; index < c.nodes.ranks_per_node; ++index) {
       if (!lists.Has(index, at)) continue;
@@ -65,13 +81,13 @@ __device__ inline void CountRelay(const Context& c, int64_t number, const int32_
   }
 }
 
-// How many rows the messages have that this relay gets and sends on. By one block of each node.
-__device__ inline void WriteRelayRows(const Context& c, const RelayBlock& block,
+// How many rows the messages have that this relay gets and sends on. For one tile of each node.
+__device__ inline void WriteRelayRows(const Context& c, const RelayTile& tile,
                                       const Lists& lists) {
   for (int32_t i = threadIdx.x; i < c.nodes.ranks_per_node; i += blockDim.x) {
-    c.scratch->relay_node_rows[block.first_region + i] = lists.total[i];
+    c.scratch->relay_node_rows[tile.first_region + i] = lists.total[i];
   }
-  if (threadIdx.x == 0) c.scratch->relay_wire_rows[block.node] = lists.rows;
+  if (threadIdx.x == 0) c.scratch->relay_wire_rows[tile.node] = lists.rows;
 }
 
 }  // namespace

@@ -85,6 +85,10 @@ def test_close_lets_a_program_under_way_end(faulty):
         return out + 0 * jax.lax.psum(jnp.sum(out), "ep")
 
     out = compiled(group, last_is_late, problem)(*problem.arrays[:3])
+    deadline = time.monotonic() + 30
+    while group.stats()["combine_send_calls"] < group.num_ranks:
+        assert time.monotonic() < deadline, "the program does not get under way"
+        time.sleep(0.001)
     group.close()
     assert np.isfinite(out).all()
 
