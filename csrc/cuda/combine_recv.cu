@@ -56,10 +56,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int32_t place =
         ok && lane < c.wire_width ? a.wire.places[int64_t{t} * c.wire_width + lane] : -1;
     bool here = ok;
-    if (place >= 0) {
+    const int32_t before = __shfl_up_sync(~0u, place, 1);
+    if (place != -1) {
       const int32_t region = place / c.tokens;
       const int32_t row = place % c.tokens;
-      if (region >= messages.count() || row >= num_rows[region]) {
+      const bool ascends = lane == 0 || (before >= 0 && before < place);
+      if (place < 0 || !ascends || region >= messages.count() || row >= num_rows[region]) {
         Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
         here = false;
       } else {

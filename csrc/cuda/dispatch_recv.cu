@@ -163,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   for (int32_t n = 0; ok && c.nodes.hierarchical && n < c.nodes.count(); ++n) {
     relay_read += c.scratch->relay_wire_rows[n];
   }
+  if (ok && c.nodes.hierarchical) NoteRelayed(messages, c.scratch->relay_node_rows);
   const auto y_read = static_cast<int64_t>(kWeighted ? c.scratch->copies : 0);
   EndPhase(c, begun, ok && !Faulted(c), rows, (rows + relay_read + y_read) * c.x_row_bytes,
            (a.capacity + relay_written) * c.x_row_bytes);

@@ -28,10 +28,12 @@
 namespace smfree::cuda {
 namespace {
 
-// A place that no dispatch of this group can have made.
-__device__ bool IsBroken(const Context& c, int32_t place, const WirePlaces& wire) {
-  if (place == -1) return false;
-  return place < -1 || place / c.tokens >= c.nodes.Regions(kWire) ||
+// Whether no dispatch of this group can have made place `at`: they ascend, and are -1 at the end.
+__device__ bool IsBroken(const Context& c, int64_t at, const WirePlaces& wire) {
+  const int32_t place = wire.places[at];
+  const int32_t before = at % c.wire_width == 0 ? 0 : wire.places[at - 1];
+  return place < -1 || before < 0 || (at % c.wire_width != 0 && before >= place) ||
+         place / c.tokens >= c.nodes.Regions(kWire) ||
          place % c.tokens >= wire.counts[place / c.tokens];
 }
 
@@ -45,8 +47,8 @@ __global__ void LayOut(const Context c, const float* slots, const WirePlaces wir
   WriteHeaders(messages, wire.counts);
   for (int64_t at = thread; at < int64_t{c.tokens} * c.wire_width; at += threads) {
     const int32_t place = wire.places[at];
-    if (place < 0) continue;
-    if (IsBroken(c, place, wire)) {
+    if (place == -1) continue;
+    if (IsBroken(c, at, wire)) {
       Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.tokens, place});
       continue;
     }

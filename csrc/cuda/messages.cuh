@@ -184,7 +184,7 @@ struct Arrivals {
   int32_t chunks[kMaxRanks];
   uint32_t looking[kMaxRanks];
   // Whether this block asks if other ranks are at fault. The word is in host memory, and many that
-  // read there slow the copy engine down: one thread of one block at a time does.
+  // read there slow the copy engine down: one thread of one block, for each message, does.
   bool asks;
 
   // By all threads of a block, which meet afterwards.

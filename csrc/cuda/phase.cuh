@@ -119,7 +119,8 @@ struct Begun {
   int64_t number;  // k
 };
 
-// S1, the same in every block of every kernel of a send phase: `sent` changes at the very end.
+// S1, the same in every block of every kernel of a send phase: `sent` changes at the very end. By all
+// threads of a block, and the same for all of them: a fault may be told at any moment.
 __device__ inline Begun BeginSendPhase(const Context& c) {
   // All loads at once: they are far apart.
   LaneState lane = c.scratch->state;
@@ -128,8 +129,9 @@ __device__ inline Begun BeginSendPhase(const Context& c) {
   const int32_t position = c.position[0];
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   Begun begun{false, lane.sent + 1};
-  if (faulted) return begun;
-  if (!token.used_once()) {
+  if (faulted) {
+    // It takes no further part.
+  } else if (!token.used_once()) {
     if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {});
   } else if (position != c.rank) {
     if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, position});
@@ -140,6 +142,7 @@ __device__ inline Begun BeginSendPhase(const Context& c) {
   } else {
     begun.ok = BeginSend(lane, begun.number) == FaultKind::kNone;
   }
+  begun.ok = __syncthreads_and(begun.ok);
   return begun;
 }
 
@@ -150,8 +153,9 @@ __device__ inline Begun BeginRecvPhase(const Context& c) {
   const Token token = Token::Read(c.token);
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   Begun begun{false, token.number};
-  if (faulted) return begun;
-  if (!token.used_once()) {
+  if (faulted) {
+    // It takes no further part.
+  } else if (!token.used_once()) {
     if (first) Report(c, FaultKind::kInvalidArgument, token.number, {});
   } else if (!MayReceive(lane, token.number)) {
     if (first) {
@@ -160,6 +164,7 @@ __device__ inline Begun BeginRecvPhase(const Context& c) {
   } else {
     begun.ok = true;
   }
+  begun.ok = __syncthreads_and(begun.ok);
   return begun;
 }
 

@@ -90,14 +90,17 @@ struct Lists {
   }
 };
 
-// The lists that `width` places of a row name, of `num_lists`; says where one is not possible.
+// The lists that `width` places of a row name, of `num_lists`; says which place is not possible, or
+// not in order.
 __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t tokens,
                                    int32_t num_lists, int32_t* broken) {
   uint64_t lists = 0;
-  for (int32_t p = 0; p < width && places[p] != -1; ++p) {
-    const int32_t list = places[p] / tokens;
-    if (places[p] < 0 || list >= num_lists) {
-      *broken = places[p];
+  for (int32_t p = 0; p < width; ++p) {
+    const int32_t place = places[p];
+    if (place == -1) continue;
+    const int32_t list = place / tokens;
+    if (place < 0 || list >= num_lists || (p > 0 && (places[p - 1] < 0 || places[p - 1] >= place))) {
+      *broken = place;
     } else {
       lists |= uint64_t{1} << list;
     }

@@ -20,8 +20,6 @@ extern "C" const char smfree_put_messages_fatbin[] __attribute__((visibility("hi
 namespace smfree::cuda {
 namespace {
 
-constexpr unsigned int kPutThreads = 512;
-
 #ifdef SMFREE_PUT_MESSAGES_FATBIN
 const char* Module() { return smfree_put_messages_fatbin; }
 #else

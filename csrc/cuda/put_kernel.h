@@ -19,6 +19,8 @@
 
 namespace smfree::cuda {
 
+constexpr unsigned int kPutThreads = 512;  // of a block, one for each message
+
 struct ProcessOfRank {
   int32_t of_rank[kMaxRanks];
 };

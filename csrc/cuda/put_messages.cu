@@ -4,10 +4,9 @@
 // has packed the messages, on its stream. The only code with NVSHMEM's device library: it is a
 // module of its own, which put_kernel.cc loads.
 //
-// A block per message puts it chunk by chunk. Calls return when the puts are posted, so that no SM
-// waits for the network; the messages stay as they are until their receivers have read them
-// (PROTOCOL.md, rule 3). A fence between them keeps the order of the chunks, for which the signal
-// vouches together.
+// A block per message puts all of it at once: it is packed, and chunks would need fences between
+// them, which IBGDA makes of waiting for the network. The call returns when the put is posted, so
+// that no SM waits; the message stays as it is until its receiver has read it (PROTOCOL.md, rule 3).
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
@@ -16,7 +15,8 @@
 
 namespace smfree::cuda {
 
-extern "C" __global__ void smfree_put_messages(const Context c, const ProcessOfRank process) {
+extern "C" __global__ void __launch_bounds__(kPutThreads)
+    smfree_put_messages(const Context c, const ProcessOfRank process) {
   if (Faulted(c)) return;  // then not all is packed
   const Messages wire{c, kWire, c.scratch->state.sent};
   const auto region = static_cast<int32_t>(blockIdx.x);
@@ -27,17 +27,12 @@ extern "C" __global__ void smfree_put_messages(const Context c, const ProcessOfR
   const int32_t there = c.nodes.RegionAtPeer(kWire, c.rank, region);
   char* const to = c.memory + c.layout.RecvRegionOffset(kWire, c.lane_index, wire.number, there);
   char* const word = c.memory + c.layout.SignalOffset(kWire, c.lane_index, wire.number, there);
-  const Chunks chunks(reinterpret_cast<const RegionHeader*>(from)->rows, c.chunks);
-  for (int32_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const ChunkBytes part(c, chunks, chunk);
-    nvshmemx_putmem_signal_nbi_block(to + part.begin, from + part.begin,
-                                     static_cast<size_t>(part.end - part.begin),
-                                     reinterpret_cast<uint64_t*>(word),
-                                     SignalAfterChunk(wire.number, chunk, chunks.count),
-                                     NVSHMEM_SIGNAL_SET, process.of_rank[peer]);
-    if (threadIdx.x == 0) nvshmem_fence();
-    __syncthreads();
-  }
+  const int32_t rows = reinterpret_cast<const RegionHeader*>(from)->rows;
+  const int64_t bytes = c.layout.header_bytes + LayoutOf(c, rows).bytes;
+  nvshmemx_putmem_signal_nbi_block(to, from, static_cast<size_t>(bytes),
+                                   reinterpret_cast<uint64_t*>(word),
+                                   SignalValue(wire.number, kAllChunks), NVSHMEM_SIGNAL_SET,
+                                   process.of_rank[peer]);
 }
 
 }  // namespace smfree::cuda

@@ -78,6 +78,7 @@ __device__ inline void CountRelay(const Context& c, int64_t number, const int32_
       ++p;
     }
     if ((p > 0) != (row < lists.rows)) report(row, -1);
+    if (p < c.relay_width && places[p] != -1) report(row, places[p]);  // a rank twice
   }
 }
 

@@ -49,7 +49,7 @@ struct Sums {
                        outgoing[segment.region].rows + row * c.layout.row_bytes, of_warp, count);
     };
     ForEachTile(c, rounds, segments.rows, pack, [&](int32_t first, int32_t rows) {
-      if (Faulted(c)) return;  // the tile may not be complete
+      if (c.nodes.hierarchical && Faulted(c)) return;  // a relay's tile may not be complete
       tile_at = segments.Find(first, tile_at);
       if (lane >= rows) return;
       const Segment& segment = segments.segment[segments.Find(first + lane, tile_at)];
