@@ -35,6 +35,11 @@ Status CheckOptions(const GroupOptions& options, size_t devices) {
   } else if (options.num_ranks > kMaxRanks) {
     wrong = std::to_string(options.num_ranks) + " ranks, expected at most " +
             std::to_string(kMaxRanks);
+  } else if (const Nodes nodes = NodesOf(options);
+             options.hierarchical && std::max(nodes.count(), nodes.ranks_per_node) > kMaxLists) {
+    wrong = std::to_string(nodes.count()) + " nodes of " + std::to_string(nodes.ranks_per_node) +
+            " ranks, expected at most " + std::to_string(kMaxLists) +
+            " of both in hierarchical mode";
   } else if (options.top_k > kMaxTopK) {
     wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
             std::to_string(kMaxTopK) + " on GPUs";

@@ -128,9 +128,11 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
   c.slots = what.has_slots ? options.top_k : 0;
   const int64_t message_bytes = call.tokens * c.layout.row_bytes;
   c.push = message_bytes <= options.sm_push_bytes;
+  // No leg has more messages than there are ranks.
+  const int64_t most_chunks = std::min(kMaxChunks, kMaxSegments / options.num_ranks);
   c.chunks = c.push ? 1
                     : static_cast<int32_t>(std::clamp<int64_t>(
-                          (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, kMaxChunks));
+                          (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
   c.pieces = 1;
   while (c.pieces < kBlockWarps && c.x_row_bytes >= int64_t{512} * 2 * c.pieces &&
          call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {

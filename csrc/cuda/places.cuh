@@ -43,10 +43,10 @@ struct Placing {
 // The lists of rows [0, T), as far as a block needs them to place kPlacedRows rows. It counts what
 // stands before them itself, so that blocks need not meet. In shared memory.
 struct Lists {
-  int32_t before[kMaxRanks];  // rows of the list before those of the block
-  int32_t total[kMaxRanks];
+  int32_t before[kMaxLists];  // rows of the list before those of the block
+  int32_t total[kMaxLists];
   int32_t rows;               // that are in any list
-  uint32_t bits[kMaxRanks][kPlacedRows / kWarp];  // of the rows of the block
+  uint32_t bits[kMaxLists][kPlacedRows / kWarp];  // of the rows of the block
 
   // By all threads of a block, which have met afterwards. Row t is in list d if bit d of mask(t) is
   // set.
@@ -90,15 +90,15 @@ struct Lists {
   }
 };
 
-// The lists that `width` places of a row name, of `num_lists`; says which place is not possible, or
-// not in order.
-__device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t tokens,
+// The lists that `width` places of a row name, of `num_lists` with `size` places each; says which
+// place is not possible, or not in order.
+__device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t size,
                                    int32_t num_lists, int32_t* broken) {
   uint64_t lists = 0;
   for (int32_t p = 0; p < width; ++p) {
     const int32_t place = places[p];
     if (place == -1) continue;
-    const int32_t list = place / tokens;
+    const int32_t list = place / size;
     if (place < 0 || list >= num_lists || (p > 0 && (places[p - 1] < 0 || places[p - 1] >= place))) {
       *broken = place;
     } else {
@@ -120,14 +120,10 @@ __global__ void __launch_bounds__(kThreads) PlaceOnWire(const Context c, const i
   const int32_t num_nodes = c.nodes.count();
   lists.Count(c.tokens, num_nodes, first_row, [&](int32_t row) {
     int32_t broken = -1;
-    const uint64_t ranks = ListsOf(places + int64_t{row} * c.places_per_row, c.places_per_row,
-                                   c.tokens, c.num_ranks, &broken);
+    const uint64_t nodes = ListsOf(places + int64_t{row} * c.places_per_row, c.places_per_row,
+                                   c.tokens * c.nodes.ranks_per_node, num_nodes, &broken);
     if (broken != -1) {
       Report(c, FaultKind::kInvalidArgument, begun.number, {-1, row, c.tokens, broken});
-    }
-    uint64_t nodes = 0;
-    for (uint64_t left = ranks; left != 0; left &= left - 1) {
-      nodes |= uint64_t{1} << c.nodes.NodeOf(__ffsll(static_cast<int64_t>(left)) - 1);
     }
     return nodes;
   });

@@ -220,7 +220,7 @@ struct Segment {
 struct Segments {
   int32_t count;
   int32_t rows;  // of all segments
-  Segment segment[kMaxRanks * kMaxChunks];
+  Segment segment[kMaxSegments];
 
   // By the first warp. Every message was cut into c.chunks chunks. Of `period` regions that follow
   // one another, one is a message of the rank to itself.

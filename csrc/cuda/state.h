@@ -14,9 +14,12 @@
 
 namespace smfree::cuda {
 
-constexpr int32_t kMaxRanks = 64;   // a row's destinations are the bits of one word
+constexpr int32_t kMaxRanks = 512;  // each has a place in the kernels' shared memory
+constexpr int32_t kMaxLists = 64;   // nodes, and ranks of a node: those of a row are bits of a word
 constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
 constexpr int32_t kMaxChunks = 16;  // of one message
+constexpr int32_t kMaxSegments = 1024;  // chunks of all messages of a leg
+static_assert(kMaxSegments >= 2 * kMaxRanks);
 constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recent ones
 
 // A chunk handed to the mover: bytes [begin, begin + bytes) of a send region (nodes.h). Pinned host
