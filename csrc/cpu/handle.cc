@@ -20,7 +20,8 @@ StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
     const int32_t place = data[i];
     if (place == -1) continue;
     const int64_t destination = place / places.tokens;
-    const bool ascends = i % places.width == 0 || (data[i - 1] >= 0 && data[i - 1] < place);
+    const bool ascends = i % places.width == 0 ||
+                         (data[i - 1] >= 0 && data[i - 1] / places.tokens < destination);
     if (place < 0 || destination >= destinations || !ascends ||
         place % places.tokens != counts[static_cast<size_t>(destination)]++) {
       return BrokenHandle("the handle's " + std::string(what) + " are broken: row " +

@@ -55,25 +55,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     char* const out = a.out + t * c.x_row_bytes;
     const int32_t place =
         ok && lane < c.wire_width ? a.wire.places[int64_t{t} * c.wire_width + lane] : -1;
-    bool here = ok;
+    const int32_t region = place / c.tokens;
+    const int32_t row = place % c.tokens;
     const int32_t before = __shfl_up_sync(~0u, place, 1);
-    if (place != -1) {
-      const int32_t region = place / c.tokens;
-      const int32_t row = place % c.tokens;
-      const bool ascends = lane == 0 || (before >= 0 && before < place);
-      if (place < 0 || !ascends || region >= messages.count() || row >= num_rows[region]) {
-        Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
-        here = false;
-      } else {
-        const Chunks chunks(num_rows[region], c.chunks);
-        const int32_t wanted = ChunksThrough(chunks.Of(row), chunks.count);
-        here = WaitForChunks(messages, region, wanted, arrivals);
-        const char* const message = messages.From(region) + c.layout.header_bytes;
-        const MessageLayout layout = LayoutOf(c, num_rows[region]);
-        terms[warp][lane] = {message + layout.rows_offset + row * c.layout.row_bytes, 1.0f};
-        values[warp][lane] = reinterpret_cast<const float*>(message + layout.slots_offset) +
-                             int64_t{row} * c.top_k;
-      }
+    const bool ascends = lane == 0 || (before >= 0 && before < place);
+    const bool broken = place != -1 && (place < 0 || !ascends || region >= messages.count() ||
+                                        row >= num_rows[region]);
+    const uint32_t broken_lanes = __ballot_sync(~0u, broken);
+    bool here = ok && broken_lanes == 0;
+    if (broken && (broken_lanes & ((1u << lane) - 1)) == 0) {  // the first one
+      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
+    }
+    if (here && place != -1) {
+      const Chunks chunks(num_rows[region], c.chunks);
+      const int32_t wanted = ChunksThrough(chunks.Of(row), chunks.count);
+      here = WaitForChunks(messages, region, wanted, arrivals);
+      const char* const message = messages.From(region) + c.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(c, num_rows[region]);
+      terms[warp][lane] = {message + layout.rows_offset + row * c.layout.row_bytes, 1.0f};
+      values[warp][lane] = reinterpret_cast<const float*>(message + layout.slots_offset) +
+                           int64_t{row} * c.top_k;
     }
     const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
     here = __all_sync(~0u, here);

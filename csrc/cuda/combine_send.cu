@@ -36,7 +36,7 @@ __global__ void LayOut(const Context c, const CombineSendArrays a) {
     if (slot / c.top_k >= rows || rows > c.tokens) continue;
     const int32_t n = a.rows[at];
     if (n < -1 || n >= a.rows_capacity) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity, n});
+      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity - 1, n});
     } else if (c.slots) {
       char* const message = messages.To(peer) + c.layout.header_bytes;
       auto* const slots = reinterpret_cast<float*>(message + LayoutOf(c, rows).slots_offset);

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
     if (at % slots_per_source / c.top_k >= source_rows[source]) continue;
     const int32_t n = rows[at];
     if (n < -1 || n >= capacity) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {source, -1, capacity, n});
+      Report(c, FaultKind::kInvalidArgument, begun.number, {source, -1, capacity - 1, n});
     } else if (n >= 0) {
       c.row_tags[n] = static_cast<uint32_t>(begun.number);
     }

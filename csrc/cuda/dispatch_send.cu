@@ -49,7 +49,8 @@ __global__ void LayOut(const Context c, const float* slots, const WirePlaces wir
     const int32_t place = wire.places[at];
     if (place == -1) continue;
     if (IsBroken(c, at, wire)) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.tokens, place});
+      const auto row = static_cast<int32_t>(at / c.wire_width);
+      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, row, c.tokens, place});
       continue;
     }
     if (!c.slots) continue;

@@ -29,18 +29,17 @@ std::string Seconds(double seconds) {
 
 std::string InvalidArgument(const FaultRecord& fault) {
   const std::string seen = std::to_string(fault.seen);
-  if (fault.row < 0 && fault.peer < 0 && fault.expected == fault.seen) return kTokenUsedTwice;
-  if (fault.row < 0 && fault.peer < 0) {
-    return "the program runs as rank " + seen + " on the device of rank " +
-           std::to_string(fault.expected) +
-           ", or its handle has place " + seen +
-           ". Cure: run the program on the mesh of the group, and pass handles unchanged.";
+  if (fault.row >= 0 || fault.peer >= 0) {
+    return "the handle is broken: " +
+           (fault.row >= 0 ? "row " + std::to_string(fault.row) + " has place " + seen
+                           : "it says " + seen + " of rank " + std::to_string(fault.peer) +
+                                 ", where at most " + std::to_string(fault.expected) +
+                                 " is possible") +
+           ". Cure: pass the handle of the dispatch unchanged, and only to the rank that got it.";
   }
-  return "the handle is broken: it says " + seen + " where less than " +
-         std::to_string(fault.expected) + " is possible (" +
-         (fault.peer >= 0 ? "rank " + std::to_string(fault.peer)
-                          : "row " + std::to_string(fault.row)) +
-         "). Cure: pass the handle of the dispatch unchanged, and only to the rank that got it.";
+  if (fault.expected == fault.seen) return kTokenUsedTwice;
+  return "the program runs as rank " + seen + " on the device of rank " +
+         std::to_string(fault.expected) + ". Cure: run the program on the mesh of the group.";
 }
 
 std::string Mismatch(const FaultRecord& fault) {

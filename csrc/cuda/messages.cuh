@@ -83,8 +83,7 @@ __device__ inline void WriteHeaders(const Messages& m, const int32_t* counts) {
   for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
     const int32_t rows = counts[region];
     if (rows < 0 || rows > m.c.tokens) {
-      Report(m.c, FaultKind::kInvalidArgument, m.number,
-             {m.Peer(region), -1, m.c.tokens, rows});
+      Report(m.c, FaultKind::kInvalidArgument, m.number, {region, -1, m.c.tokens, rows});
     } else {
       WriteHeader(m, region, rows);
     }

@@ -91,7 +91,7 @@ struct Lists {
 };
 
 // The lists that `width` places of a row name, of `num_lists` with `size` places each; says which
-// place is not possible, or not in order.
+// place is the first that is not possible, or not in order.
 __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t size,
                                    int32_t num_lists, int32_t* broken) {
   uint64_t lists = 0;
@@ -100,7 +100,7 @@ __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t
     if (place == -1) continue;
     const int32_t list = place / size;
     if (place < 0 || list >= num_lists || (p > 0 && (places[p - 1] < 0 || places[p - 1] >= place))) {
-      *broken = place;
+      if (*broken == -1) *broken = place;
     } else {
       lists |= uint64_t{1} << list;
     }

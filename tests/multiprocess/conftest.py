@@ -25,7 +25,8 @@ def children() -> set[int]:
 
 def shared_files() -> set[str]:
     """But for those of CUDA's driver, for processes that share a GPU: a killed one leaves them."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("cuda.shm.")}
+    driver = ("cuda.shm.", "mps_shm_")
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(driver)}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jax_smfree as smfree
+from faults.handles import BAD, BAD_RELAYS, spoiled_round_trip
 from faults.running import CONFIG, assert_works, compiled, error_of, round_trip
 from jax_smfree import testing
 from support import Problem, make_problem
@@ -35,29 +36,36 @@ class Setting:
     step: Callable[..., Any]
 
     def tell_errors(self, step: Callable[..., Any] | None = None) -> None:
-        """Runs a step, and tells what each rank of this process says, and after which time.
+        tell(**self.errors(step))
+
+    def tell_check(self) -> None:
+        tell(check=self.check())
+
+    def errors(self, step: Callable[..., Any] | None = None) -> dict[str, Any]:
+        """Runs a step; what each rank of this process says, and after which time.
 
         With one device in a process JAX runs the step at once, and raises here; else the arrays
         have the errors. A rank of a GPU raises none, its part of the result is NaN.
         """
         begin = time.monotonic()
+        found = {}
         try:
             shards = (step or self.step)(*self.problem.arrays[:3]).addressable_shards
             shards = sorted(shards, key=lambda shard: shard.index[0].start or 0)
             errors = [error_of(shard.data) for shard in shards]
             if errors == [None] * len(errors):
-                tell(finite=all(bool(np.isfinite(shard.data).all()) for shard in shards))
+                found["finite"] = all(bool(np.isfinite(shard.data).all()) for shard in shards)
         except jax.errors.JaxRuntimeError as error:
             errors = [str(error)]
-        tell(errors=errors, seconds=time.monotonic() - begin)
+        return found | {"errors": errors, "seconds": time.monotonic() - begin}
 
-    def tell_check(self) -> None:
+    def check(self) -> str | None:
         """What ``check`` says."""
         try:
             self.group.check()
-            tell(check=None)
         except smfree.SmfreeError as error:
-            tell(check=str(error))
+            return str(error)
+        return None
 
 
 def start(
@@ -250,6 +258,17 @@ def exits_in_the_middle(seconds: float, timeout_s: float = 60.0) -> None:
         time.sleep(0.01)
     assert not out.is_ready()
     tell(exits=True)
+
+
+def spoils_handles(ranks_per_node: int) -> None:
+    """A rank passes handles that no dispatch has made, one to each of several groups."""
+    for name, bad in (BAD | BAD_RELAYS).items():
+        local = spoiled_round_trip(bad, ODD)
+        setting = start(20.0, local, mode="hierarchical", ranks_per_node=ranks_per_node)
+        found = setting.errors()
+        meet()
+        tell(**{name: found | {"check": setting.check()}})
+        setting.group.close()
 
 
 def another_config() -> None:

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from faults.handles import BAD, BAD_RELAYS
 from jax_smfree.testing.environment import visible_gpus
 from multiprocess import programs
 from multiprocess.running import assert_all_match, run
@@ -21,6 +22,13 @@ PROCESSES = 2
 
 def run_gpus(program, *args, log_dir):
     return run(program, *args, log_dir=log_dir, processes=PROCESSES, devices=1, platform="cuda")
+
+
+def run_nodes(program, *args, log_dir):
+    """Four processes: two nodes of two."""
+    if len(visible_gpus()) < 4:
+        pytest.skip("needs 4 GPUs, which may be the same ones: CUDA_VISIBLE_DEVICES=0,1,0,1")
+    return run(program, *args, log_dir=log_dir, processes=4, devices=1, platform="cuda")
 
 
 def waits(phase):
@@ -43,13 +51,8 @@ def test_killed(tmp_path, ranks_per_node):
 
 def test_killed_in_nodes(tmp_path):
     """The relay that misses it names it, and the others either it, or that relay."""
-    if len(visible_gpus()) < 4:
-        pytest.skip("needs 4 GPUs, which may be the same ones: CUDA_VISIBLE_DEVICES=0,1,0,1")
     options = "hierarchical", TIMEOUT_S, 2
-    told, result = run(
-        programs.killed, str(tmp_path), *options,
-        log_dir=tmp_path, processes=4, devices=1, platform="cuda",
-    )  # fmt: skip
+    told, result = run_nodes(programs.killed, str(tmp_path), *options, log_dir=tmp_path)
     relay, lost, *others = result.processes
     assert lost.returncode == -signal.SIGKILL
     assert_all_match([told[0]["check"]], waits("combine_send"))
@@ -59,6 +62,20 @@ def test_killed_in_nodes(tmp_path):
         assert not found.get("finite")
         assert found["seconds"] < TIMEOUT_S + 6.0
         assert_all_match([found["check"]], r"waited \d\.\d s for rank 1|peer failed: .* at fault")
+
+
+def test_broken_handles_in_nodes(tmp_path):
+    """Each is refused by its own rank, of which the others hear; the next group works."""
+    told, result = run_nodes(programs.spoils_handles, 2, log_dir=tmp_path)
+    result.check()
+    for name, bad in (BAD | BAD_RELAYS).items():
+        for rank, process in enumerate(told):
+            if rank == programs.ODD:
+                expected = rf"rank {rank} in {bad.phase} .*(?:{bad.words})"
+                assert not process[name].get("finite")
+            else:
+                expected = rf"rank {rank} in .*rank \d, which is in another process, is at fault"
+            assert_all_match([process[name]["check"]], expected)
 
 
 @near_and_far

@@ -124,3 +124,23 @@ def test_messages_in_chunks(shape, world):
             assert_same_bits(own_shards(chunked.run(case)), expected)
         chunked.group.check()
         world.barrier()
+
+
+@pytest.mark.cuda_only
+@gpus(4)
+def test_relays_of_many_rows(world):
+    """More tiles of rows to relay than blocks that run at once."""
+    shape = Shape(4, 8, 2, 36_000, 8, "float32", capacity=50_000, ranks_per_node=2)
+    program = Program(shape)
+    rng = np.random.default_rng(0)
+    with program.group:
+        idx = random_routing(rng, shape.ranks * shape.tokens, shape.top_k, shape.experts)
+        idx = idx.reshape(shape.ranks, shape.tokens, shape.top_k)
+        case = random_inputs(rng, shape, program.num_rows, idx)
+        routing = oracle.route(idx, shape.experts, recv_capacity=shape.capacity)
+        first, again = program(case)
+        assert_dispatched(shape, case, first.d, routing)
+        assert_summed_in_order(case, first, routing, shape.ranks_per_sum)
+        assert_same_bits(again, first)
+        program.group.check()
+        world.barrier()
