@@ -19,7 +19,11 @@ struct RowBits {
   uint32_t* words;
   int32_t words_per_bin;
 
-  __device__ uint32_t* of(int32_t bin) const { return words + bin * words_per_bin; }
+  __device__ uint32_t* of(int32_t bin) const { return words + bin * Stride(words_per_bin); }
+  // Odd, so that the same words of neighbouring bins are in different banks.
+  __host__ __device__ static constexpr int32_t Stride(int32_t words_per_bin) {
+    return words_per_bin | 1;
+  }
   // Sets the bit of `row`; whether it was set before.
   __device__ bool Set(int32_t bin, int32_t row) const {
     const uint32_t bit = 1u << (row % 32);
@@ -57,7 +61,8 @@ __global__ void __launch_bounds__(kRouteThreads)
   const int32_t bins = RouteBins(c.nodes, c.num_experts);
   const int32_t wire_bin = c.num_experts + (by_node ? c.num_ranks : 0);
   const RowBits bits{shared, rows_per_block / 32};
-  auto* const before = reinterpret_cast<int32_t*>(shared + bins * bits.words_per_bin);
+  const int32_t num_words = bins * RowBits::Stride(bits.words_per_bin);
+  auto* const before = reinterpret_cast<int32_t*>(shared + num_words);
   int32_t* const wire_rows = before + bins;
   const int32_t local_experts = c.local_experts();
   const int32_t wire_experts = c.num_experts / c.nodes.Regions(kWire);
@@ -72,7 +77,7 @@ __global__ void __launch_bounds__(kRouteThreads)
   const Begun begun = BeginSendPhase(c);
   const Messages wire{c, kWire, begun.number};
   const uint64_t epoch = c.scratch->epoch + 1;
-  for (int32_t i = thread; i < bins * bits.words_per_bin; i += kRouteThreads) shared[i] = 0;
+  for (int32_t i = thread; i < num_words; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
     const int32_t expert = experts[slot];
@@ -176,7 +181,7 @@ struct RouteShape {
     while (tokens > int64_t{rows_per_block} * kMaxRouteBlocks) rows_per_block *= 2;
     blocks = static_cast<int32_t>((tokens + rows_per_block - 1) / rows_per_block);
     shared_bytes = sizeof(int32_t) * static_cast<size_t>(bins) *
-                   static_cast<size_t>(rows_per_block / 32 + 2);
+                   static_cast<size_t>(RowBits::Stride(rows_per_block / 32) + 2);
   }
 };
 
