@@ -19,7 +19,6 @@ from _gpu_cases import Case
 from _gpu_timing import Json
 
 LARGE_BYTES = 256 * 2**20  # what leaves a GPU where only the rate of the link counts
-_SOURCE = Path(__file__).parent / "link_ceilings.cu"
 _QUERY = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
 
 
@@ -65,18 +64,25 @@ def describe(commit: str | None) -> dict[str, Any]:
     }
 
 
-def link_ceilings(into: Json, cases: list[Case]) -> None:
-    """Compiles and runs ``link_ceilings.cu`` at the message size of every case, and a large one."""
+def compiled_and_run(name: str, *args: int) -> Json:
+    """What the CUDA program ``name`` of this folder prints."""
     nvcc = _nvcc()
     if nvcc is None:
-        raise FileNotFoundError("no nvcc: the ceilings of the links are not measured")
+        raise FileNotFoundError(f"no nvcc: {name} is not measured")
+    with tempfile.TemporaryDirectory() as directory:
+        program = str(Path(directory, name))
+        source = Path(__file__).parent / f"{name}.cu"
+        _checked(nvcc, "-O3", "-arch=native", "-o", program, str(source))
+        found: Json = json.loads(_checked(program, *map(str, args)))
+    return found
+
+
+def link_ceilings(into: Json, cases: list[Case]) -> None:
+    """``link_ceilings.cu`` at the message size of every case, and a large one."""
     ranks = cases[0].shape.ranks
     sizes = {case.shape.name: case.message_bytes for case in cases} if ranks > 1 else {}
     large = LARGE_BYTES // max(1, ranks - 1)
-    with tempfile.TemporaryDirectory() as directory:
-        program = str(Path(directory, "link_ceilings"))
-        _checked(nvcc, "-O3", "-arch=native", "-o", program, str(_SOURCE))
-        found = json.loads(_checked(program, *map(str, (ranks, large, *sizes.values()))))
+    found = compiled_and_run("link_ceilings", ranks, large, *sizes.values())
     into["local_copy_gb_s"] = found["local_copy"]
     if found["messages"]:
         into["large"], *messages = found["messages"]

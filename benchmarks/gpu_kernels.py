@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of the four phases under NVIDIA's profiler: its time, and the memory it moves.
 
-    python benchmarks/gpu_kernels.py        a minute; needs Nsight Compute (ncu) and one GPU
+    python benchmarks/gpu_kernels.py        a minute; needs nvcc, Nsight Compute (ncu) and one GPU
 
 One rank, so that nothing moves beside the kernels and the profiler may run them one by one. Writes
 a Markdown file. The times have the launch of a kernel in them, which XLA's graphs make shorter.
@@ -91,12 +91,22 @@ def profile(names: list[str]) -> list[dict[str, float]]:
     return list(found.values())
 
 
-def table(names: list[str], launches: list[dict[str, float]], commit: str | None) -> Iterator[str]:
+def table(
+    names: list[str],
+    launches: list[dict[str, float]],
+    patterns: dict[str, float],
+    commit: str | None,
+) -> Iterator[str]:
     machine = _gpu_machine.describe(commit)
     yield f"# Kernels of one rank on {machine['device']}\n"
     yield f"{machine['date']}, commit {machine['commit']}, jax {jax.__version__}, "
     yield f"driver {machine['gpu'].get('driver_version')}, by `python benchmarks/gpu_kernels.py`.\n"
-    yield "Time and bytes of device memory, of the last of several round trips.\n"
+    yield "Plain kernels that move the rows of the first shape in the patterns of the phases, GB/s "
+    yield "read plus written:\n"
+    yield f"| {' | '.join(patterns)} |"
+    yield "|---" * len(patterns) + "|"
+    yield f"| {' | '.join(f'{rate:,.0f}' for rate in patterns.values())} |\n"
+    yield "Time and bytes of device memory of the kernels, of the last of several round trips:\n"
     yield "| shape | phase | kernel | µs | MB read | MB written | GB/s |"
     yield "|---|---|---|---|---|---|---|"
     for i, name in enumerate(names):
@@ -119,7 +129,9 @@ def main() -> None:
     names = args.shapes or list(SHAPES)
     if args.run:
         return run(names)
-    text = "\n".join(table(names, profile(names), args.commit)) + "\n"
+    rows, hidden = map(int, names[0].split(":")[0].split("x"))
+    patterns = _gpu_machine.compiled_and_run("row_patterns", rows, 2 * hidden)  # bfloat16
+    text = "\n".join(table(names, profile(names), patterns, args.commit)) + "\n"
     print(text)
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     (args.out / f"gpu-kernels-{kind}.md").write_text(text)
