@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts layers, as functions to call inside ``jax.shard_map``.
+"""Mixture-of-experts layers, as functions to call inside ``jax.shard_map``, or on global arrays.
 
 init_moe, moe_specs              parameters of a layer, and how to shard them
 moe_layer                        router, experts, and a shared expert while the rows move
 moe_two_batches                  two micro-batches that hide each other's movement
+moe_layer_on_mesh,               the layer on global arrays; of it are the modules for
+init_moe_on_mesh,                Flax NNX and Equinox, jax_smfree.nn.{nnx,equinox}
+init_balance_bias_on_mesh
 route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
 expert_load, update_balance_bias
 grouped_mlp, mlp                 the compute of the experts
@@ -16,6 +19,11 @@ from jax_smfree.nn.experts import grouped_mlp, mlp
 from jax_smfree.nn.layer import MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
 from jax_smfree.nn.micro_batches import moe_two_batches
+from jax_smfree.nn.on_mesh import (
+    init_balance_bias_on_mesh,
+    init_moe_on_mesh,
+    moe_layer_on_mesh,
+)
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
 from jax_smfree.nn.router import (
@@ -38,11 +46,14 @@ __all__ = [
     "expert_load",
     "grouped_matmul",
     "grouped_mlp",
+    "init_balance_bias_on_mesh",
     "init_moe",
+    "init_moe_on_mesh",
     "init_swiglu",
     "load_balancing_loss",
     "mlp",
     "moe_layer",
+    "moe_layer_on_mesh",
     "moe_specs",
     "moe_two_batches",
     "route",

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jax_smfree._src.group import EpGroup
-from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
-from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, moe_specs
+from jax_smfree.nn.on_mesh import (
+    init_balance_bias_on_mesh,
+    init_moe_on_mesh,
+    moe_layer_on_mesh,
+)
+from jax_smfree.nn.params import MoeParams, SwigluParams
 from jax_smfree.nn.router import update_balance_bias
 
 try:
@@ -43,13 +44,9 @@ class Swiglu(nnx.Module):
 
 
 class MoeLayer(nnx.Module):
-    """`jax_smfree.nn.moe_layer` on global arrays: it opens its own ``jax.shard_map``.
+    """`jax_smfree.nn.moe_layer_on_mesh` and its parameters.
 
-    Shapes: ``x`` [R * T, H] -> [R * T, H], rows split over all axes of the group's mesh; T at most
-    ``config.max_tokens``.
-    Sharding: parameters are put on the group's mesh when the layer is made, experts split over its
-    axis. Call it under ``nnx.jit``, outside of ``jax.shard_map``; layers of one model must be
-    ordered by their data, as in a stack.
+    Shapes and sharding are those of that function; call it under ``nnx.jit``.
     Differentiation: ``nnx.grad``; gradients move under the backward pass of the shared expert.
 
     Args:
@@ -78,56 +75,24 @@ class MoeLayer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.group, self.grouped_matmul = group, grouped_matmul
-        config = group.config
-        params = init_moe(
-            rngs.params(),
-            hidden=config.hidden,
-            num_experts=config.num_experts,
-            expert_width=expert_width,
-            shared_width=shared_width,
-            dtype=config.dtype,
+        params = init_moe_on_mesh(
+            rngs.params(), group, expert_width=expert_width, shared_width=shared_width
         )
-        params = jax.tree.map(self._put, params, moe_specs(params, group.axis))
         self.router = nnx.Param(params.router)
         self.experts = Swiglu(params.experts)
         self.shared = Swiglu(params.shared) if params.shared is not None else None
-        bias = self._put(jnp.zeros(config.num_experts, jnp.float32), P())
-        self.balance_bias = BalanceBias(bias) if balanced else None
-
-    def _put(self, value: Array, spec: P) -> Array:
-        placed: Array = jax.device_put(value, NamedSharding(self.group.mesh, spec))
-        return placed
+        self.balance_bias = BalanceBias(init_balance_bias_on_mesh(group)) if balanced else None
 
     def __call__(self, x: Array) -> tuple[Array, MoeAux]:
         """``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts."""
         shared = self.shared.values() if self.shared is not None else None
-        params = MoeParams(self.router[...], self.experts.values(), shared)
-        bias = self.balance_bias[...] if self.balance_bias is not None else None
-        axes = self.group.mesh_axes
-
-        def on_each_rank(params: MoeParams, bias: Array | None, x: Array) -> tuple[Array, MoeAux]:
-            _, out, aux = moe_layer(
-                self.group.token(),
-                params,
-                x,
-                balance_bias=bias,
-                grouped_matmul=self.grouped_matmul,
-            )
-            return out, MoeAux(
-                load_balancing_loss=jax.lax.pmean(aux.load_balancing_loss, axes),
-                load=jax.lax.psum(aux.load, axes),
-                num_dropped=jax.lax.psum(aux.num_dropped, axes),
-            )
-
-        rows = P(axes)
-        sharded = jax.shard_map(
-            on_each_rank,
-            mesh=self.group.mesh,
-            in_specs=(moe_specs(params, self.group.axis), P(), rows),
-            out_specs=(rows, P()),
+        return moe_layer_on_mesh(
+            self.group,
+            MoeParams(self.router[...], self.experts.values(), shared),
+            x,
+            balance_bias=self.balance_bias[...] if self.balance_bias is not None else None,
+            grouped_matmul=self.grouped_matmul,
         )
-        out, aux = sharded(params, bias, x)
-        return out, aux
 
     def update_balance(self, aux: MoeAux, rate: float = 1e-3) -> None:
         """Once per step, with what the layer returned: lowers the bias of busy experts.

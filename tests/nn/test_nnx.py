@@ -8,25 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jax_smfree import nn
 from jax_smfree.nn import nnx as smfree_nnx
+from nn.functional import EXPERTS, HIDDEN, config, functional, rows_on
 from support import as_many, ep_mesh, mesh_of
-
-ROWS, HIDDEN, EXPERTS = 16, 32, 8
-
-
-def config(**options):
-    sizes = {"num_experts": EXPERTS, "top_k": 2, "hidden": HIDDEN, "max_tokens": ROWS}
-    return sizes | {"dtype": jnp.float32} | options
-
-
-def rows_on(group):
-    count = ROWS * group.mesh.size
-    x = np.random.default_rng(0).standard_normal((count, HIDDEN)).astype(np.float32)
-    return jax.device_put(x, NamedSharding(group.mesh, P(group.mesh_axes)))
 
 
 def layer_on(group, **options):
@@ -35,19 +21,9 @@ def layer_on(group, **options):
     )
 
 
-def functional(group, layer, x):
-    """The same layer without Flax, and with plain jax.numpy in place of dispatch and combine."""
+def params_of(layer):
     shared = layer.shared.values() if layer.shared is not None else None
-    params = nn.MoeParams(layer.router[...], layer.experts.values(), shared)
-
-    def on_each_rank(params, x):
-        return nn.moe_layer(group.token(), params, x, implementation="reference")[1]
-
-    specs = nn.moe_specs(params, group.axis), P(group.mesh_axes)
-    sharded = jax.shard_map(
-        on_each_rank, mesh=group.mesh, in_specs=specs, out_specs=specs[1], check_vma=False
-    )
-    return jax.jit(sharded)(params, x)
+    return nn.MoeParams(layer.router[...], layer.experts.values(), shared)
 
 
 @pytest.mark.parametrize(("mesh", "shared_width"), [("ep", 0), ("data,ep", 16)])
@@ -55,7 +31,7 @@ def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
     group = groups(mesh_of(mesh), **config())
     layer, x = layer_on(group, shared_width=shared_width), rows_on(group)
     out, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
-    np.testing.assert_allclose(out, functional(group, layer, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out, functional(group, params_of(layer), x), rtol=1e-5, atol=1e-6)
     assert int(aux.load.sum()) == 2 * len(x)
     assert int(aux.num_dropped) == 0
     assert float(aux.load_balancing_loss) >= 0.5

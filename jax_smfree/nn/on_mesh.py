@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MoE layer on global arrays, outside of ``jax.shard_map``: what modules are made of."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_smfree._src.group import EpGroup
+from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
+from jax_smfree.nn.params import MoeParams, init_moe, moe_specs
+
+
+def init_moe_on_mesh(
+    key: Array, group: EpGroup, *, expert_width: int, shared_width: int = 0
+) -> MoeParams:
+    """`init_moe` with the sizes and the dtype of the group, on its mesh as `moe_specs` says.
+
+    Args:
+      key: a PRNG key.
+      group: its config has H, E and the dtype.
+      expert_width: F of a routed expert.
+      shared_width: F of the shared expert; 0 leaves it out.
+    """
+    config = group.config
+    params = init_moe(
+        key,
+        hidden=config.hidden,
+        num_experts=config.num_experts,
+        expert_width=expert_width,
+        shared_width=shared_width,
+        dtype=config.dtype,
+    )
+
+    def put(value: Array, spec: P) -> Array:
+        placed: Array = jax.device_put(value, NamedSharding(group.mesh, spec))
+        return placed
+
+    on_mesh: MoeParams = jax.tree.map(put, params, moe_specs(params, group.axis))
+    return on_mesh
+
+
+def init_balance_bias_on_mesh(group: EpGroup) -> Array:
+    """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices."""
+    zeros = jnp.zeros(group.config.num_experts, jnp.float32)
+    bias: Array = jax.device_put(zeros, NamedSharding(group.mesh, P()))
+    return bias
+
+
+def moe_layer_on_mesh(
+    group: EpGroup,
+    params: MoeParams,
+    x: Array,
+    *,
+    balance_bias: Array | None = None,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
+) -> tuple[Array, MoeAux]:
+    """`moe_layer` on global arrays: opens its own ``jax.shard_map`` and takes a token there.
+
+    Shapes: ``x`` [R * T, H] -> [R * T, H], rows split over all axes of the group's mesh; T at most
+    ``config.max_tokens``.
+    Sharding: ``params`` as by `init_moe_on_mesh`. Call it under ``jax.jit``, outside of
+    ``jax.shard_map``; layers of one model must be ordered by their data, as in a stack.
+    Differentiation: of ``params`` and ``x``; gradients move under the backward pass of the shared
+    expert.
+
+    Args:
+      group: of ``EpConfig`` with ``differentiable=True`` for training.
+      params: of the layer.
+      x: the rows.
+      balance_bias: float32 [E], see `update_balance_bias`.
+      grouped_matmul: multiplies groups of rows with their experts.
+
+    Returns:
+      ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts.
+    """
+    axes = group.mesh_axes
+
+    def on_each_rank(params: MoeParams, bias: Array | None, x: Array) -> tuple[Array, MoeAux]:
+        _, out, aux = moe_layer(
+            group.token(), params, x, balance_bias=bias, grouped_matmul=grouped_matmul
+        )
+        return out, MoeAux(
+            load_balancing_loss=jax.lax.pmean(aux.load_balancing_loss, axes),
+            load=jax.lax.psum(aux.load, axes),
+            num_dropped=jax.lax.psum(aux.num_dropped, axes),
+        )
+
+    rows = P(axes)
+    sharded = jax.shard_map(
+        on_each_rank,
+        mesh=group.mesh,
+        in_specs=(moe_specs(params, group.axis), P(), rows),
+        out_specs=(rows, P()),
+    )
+    out, aux = sharded(params, balance_bias, x)
+    return out, aux
