@@ -14,6 +14,10 @@ pytestmark = pytest.mark.cpu_only
 
 PATH = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu-nvidia-h200-x2.json"
 MEASURED = json.loads(PATH.read_text())
+NODES, PROCESSES = (
+    json.loads(PATH.with_name(f"gpu-{name}-nvidia-h200-x2.json").read_text())
+    for name in ("nodes", "processes")
+)
 # What docs/command_line.md states: of all four phases, and of one phase of 50 µs and more.
 MAX_ERROR_OF_ALL, MAX_ERROR_OF_ONE = 0.10, 0.15
 
@@ -43,6 +47,32 @@ def test_the_model_against_measurements_that_it_has_not_seen(name):
                 phases[phase]["p50"], rel=MAX_ERROR_OF_ONE
             )
     assert found.nvlink_bytes == pytest.approx(shape["wire_bytes"], rel=0.02)
+
+
+def shapes_of(rounds):
+    return [shape for found in rounds for shape in found["shapes"].values()]
+
+
+def test_the_model_against_a_process_per_gpu():
+    """The defaults are from another run, of one process."""
+    for shape in shapes_of(PROCESSES["a process per GPU"]):
+        phases = shape["movers"]["default"]["phases"]
+        found = plan.predict(config_of(shape), 2)
+        assert found.sm_us == pytest.approx(phases["total"]["p50"], rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["direct", "hierarchical"])
+def test_the_model_against_two_nodes_of_two(mode):
+    """Bytes that the library counted; and phases, where none of them waits for another rank."""
+    for shape in shapes_of(NODES[mode]):
+        found = plan.predict(config_of(shape, ranks_per_node=2, mode=mode), 4)
+        counted = shape["measured"]["bytes"]["counted"]
+        for operation in ("dispatch", "combine"):
+            total = counted[f"{operation}_internode_bytes"]
+            assert 4 * found.network_bytes == pytest.approx(total, rel=0.01)
+        for phase in PHASES if mode == "direct" else PHASES[:1]:
+            measured = shape["measured"]["phases"][phase]["p50"]
+            assert found.phase_us[phase] == pytest.approx(measured, rel=MAX_ERROR_OF_ONE)
 
 
 def test_the_defaults_are_what_the_results_say():
