@@ -108,12 +108,18 @@ def random_rows(mesh: Mesh, shape: tuple[int, ...], seed: int, scale: float = 1.
     return jax.jit(make, out_shardings=sharded(mesh))()
 
 
-def make_case(mesh: Mesh, text: str, seed: int = 0) -> Case:
-    """Uniform random routing without repetition, for a shape ROWSxHIDDEN:KofEXPERTS."""
+def sizes_of(text: str) -> tuple[int, int, int, int]:
+    """Rows, hidden, top-k and experts of a shape ROWSxHIDDEN:KofEXPERTS."""
     found = re.fullmatch(r"(\d+)x(\d+):(\d+)of(\d+)", text)
     if not found:
         raise ValueError(f"got shape {text!r}, expected ROWSxHIDDEN:KofEXPERTS, as {SHAPES[0]}")
     rows, hidden, top_k, experts = map(int, found.groups())
+    return rows, hidden, top_k, experts
+
+
+def make_case(mesh: Mesh, text: str, seed: int = 0) -> Case:
+    """Uniform random routing without repetition, for a shape as `sizes_of` reads it."""
+    rows, hidden, top_k, experts = sizes_of(text)
     shape = GpuShape(mesh.size, rows, top_k, experts, hidden, "bfloat16")
     rng = np.random.default_rng(seed)
     total = shape.ranks * rows

@@ -37,8 +37,21 @@ def _checked(*command: str) -> str:
     return done.stdout
 
 
-def _nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+def cuda_tool(name: str) -> str:
+    """The path of a program of the CUDA toolkit."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    if found is None:
+        raise FileNotFoundError(f"no {name}: install the CUDA toolkit, or put it on PATH")
+    return found
+
+
+def _nvcc_release() -> str | None:
+    try:
+        text = _output(cuda_tool("nvcc"), "--version")
+    except FileNotFoundError:
+        return None
+    release = re.search(r"release (\S+),", text or "")
+    return release.group(1) if release else None
 
 
 def describe(commit: str | None) -> dict[str, Any]:
@@ -46,8 +59,6 @@ def describe(commit: str | None) -> dict[str, Any]:
     machine = _machine.describe()
     smi = _output("nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     gpu = dict(zip(_QUERY, smi.splitlines()[0].split(", "), strict=True)) if smi else {}
-    nvcc = _nvcc()
-    release = re.search(r"release (\S+),", (nvcc and _output(nvcc, "--version")) or "")
     plugins = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     return {
@@ -57,7 +68,7 @@ def describe(commit: str | None) -> dict[str, Any]:
         "devices": jax.device_count(),
         "gpu": gpu,
         "platform_version": jax.devices()[0].client.platform_version,
-        "nvcc": release.group(1) if release else None,
+        "nvcc": _nvcc_release(),
         "plugins": {name: installed[name] for name in plugins if name in installed},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "memory_fraction": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ""),
@@ -66,9 +77,7 @@ def describe(commit: str | None) -> dict[str, Any]:
 
 def compiled_and_run(name: str, *args: int) -> Json:
     """What the CUDA program ``name`` of this folder prints."""
-    nvcc = _nvcc()
-    if nvcc is None:
-        raise FileNotFoundError(f"no nvcc: {name} is not measured")
+    nvcc = cuda_tool("nvcc")
     with tempfile.TemporaryDirectory() as directory:
         program = str(Path(directory, name))
         source = Path(__file__).parent / f"{name}.cu"

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,9 @@ from pathlib import Path
 
 import _gpu_machine
 import jax
-from _gpu_cases import SHAPES, make_case, make_mesh
-from _gpu_library import config_of
-from jax import Array
+from _gpu_cases import SHAPES, Scale, make_case, make_mesh, sizes_of
+from _gpu_library import opened
 
-import jax_smfree as smfree
-from jax_smfree.bench.cases import AXIS
 from jax_smfree.bench.programs import compiled
 
 # In the order in which a round trip launches them.
@@ -54,23 +50,15 @@ def run(names: list[str]) -> None:
     mesh = make_mesh(1)
     for name in names:
         case = make_case(mesh, name)
-        with smfree.EpGroup.create(mesh, axis=AXIS, config=config_of(case)) as group:
-
-            def local(*inputs: Array, group: smfree.EpGroup = group) -> Array:
-                d, token = smfree.dispatch(group.token(), *inputs)
-                return smfree.combine(token, d, d.x)[0]
-
-            step = compiled(local, mesh)
+        with opened(case, Scale()) as library:
+            step = compiled(library.round_trip, mesh)
             for _ in range(ROUND_TRIPS):
                 jax.block_until_ready(step(*case.inputs))
-            group.check()
 
 
 def profile(names: list[str]) -> list[dict[str, float]]:
     """By kernel, in the order of their launches."""
-    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
-    if ncu is None:
-        raise FileNotFoundError("no ncu: install Nsight Compute, a part of the CUDA toolkit")
+    ncu = _gpu_machine.cuda_tool("ncu")
     kernels = "|".join(sorted({kernel for _, kernel in KERNELS}))
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory, "ncu.csv")
@@ -129,7 +117,7 @@ def main() -> None:
     names = args.shapes or list(SHAPES)
     if args.run:
         return run(names)
-    rows, hidden = map(int, names[0].split(":")[0].split("x"))
+    rows, hidden, *_ = sizes_of(names[0])
     patterns = _gpu_machine.compiled_and_run("row_patterns", rows, 2 * hidden)  # bfloat16
     text = "\n".join(table(names, profile(names), patterns, args.commit)) + "\n"
     print(text)

@@ -46,6 +46,7 @@ from _gpu_cases import (
     Scale,
     make_mesh,
     random_rows,
+    sizes_of,
 )
 from _gpu_library import Library, opened
 from _gpu_timing import Gemms, Json, copy_rate, prepare, summary
@@ -94,7 +95,7 @@ outside of its phases, so of its waiting, that is gone there."""
 def make_case(mesh: Mesh, text: str, seed: int = 0) -> tuple[Case, np.ndarray]:
     """As `_gpu_cases.make_case`, but that no process compares its arrays with the others' (by a
     collective); and the experts of all rows [R*T, K]."""
-    rows, hidden, top_k, experts = map(int, re.findall(r"\d+", text))
+    rows, hidden, top_k, experts = sizes_of(text)
     shape = GpuShape(mesh.size, rows, top_k, experts, hidden, "bfloat16")
     rng = np.random.default_rng(seed)
     total = shape.ranks * rows
@@ -325,7 +326,7 @@ def machine_line(result: Json) -> str:
 def sharing_line(result: Json) -> str:
     gpus = result["gpu_of_rank"]
     where = f"The ranks 0 to {len(gpus) - 1} are on the GPUs {', '.join(gpus)}"
-    if len(set(gpus)) == len(gpus):
+    if not share_gpus(result):
         return f"{where}, each on one of its own."
     return (
         f"{where}: **they share GPUs**, where processes take turns of some milliseconds. So times "
@@ -333,12 +334,16 @@ def sharing_line(result: Json) -> str:
     )
 
 
+def share_gpus(result: Json) -> bool:
+    """Whether a GPU has several ranks."""
+    return len(set(result["gpu_of_rank"])) < len(result["gpu_of_rank"])
+
+
 def is_shown(what: str, result: Json) -> bool:
     """Not what only says how ranks that share a GPU take turns."""
-    gpus = result["gpu_of_rank"]
     kind, _, name = what.partition(": ")
     waits = kind in ("call", "device", "adds", "hidden") or name in WAITING_PHASES
-    return len(set(gpus)) == len(gpus) or not waits
+    return not (waits and share_gpus(result))
 
 
 def lines(result: Json) -> Iterator[str]:

@@ -10,6 +10,7 @@ from jax_smfree._src.group import EpGroup
 from jax_smfree.nn import matmul
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.on_mesh import (
+    bias_of_balanced,
     init_balance_bias_on_mesh,
     init_moe_on_mesh,
     moe_layer_on_mesh,
@@ -86,11 +87,6 @@ class MoeLayer(equinox.Module):
         Raises:
           ValueError: for a layer that was made without ``balanced=True``.
         """
-        if self.balance_bias is None:
-            raise ValueError(
-                "MoeLayer.update_balance: got a layer without a bias, expected one that was made "
-                "with balanced=True."
-            )
-        bias = update_balance_bias(self.balance_bias, aux.load, rate)
+        bias = update_balance_bias(bias_of_balanced(self.balance_bias), aux.load, rate)
         updated: MoeLayer = equinox.tree_at(lambda layer: layer.balance_bias, self, bias)
         return updated

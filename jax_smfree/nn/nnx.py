@@ -9,6 +9,7 @@ from jax_smfree._src.group import EpGroup
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.on_mesh import (
+    bias_of_balanced,
     init_balance_bias_on_mesh,
     init_moe_on_mesh,
     moe_layer_on_mesh,
@@ -100,9 +101,5 @@ class MoeLayer(nnx.Module):
         Raises:
           ValueError: for a layer that was made without ``balanced=True``.
         """
-        if self.balance_bias is None:
-            raise ValueError(
-                "MoeLayer.update_balance: got a layer without a bias, expected one that was made "
-                "with balanced=True."
-            )
-        self.balance_bias[...] = update_balance_bias(self.balance_bias[...], aux.load, rate)
+        bias = bias_of_balanced(self.balance_bias)
+        bias[...] = update_balance_bias(bias[...], aux.load, rate)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MoE layer on global arrays, outside of ``jax.shard_map``: what modules are made of."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,6 +13,8 @@ from jax_smfree._src.group import EpGroup
 from jax_smfree.nn.layer import MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.params import MoeParams, init_moe, moe_specs
+
+_Bias = TypeVar("_Bias")
 
 
 def init_moe_on_mesh(
@@ -97,3 +101,13 @@ def moe_layer_on_mesh(
     )
     out, aux = sharded(params, balance_bias, x)
     return out, aux
+
+
+def bias_of_balanced(bias: _Bias | None) -> _Bias:
+    """The bias of a module's ``MoeLayer`` that is to be updated, which has to have one."""
+    if bias is None:
+        raise ValueError(
+            "MoeLayer.update_balance: got a layer without a bias, expected one that was made "
+            "with balanced=True."
+        )
+    return bias

@@ -47,7 +47,7 @@ BAD = {
     ),
 }
 
-BAD_RELAYS = {
+BAD_IN_NODES = BAD | {
     "relay place too high": Bad(
         "relay", lambda a: a.at[0, 0, 0].set(FAR), "combine_send", f"row 0 has place {FAR}"
     ),

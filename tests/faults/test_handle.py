@@ -6,16 +6,16 @@ import re
 import numpy as np
 import pytest
 
-from faults.handles import BAD, BAD_RELAYS, ROW, spoiled_round_trip
+from faults.handles import BAD, BAD_IN_NODES, ROW, spoiled_round_trip
 from faults.running import assert_told, run, shards_of
 from support import backend
 
-CASES = [(name, None) for name in BAD] + [(name, 2) for name in BAD | BAD_RELAYS]
+CASES = [(name, None) for name in BAD] + [(name, 2) for name in BAD_IN_NODES]
 
 
 @pytest.mark.parametrize(("name", "ranks_per_node"), CASES)
 def test_broken_handle(faulty, name, ranks_per_node):
-    bad = (BAD | BAD_RELAYS)[name]
+    bad = BAD_IN_NODES[name]
     group = faulty(at_least=2 * (ranks_per_node or 1), ranks_per_node=ranks_per_node)
     wrong = min(2, group.num_ranks - 1)
     outcome = run(group, spoiled_round_trip(bad, wrong))

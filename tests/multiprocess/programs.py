@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jax_smfree as smfree
-from faults.handles import BAD, BAD_RELAYS, spoiled_round_trip
+from faults.handles import BAD_IN_NODES, spoiled_round_trip
 from faults.running import CONFIG, assert_works, compiled, error_of, round_trip
 from jax_smfree import testing
 from support import Problem, make_problem
@@ -262,7 +262,7 @@ def exits_in_the_middle(seconds: float, timeout_s: float = 60.0) -> None:
 
 def spoils_handles(ranks_per_node: int) -> None:
     """A rank passes handles that no dispatch has made, one to each of several groups."""
-    for name, bad in (BAD | BAD_RELAYS).items():
+    for name, bad in BAD_IN_NODES.items():
         local = spoiled_round_trip(bad, ODD)
         setting = start(20.0, local, mode="hierarchical", ranks_per_node=ranks_per_node)
         found = setting.errors()

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from faults.handles import BAD, BAD_RELAYS
+from faults.handles import BAD_IN_NODES
 from jax_smfree.testing.environment import visible_gpus
 from multiprocess import programs
 from multiprocess.running import assert_all_match, run
@@ -68,7 +68,7 @@ def test_broken_handles_in_nodes(tmp_path):
     """Each is refused by its own rank; others hear of it, or have a result that is right."""
     told, result = run_nodes(programs.spoils_handles, 2, log_dir=tmp_path)
     result.check()
-    for name, bad in (BAD | BAD_RELAYS).items():
+    for name, bad in BAD_IN_NODES.items():
         own, *others = (told[(programs.ODD + i) % 4][name] for i in range(4))
         assert not own.get("finite")
         assert_all_match([own["check"]], rf"in {bad.phase} .*(?:{bad.words})")

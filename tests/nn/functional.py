@@ -34,3 +34,9 @@ def functional(group, params, x):
         on_each_rank, mesh=group.mesh, in_specs=specs, out_specs=specs[1], check_vma=False
     )
     return jax.jit(sharded)(params, x)
+
+
+def loss(layer, x):
+    """Of which every parameter of a module has a gradient."""
+    out, aux = layer(x)
+    return jnp.mean((out - x) ** 2) + 0.01 * aux.load_balancing_loss

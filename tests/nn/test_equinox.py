@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_smfree.nn import equinox as smfree_equinox
-from nn.functional import EXPERTS, config, functional, rows_on
+from nn.functional import EXPERTS, config, functional, loss, rows_on
 from support import as_many, ep_mesh, mesh_of
 
 
@@ -34,10 +34,6 @@ def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
 def test_gradients_reach_all_parameters_but_the_bias(groups):
     group = groups(ep_mesh(as_many(4)), **config())
     layer, x = layer_on(group, balanced=True), rows_on(group)
-
-    def loss(layer, x):
-        out, aux = layer(x)
-        return jnp.mean((out - x) ** 2) + 0.01 * aux.load_balancing_loss
 
     grad = equinox.filter_jit(equinox.filter_value_and_grad(loss))
     first, gradients = grad(layer, x)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jax_smfree import nn
 from jax_smfree.nn import nnx as smfree_nnx
-from nn.functional import EXPERTS, HIDDEN, config, functional, rows_on
+from nn.functional import EXPERTS, HIDDEN, config, functional, loss, rows_on
 from support import as_many, ep_mesh, mesh_of
 
 
@@ -40,10 +40,6 @@ def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
 def test_gradients_and_optimizer_steps_reach_all_parameters(groups):
     group = groups(ep_mesh(as_many(4)), **config())
     layer, x = layer_on(group, balanced=True), rows_on(group)
-
-    def loss(layer, x):
-        out, aux = layer(x)
-        return jnp.mean((out - x) ** 2) + 0.01 * aux.load_balancing_loss
 
     grad = nnx.jit(nnx.value_and_grad(loss))
     first, gradients = grad(layer, x)
