@@ -46,7 +46,7 @@ class MoeLayer(equinox.Module):
     Example:
       >>> layer = MoeLayer(group, expert_width=64, shared_width=64, key=jax.random.key(0))
       >>> out, aux = equinox.filter_jit(layer)(x)
-      >>> out.shape == x.shape
+      >>> out.block_until_ready().shape == x.shape
       True
     """
 

@@ -61,7 +61,7 @@ class MoeLayer(nnx.Module):
     Example:
       >>> layer = MoeLayer(group, expert_width=64, shared_width=64, rngs=nnx.Rngs(0))
       >>> out, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
-      >>> out.shape == x.shape
+      >>> out.block_until_ready().shape == x.shape
       True
     """
 
