@@ -2,7 +2,7 @@
 #
 # NVSHMEM's device library, of the wheel nvidia-nvshmem-cu12 or -cu13 in the Python environment, or
 # under NVSHMEM_ROOT. Sets NVSHMEM_FOUND, NVSHMEM_INCLUDE_DIR, NVSHMEM_DEVICE_LIBRARY and
-# NVSHMEM_VERSION. The host library is not linked: see csrc/cuda/nvshmem.h.
+# NVSHMEM_VERSION. The host library is not linked: see csrc/cuda/network/nvshmem.h.
 find_package(Python 3.11 QUIET COMPONENTS Interpreter)
 if(Python_SITELIB)
   set(nvshmem_wheel "${Python_SITELIB}/nvidia/nvshmem")

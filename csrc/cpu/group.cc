@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "csrc/cpu/backend.h"
-#include "csrc/cpu/completion_pool.h"
-#include "csrc/cpu/exchange.h"
+#include "csrc/cpu/runtime/completion_pool.h"
+#include "csrc/cpu/exchange/exchange.h"
 
 namespace smfree::cpu {
 namespace {

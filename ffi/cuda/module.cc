@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "csrc/cuda/backend.h"
-#include "csrc/cuda/memory_nvshmem.h"
-#include "csrc/cuda/nvshmem.h"
-#include "csrc/cuda/put_kernel.h"
-#include "csrc/cuda/visible.h"
+#include "csrc/cuda/memory/memory_nvshmem.h"
+#include "csrc/cuda/network/nvshmem.h"
+#include "csrc/cuda/network/put_kernel.h"
+#include "csrc/cuda/driver/visible.h"
 
 namespace smfree {
 namespace {

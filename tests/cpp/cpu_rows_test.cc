@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "csrc/cpu/completion_pool.h"
-#include "csrc/cpu/floats.h"
-#include "csrc/cpu/rows.h"
+#include "csrc/cpu/runtime/completion_pool.h"
+#include "csrc/cpu/rows/floats.h"
+#include "csrc/cpu/rows/rows.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/cpu_ranks.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cuda/launches.h"
+#include "csrc/cuda/host/launches.h"
 
 #include <atomic>
 #include <chrono>

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/exchange/mailbox.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <iterator>
+#include <utility>
+
+#include "csrc/protocol/describe.h"
+
+namespace smfree::cpu {
+namespace {
+
+Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
+                const std::string& why) {
+  return Status(
+      FaultKind::kScheduleMismatch,
+      "schedule mismatch: " + DescribeCall(expected.phase, expected.rank, expected.identity) + " " +
+          why + " from rank " + std::to_string(found.source) +
+          ". Cure: every rank of the group must run the same program with the same "
+          "shapes, and recv must get the token and the handle of its own send.");
+}
+
+// The shapes of a message of the right operation.
+Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found) {
+  if (found.tokens != expected.tokens) {
+    return Mismatch(expected, found,
+                    "expected an operation of " + std::to_string(expected.tokens) +
+                        " rows per rank and got one of " + std::to_string(found.tokens));
+  }
+  // Without rows there is nothing that could ride along with them.
+  if (found.rows > 0 && expected.experts != 0 && found.experts != expected.experts) {
+    return Mismatch(expected, found, "expected rows with expert ids and got rows without");
+  }
+  if (found.rows > 0 && expected.slots != 0 && found.slots != expected.slots) {
+    return Mismatch(expected, found, "expected rows with slots and got rows without");
+  }
+  const auto region = static_cast<size_t>(found.region);
+  if (!expected.counts.empty() && found.rows != expected.counts[region]) {
+    return Mismatch(expected, found,
+                    "expected " + std::to_string(expected.counts[region]) +
+                        " rows by its handle and got " + std::to_string(found.rows));
+  }
+  return Status();
+}
+
+}  // namespace
+
+bool Mailbox::Stream::empty() const {
+  const auto is_read = [](const auto& fifo) { return fifo.empty(); };
+  const auto all_read = [&](const auto& leg) {
+    return std::all_of(leg.begin(), leg.end(), is_read);
+  };
+  return waiting.empty() && in_flight.empty() &&
+         std::all_of(std::begin(arrived), std::end(arrived), all_read);
+}
+
+Mailbox::Stream& Mailbox::At(const Identity& identity) {
+  Stream& stream = streams_[StreamKey(identity)];
+  for (const Leg leg : {kWire, kNode}) {
+    stream.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
+  }
+  return stream;
+}
+
+Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
+  Stream& stream = At(identity);
+  const bool replay = IsReplay(identity.derivation);
+  for (const Identity& other : stream.in_flight) {
+    if (replay && !SameOperation(other, identity)) continue;
+    return Status(FaultKind::kTwoInFlight,
+                  "two operations in flight on one lane: " + DescribeCall(phase, rank_, identity) +
+                      " begins, and " + DescribeOperation(other) +
+                      " was not received here yet. Cure: receive it first, with the token that its "
+                      "send returned, or use another lane.");
+  }
+  stream.in_flight.push_back(identity);
+  return Status();
+}
+
+StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t region, Receive& receive) const {
+  const Expectation& expected = receive.expected;
+  auto& fifo = stream.arrived[expected.leg][static_cast<size_t>(region)];
+  Message& slot = receive.messages[static_cast<size_t>(region)];
+  if (fifo.empty() || slot.data != nullptr) return Match::kNone;
+  const auto found = std::find_if(fifo.begin(), fifo.end(), [&](const Message& message) {
+    return SameOperation(message.header.identity, expected.identity);
+  });
+  if (found != fifo.begin() && !IsReplay(expected.identity.derivation)) {
+    const wire::MessageHeader& head = fifo.front().header;
+    const std::string wanted = DescribeOperation(expected.identity);
+    std::string got = DescribeOperation(head.identity);
+    if (got == wanted) {  // the instances differ
+      got =
+          "another call of that line (another branch of a cond, or a jitted function that is "
+          "called twice), of " +
+          std::to_string(head.tokens) + " rows per rank instead of " +
+          std::to_string(expected.tokens) + ",";
+    }
+    return Mismatch(expected, head, "expected " + wanted + " and got " + got);
+  }
+  if (found == fifo.end()) return Match::kNone;
+  Status shapes = CheckShapes(expected, found->header);
+  if (!shapes.ok()) return shapes;
+  slot = std::move(*found);
+  fifo.erase(found);
+  --receive.missing;
+  return Match::kTaken;
+}
+
+void Mailbox::Complete(Stream& stream, const Receive& receive) const {
+  const Expectation& expected = receive.expected;
+  if (expected.leg != nodes_.LastLeg(expected.identity.operation)) return;
+  auto& sent = stream.in_flight;
+  const auto it = std::find_if(sent.begin(), sent.end(), [&](const Identity& identity) {
+    return SameOperation(identity, expected.identity);
+  });
+  if (it != sent.end()) sent.erase(it);
+}
+
+Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
+  const wire::MessageHeader header = message.header;
+  const Identity& identity = header.identity;
+  last_from_[static_cast<size_t>(header.source)] = header;
+  Stream& stream = At(identity);
+  stream.arrived[header.leg][static_cast<size_t>(header.region)].push_back(std::move(message));
+  for (auto it = stream.waiting.begin(); it != stream.waiting.end(); ++it) {
+    if ((*it)->expected.leg != header.leg) continue;
+    const auto match = TakeFrom(stream, header.region, **it);
+    if (!match.ok()) return match.status();
+    if (match.value() == Match::kNone) continue;
+    if ((*it)->missing == 0) {
+      *complete = *it;
+      stream.waiting.erase(it);
+      Complete(stream, **complete);
+      if (stream.empty()) streams_.erase(StreamKey(identity));
+    }
+    break;
+  }
+  return Status();
+}
+
+Status Mailbox::Expect(const ReceivePtr& receive, bool* complete) {
+  const Identity& identity = receive->expected.identity;
+  Stream& stream = At(identity);
+  const int32_t regions = nodes_.Regions(receive->expected.leg);
+  receive->messages.resize(static_cast<size_t>(regions));
+  receive->missing = regions;
+  for (int32_t region = 0; region < regions; ++region) {
+    const auto match = TakeFrom(stream, region, *receive);
+    if (!match.ok()) return match.status();
+  }
+  *complete = receive->missing == 0;
+  if (!*complete) {
+    stream.waiting.push_back(receive);
+  } else {
+    Complete(stream, *receive);
+    if (stream.empty()) streams_.erase(StreamKey(identity));
+  }
+  return Status();
+}
+
+bool Mailbox::IsWaiting(const ReceivePtr& receive) const {
+  const auto it = streams_.find(StreamKey(receive->expected.identity));
+  if (it == streams_.end()) return false;
+  const auto& waiting = it->second.waiting;
+  return std::find(waiting.begin(), waiting.end(), receive) != waiting.end();
+}
+
+std::vector<int32_t> Mailbox::Missing(const Receive& receive) const {
+  std::vector<int32_t> missing;
+  for (size_t region = 0; region < receive.messages.size(); ++region) {
+    if (receive.messages[region].data != nullptr) continue;
+    const int32_t peer = nodes_.Peer(receive.expected.leg, rank_, static_cast<int32_t>(region));
+    if (std::find(missing.begin(), missing.end(), peer) == missing.end()) missing.push_back(peer);
+  }
+  return missing;
+}
+
+std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) const {
+  // What lies unread from that source, in whatever stream: most often the operation that the peer
+  // took instead of the expected one.
+  std::string unread;
+  ForEachUnread([&](const Message& message) {
+    if (message.header.source != source) return;
+    unread += (unread.empty() ? "; unread from it: " : ", ") +
+              DescribeOperation(message.header.identity);
+  });
+  const auto& last = last_from_[static_cast<size_t>(source)];
+  std::string text = "rank " + std::to_string(source) + ": nothing arrived; ";
+  text +=
+      last ? "last from rank " + std::to_string(source) + ": " + DescribeOperation(last->identity)
+           : "rank " + std::to_string(source) + " never sent anything";
+  if (last && last->identity.run_id != receive.expected.identity.run_id) text += " of another run";
+  return text + unread;
+}
+
+std::string Mailbox::DescribeWait(const Receive& receive) const {
+  constexpr size_t kMaxDescribed = 4;
+  const std::vector<int32_t> missing = Missing(receive);
+  char waited[32];
+  std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
+  std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
+                     receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
+                     ") " + (receive.expected.leg == kNode ? "inside its node " : "") + "for ";
+  for (size_t i = 0; i < missing.size() && i < kMaxDescribed; ++i) {
+    text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
+  }
+  if (missing.size() > kMaxDescribed) {
+    text += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
+  }
+  return text;
+}
+
+Mailbox::Contents Mailbox::TakeAll() {
+  Contents contents;
+  for (auto& [key, stream] : streams_) {
+    for (ReceivePtr& receive : stream.waiting) contents.receives.push_back(std::move(receive));
+    for (auto& leg : stream.arrived) {
+      for (auto& fifo : leg) {
+        std::move(fifo.begin(), fifo.end(), std::back_inserter(contents.messages));
+      }
+    }
+  }
+  streams_.clear();
+  return contents;
+}
+
+std::vector<ReceivePtr> Mailbox::Waiting() const {
+  std::vector<ReceivePtr> waiting;
+  for (const auto& [key, stream] : streams_) {
+    waiting.insert(waiting.end(), stream.waiting.begin(), stream.waiting.end());
+  }
+  return waiting;
+}
+
+int64_t Mailbox::messages() const {
+  int64_t count = 0;
+  ForEachUnread([&](const Message&) { ++count; });
+  return count;
+}
+
+void Mailbox::ForEachUnread(const std::function<void(const Message&)>& body) const {
+  for (const auto& [key, stream] : streams_) {
+    for (const auto& leg : stream.arrived) {
+      for (const auto& fifo : leg) std::for_each(fifo.begin(), fifo.end(), body);
+    }
+  }
+}
+
+}  // namespace smfree::cpu

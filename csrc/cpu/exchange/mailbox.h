@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The mailbox of one rank: what arrived for it, what it waits for, what it has sent and not
+// received yet; and the rules that decide which message a receive takes. It has no lock and no
+// threads: the Exchange guards all mailboxes of a process with one mutex.
+//
+// Rules, per stream (run, lane, derivation):
+//   * A send may begin if the rank has received its previous operation. In a replay stream, only
+//     the same operation twice is refused.
+//   * A receive takes from each region of its leg (nodes.h) the first message of its operation. In
+//     a stream that is no replay this must be the first message of all; another one in its place is
+//     a mismatch.
+#ifndef SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
+#define SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/backend.h"
+#include "csrc/cpu/exchange/message.h"
+#include "csrc/cpu/runtime/mover.h"
+
+namespace smfree::cpu {
+
+// What a receive is ready for.
+struct Expectation {
+  const char* phase = "";  // its name, for errors
+  int32_t rank = 0;
+  Identity identity;
+  int64_t tokens = 0;
+  int32_t experts = 0;          // expert ids per row that it needs, or 0
+  int32_t slots = 0;            // values per row that it needs, or 0
+  Leg leg = kWire;
+  std::vector<int32_t> counts;  // rows of each region's message if they are known, else empty
+  Clock::time_point since = Clock::now();  // when the phase was called, which the deadline is from
+};
+
+using Unpacker = std::function<Status(const std::vector<Message>&)>;  // messages by region
+
+// A receive that was called and is not complete.
+struct Receive {
+  Expectation expected;
+  Unpacker unpack;
+  Done done;
+  Mover::TimerId deadline{};
+  std::vector<Message> messages;  // by region; without data until it is there
+  int32_t missing = 0;
+};
+using ReceivePtr = std::shared_ptr<Receive>;
+
+class Mailbox {
+ public:
+  Mailbox(int32_t rank, const Nodes& nodes)
+      : rank_(rank), nodes_(nodes), last_from_(static_cast<size_t>(nodes.num_ranks)) {}
+
+  Status BeginSend(const char* phase, const Identity& identity);
+
+  // Puts a message in. *complete gets the receive whose last message it was, if so; that receive is
+  // then no longer in the mailbox.
+  Status Deliver(Message message, ReceivePtr* complete);
+  // Puts a receive in, unless its messages are all there: then *complete says so.
+  Status Expect(const ReceivePtr& receive, bool* complete);
+
+  bool IsWaiting(const ReceivePtr& receive) const;
+  // The ranks that a receive still waits for.
+  std::vector<int32_t> Missing(const Receive& receive) const;
+  // Who waits how long for whom, and what came instead.
+  std::string DescribeWait(const Receive& receive) const;
+
+  // Empties the mailbox; the caller ends the receives and lets go of the messages without a lock.
+  struct Contents {
+    std::vector<ReceivePtr> receives;
+    std::vector<Message> messages;
+  };
+  Contents TakeAll();
+  std::vector<ReceivePtr> Waiting() const;
+  int64_t messages() const;
+
+ private:
+  struct Stream {
+    std::vector<std::vector<Message>> arrived[kLegs];  // FIFO by region; short: erasing is cheap
+    std::vector<ReceivePtr> waiting;
+    std::vector<Identity> in_flight;  // sent by this rank and not received here
+
+    bool empty() const;
+  };
+  enum class Match { kNone, kTaken };
+
+  Stream& At(const Identity& identity);
+  StatusOr<Match> TakeFrom(Stream& stream, int32_t region, Receive& receive) const;
+  // All of `receive` is there; on its operation's last leg the operation is in flight no more.
+  void Complete(Stream& stream, const Receive& receive) const;
+  void ForEachUnread(const std::function<void(const Message&)>& body) const;
+  std::string DescribeMissing(const Receive& receive, int32_t source) const;
+
+  const int32_t rank_;
+  const Nodes nodes_;
+  std::map<StreamKey, Stream> streams_;
+  std::vector<std::optional<wire::MessageHeader>> last_from_;  // the last arrival of each source
+};
+
+}  // namespace smfree::cpu
+
+#endif  // SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef SMFREE_CSRC_CPU_EXCHANGE_MESSAGE_H_
+#define SMFREE_CSRC_CPU_EXCHANGE_MESSAGE_H_
+
+#include <cstddef>
+#include <memory>
+
+#include "csrc/protocol/layout.h"
+#include "csrc/protocol/wire.h"
+
+namespace smfree::cpu {
+
+// The rows from one rank to another. They are immutable once the message is posted; the block they
+// lie in, here or in another process, returns to its sender when the last `hold` on it goes.
+struct Message {
+  wire::MessageHeader header{};
+  const std::byte* data = nullptr;
+  std::shared_ptr<const void> hold;
+
+  const int32_t* experts(const MessageLayout& layout) const {
+    return reinterpret_cast<const int32_t*>(data + layout.experts_offset);
+  }
+  const float* slots(const MessageLayout& layout) const {
+    return reinterpret_cast<const float*>(data + layout.slots_offset);
+  }
+  const std::byte* rows(const MessageLayout& layout) const { return data + layout.rows_offset; }
+};
+
+}  // namespace smfree::cpu
+
+#endif  // SMFREE_CSRC_CPU_EXCHANGE_MESSAGE_H_

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Places: where the copies of rows are, and how rows get there and back. A copy of row t goes to
+// destination d as the i-th row there:
+//
+//   place = d * tokens + i          i counts the rows to d in the order of t
+//
+// A row has up to `width` places, ascending, each with another d; -1 fills the end. What a
+// destination is follows from the leg: a rank, a node, or an index inside a node.
+#ifndef SMFREE_CSRC_CPU_ROWS_PLACES_H_
+#define SMFREE_CSRC_CPU_ROWS_PLACES_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "csrc/cpu/exchange/exchange.h"
+#include "csrc/cpu/exchange/message.h"
+
+namespace smfree::cpu {
+
+class Outbox;
+
+struct Places {
+  const int32_t* data;  // [rows, width]
+  int64_t tokens;
+  int32_t width;
+
+  // Calls body(destination, position) for the places of `row`.
+  template <typename Body>
+  void ForEach(int64_t row, const Body& body) const {
+    const int32_t* const places = data + row * width;
+    for (int32_t p = 0; p < width && places[p] >= 0; ++p) {
+      body(static_cast<int32_t>(places[p] / tokens), places[p] % tokens);
+    }
+  }
+};
+
+// Fills `places` [rows, width] and adds to `counts` [ranks] from the experts of each row: which of
+// the ranks [first_rank, first_rank + ranks) hold any of them. Other ids are left out.
+void PlaceByExpert(const GroupConfig& config, int64_t tokens, const int32_t* experts, int64_t rows,
+                   int32_t first_rank, int32_t ranks, int32_t width, int32_t* places,
+                   int32_t* counts);
+
+// The places of rows on the wire leg, from those by rank in a handle: the same in direct mode, by
+// node in hierarchical mode. The arrays of the handle must outlive it.
+class WirePlaces {
+ public:
+  WirePlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
+             const int32_t* send_counts);
+
+  Places places() const {
+    return hierarchical_ ? Places{by_node_.data(), by_rank_.tokens, width_} : by_rank_;
+  }
+  const std::vector<int32_t>& counts() const { return counts_; }  // rows to each destination
+
+ private:
+  Places by_rank_;
+  bool hierarchical_;
+  int32_t width_ = 0;  // of by_node_
+  std::vector<int32_t> by_node_, counts_;
+};
+
+// Copies rows to their places: row t goes to region first_region + d of the outbox.
+struct PackedRows {
+  int64_t count;
+  const std::byte* rows;
+  int64_t row_stride;
+  const int32_t* experts;  // [count, K] or null
+  const float* slots;      // [count, K] or null
+};
+void PackAtPlaces(const Exchange& exchange, const PackedRows& from, const Places& places,
+                  int32_t first_region, Outbox& outbox);
+
+// rows[t] = sum over the places of row t of the row there, in float32, rounded once; and slots
+// likewise. A destination d is message first_region + d. Rows without a place are zero.
+struct SummedRows {
+  int64_t count;
+  std::byte* rows;
+  int64_t row_stride;
+  float* slots;  // [count, K] or null
+};
+void SumAtPlaces(const Exchange& exchange, const std::vector<Message>& messages,
+                 const Places& places, int32_t first_region, const SummedRows& to);
+
+}  // namespace smfree::cpu
+
+#endif  // SMFREE_CSRC_CPU_ROWS_PLACES_H_

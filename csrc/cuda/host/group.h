@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The state of a group on the host: its ranks, their memory and movers, and its faults.
+#ifndef SMFREE_CSRC_CUDA_HOST_GROUP_H_
+#define SMFREE_CSRC_CUDA_HOST_GROUP_H_
+
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <vector>
+
+#include "csrc/cuda/memory/allocation.h"
+#include "csrc/cuda/backend.h"
+#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/launches.h"
+#include "csrc/cuda/memory/memory.h"
+#include "csrc/cuda/memory/memory_nvshmem.h"
+#include "csrc/cuda/host/mover.h"
+#include "csrc/cuda/network/put_kernel.h"
+
+namespace smfree::cuda {
+
+class Rank {
+ public:
+  int32_t rank = 0;
+  int32_t index = 0;  // among those of this process
+  int32_t device = 0;
+  int32_t num_sms = 0;  // that its kernels fill: all, but one where puts need room (far_peers.h)
+  GroupState* group = nullptr;
+
+  std::shared_ptr<SymmetricMemory> memory;
+  Allocation state;         // RankState
+  Allocation scratch;       // [lane index], see lane_scratch_bytes
+  Allocation peer_table;    // [R] pointers to the memories
+  Allocation queue;         // pinned
+  Allocation host;          // pinned HostPage
+  std::unique_ptr<Mover> mover;
+
+  // The part of the context that is the same in every call of `lane_index`.
+  Context ContextFor(int32_t lane_index) const;
+};
+
+struct GroupState {
+  int64_t group_id = 0;
+  GroupOptions options;
+  Layout layout{};
+  uint64_t queue_mask = 0;
+  Allocation failed;  // pinned uint32: some rank has reported a fault
+  std::vector<std::unique_ptr<Rank>> ranks;  // of this process
+  std::vector<char*> memories;               // of all ranks; nullptr for far ones
+  std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
+  std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
+  std::unique_ptr<PutKernel> put_kernel;     // null: the mover puts, or there are no far peers
+  std::unique_ptr<Launches> launches;
+
+  // Held shared while a phase is launched, exclusively while the group closes.
+  std::shared_mutex open_mutex;
+  bool closed = false;
+
+  mutable std::mutex fault_mutex;
+  Status host_fault;  // of a mover, or kClosed
+
+  bool Failed() const;
+  void Fail(Status fault);
+  // The first fault, of a device or of the host.
+  Status FirstFault() const;
+  Status TakeOverflow();
+
+  // All ranks, on devices of this process.
+  Status AllocateHere(const std::vector<int32_t>& devices);
+  // The rank of this process; that of rank r is in process `process_of_rank[r]`.
+  Status AllocateAmongProcesses(int32_t rank, int32_t device,
+                                std::shared_ptr<NvshmemMemory> memory,
+                                const std::vector<int32_t>& process_of_rank);
+  Status Prepare();
+  Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
+                   const std::vector<int32_t>& process_of_rank);
+  bool HasFarPeers() const;
+  // Messages that the mover of a rank puts to other nodes in each operation.
+  int32_t FarMessages() const;
+  Status AllocateRank(int32_t rank, int32_t device, std::shared_ptr<SymmetricMemory> memory);
+  Status Connect();
+};
+
+// Of a LaneScratch with its counts, flags, tags and places, each aligned to kAlignment.
+struct LaneScratchLayout {
+  int64_t counts_offset, flags_offset, tags_offset, wire_places_offset, bytes;
+  explicit LaneScratchLayout(const GroupConfig& config);
+};
+
+// Words for what a device has recorded.
+Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s);
+Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank);
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_HOST_GROUP_H_

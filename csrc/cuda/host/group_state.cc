@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The state of a group: what it allocates, and what has gone wrong.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "csrc/cuda/host/group.h"
+#include "csrc/cuda/memory/memory_local.h"
+
+namespace smfree::cuda {
+namespace {
+
+LayoutConfig LayoutConfigOf(const GroupConfig& config) {
+  return {config.num_ranks,
+          NodesOf(config).ranks_per_node,
+          config.num_experts,
+          config.top_k,
+          config.num_lanes,
+          static_cast<int32_t>(ItemBytes(config.dtype)),
+          config.hidden,
+          config.max_tokens,
+          config.differentiable,
+          config.hierarchical};
+}
+
+// A recv reads what a network card has written to `device` while the kernel runs. On GPUs that keep
+// the order of such writes, a signal that is seen vouches for the bytes before it; others would
+// need a flush from the host.
+Status CheckNetworkOrder(int32_t device) {
+  int order = 0;
+  const Status status = CudaStatus(
+      cudaDeviceGetAttribute(&order, cudaDevAttrGPUDirectRDMAWritesOrdering, device),
+      "cudaDeviceGetAttribute");
+  if (!status.ok() || order >= cudaGPUDirectRDMAWritesOrderingOwner) return status;
+  return Status(FaultKind::kInvalidArgument,
+                "GPU " + std::to_string(device) +
+                    " does not keep the order in which a network card writes to it (GPUDirect RDMA "
+                    "writes ordering " + std::to_string(order) + ", expected " +
+                    std::to_string(cudaGPUDirectRDMAWritesOrderingOwner) +
+                    " or more). Cure: make the group of GPUs that NVLink connects, or use GPUs of "
+                    "compute capability 9.0 or newer.");
+}
+
+}  // namespace
+
+int64_t SymmetricBytes(const GroupConfig& config) {
+  return Layout::Make(LayoutConfigOf(config)).TotalBytes();
+}
+
+LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
+  const Nodes nodes = NodesOf(config);
+  const int64_t bins = RouteBins(nodes, config.num_experts);
+  const int64_t wire_places =
+      config.hierarchical ? config.max_tokens * std::min(config.top_k, nodes.count()) : 0;
+  counts_offset = AlignUp(sizeof(LaneScratch), kAlignment);
+  flags_offset =
+      counts_offset + AlignUp(kMaxRouteBlocks * bins * int64_t{sizeof(int32_t)}, kAlignment);
+  tags_offset = flags_offset + AlignUp(kMaxRouteBlocks * int64_t{sizeof(uint64_t)}, kAlignment);
+  wire_places_offset =
+      tags_offset + AlignUp(RowsCapacity(config, config.max_tokens) * int64_t{sizeof(uint32_t)},
+                            kAlignment);
+  bytes = wire_places_offset + AlignUp(wire_places * int64_t{sizeof(int32_t)}, kAlignment);
+}
+
+Context Rank::ContextFor(int32_t lane_index) const {
+  const GroupOptions& options = group->options;
+  const LaneScratchLayout layout(options);
+  char* const lane = scratch.as<char>() + lane_index * layout.bytes;
+  Context c{};
+  c.layout = group->layout;
+  c.code = CopyCode(options.max_tokens);
+  c.nodes = NodesOf(options);
+  c.rank = rank;
+  c.num_ranks = options.num_ranks;
+  c.num_experts = options.num_experts;
+  c.top_k = options.top_k;
+  c.places_per_row = PlacesPerRow(options);
+  c.wire_width = std::min(options.top_k, c.nodes.Regions(kWire));
+  c.relay_width = PlacesPerNode(options);
+  c.expert_alignment = options.expert_alignment;
+  c.drop_overflow = options.overflow == Overflow::kDrop;
+  c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
+  c.memory = memory->data();
+  c.among_processes = group->block != nullptr;
+  c.puts_on_device = group->put_kernel != nullptr;
+  c.memories = peer_table.as<char*>();
+  c.state = state.as<RankState>();
+  c.scratch = reinterpret_cast<LaneScratch*>(lane);
+  c.wire_places = reinterpret_cast<int32_t*>(lane + layout.wire_places_offset);
+  c.route_counts = reinterpret_cast<int32_t*>(lane + layout.counts_offset);
+  c.route_flags = reinterpret_cast<uint64_t*>(lane + layout.flags_offset);
+  c.row_tags = reinterpret_cast<uint32_t*>(lane + layout.tags_offset);
+  c.queue = queue.as<Descriptor>();
+  c.queue_mask = group->queue_mask;
+  c.host = host.as<HostPage>();
+  c.group_failed = group->failed.as<uint32_t>();
+  c.hidden = options.hidden;
+  c.x_row_bytes = options.hidden * ItemBytes(options.dtype);
+  c.lane_index = lane_index;
+  return c;
+}
+
+Status GroupState::Prepare() {
+  layout = Layout::Make(LayoutConfigOf(options));
+  // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
+  const int64_t messages = layout.peers[kWire] + layout.peers[kNode];
+  const int64_t most =
+      int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 * messages * kMaxChunks;
+  uint64_t entries = 64;
+  while (entries < static_cast<uint64_t>(most)) entries *= 2;
+  queue_mask = entries - 1;
+  auto made = Allocation::OnHost(sizeof(uint32_t));
+  if (!made.ok()) return made.status();
+  failed = std::move(made.value());
+  return {};
+}
+
+Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
+  Status status = Prepare();
+  for (size_t r = 0; status.ok() && r < devices.size(); ++r) {
+    auto memory =
+        LocalMemory::Map(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
+    if (!memory.ok()) return memory.status();
+    memories.push_back(memory.value()->data());
+    status = AllocateRank(static_cast<int32_t>(r), devices[r], std::move(memory.value()));
+  }
+  return status.ok() ? Connect() : status;
+}
+
+Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
+                                          std::shared_ptr<NvshmemMemory> memory,
+                                          const std::vector<int32_t>& process_of_rank) {
+  Status status = Prepare();
+  if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
+  if (!status.ok()) return status;
+  block = std::move(memory);
+  status = AllocateRank(rank, device, block);
+  return status.ok() ? Connect() : status;
+}
+
+Status GroupState::FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
+                             const std::vector<int32_t>& process_of_rank) {
+  const Nodes nodes = NodesOf(options);
+  for (int32_t r = 0; r < options.num_ranks; ++r) {
+    const int32_t process = process_of_rank[static_cast<size_t>(r)];
+    char* const there = r == rank ? memory.data() : memory.At(process);
+    const bool near = nodes.NodeOf(r) == nodes.NodeOf(rank);
+    if (near && there == nullptr) {
+      return Status(FaultKind::kInvalidArgument,
+                    "rank " + std::to_string(rank) + " does not reach the GPU of rank " +
+                        std::to_string(r) + " (process " + std::to_string(process) +
+                        ") of its node over NVLink. Cure: set EpConfig.ranks_per_node to the "
+                        "number of GPUs that reach one another (nvidia-smi topo -p2p r), 1 if none "
+                        "do.");
+    }
+    if (there == nullptr) {
+      const Status status = CheckNetworkOrder(device);
+      if (!status.ok()) return status;
+    }
+    memories.push_back(near ? there : nullptr);
+    far_processes.push_back(near ? FarPeers::kNear : process);
+  }
+  return {};
+}
+
+bool GroupState::HasFarPeers() const {
+  return std::find(memories.begin(), memories.end(), nullptr) != memories.end();
+}
+
+int32_t GroupState::FarMessages() const {
+  const Nodes nodes = NodesOf(options);
+  if (!HasFarPeers() || put_kernel) return 0;
+  return nodes.Regions(kWire) - (options.hierarchical ? 1 : nodes.ranks_per_node);
+}
+
+Status GroupState::AllocateRank(int32_t number, int32_t device,
+                                std::shared_ptr<SymmetricMemory> memory) {
+  ranks.push_back(std::make_unique<Rank>());
+  Rank* const rank = ranks.back().get();
+  rank->rank = number;
+  rank->device = device;
+  rank->group = this;
+  rank->memory = std::move(memory);
+  const DeviceScope scope(device);
+  cudaDeviceProp properties;
+  Status status =
+      CudaStatus(cudaGetDeviceProperties(&properties, rank->device), "cudaGetDeviceProperties");
+  if (!status.ok()) return status;
+  rank->num_sms = properties.multiProcessorCount - (HasFarPeers() ? 1 : 0);
+  const size_t route_bytes =
+      RouteSharedBytes(options.max_tokens, RouteBins(NodesOf(options), options.num_experts));
+  const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
+  if (std::max(route_bytes, place_bytes) > properties.sharedMemPerBlockOptin) {
+    return Status(FaultKind::kInvalidArgument,
+                  "the routing of max_tokens " + std::to_string(options.max_tokens) +
+                      " rows to " + std::to_string(options.num_experts) + " experts needs " +
+                      std::to_string(route_bytes) + " bytes of shared memory, GPU " +
+                      std::to_string(rank->device) + " has " +
+                      std::to_string(properties.sharedMemPerBlockOptin) +
+                      ". Cure: lower max_tokens, and send larger batches in several operations.");
+  }
+  const int64_t lanes = LaneCount(options.num_lanes, options.differentiable);
+  const auto on_device = [&](Allocation& allocation, int64_t bytes) {
+    auto made = Allocation::OnDevice(rank->device, static_cast<size_t>(bytes));
+    if (!made.ok()) return made.status();
+    allocation = std::move(made.value());
+    return Status();
+  };
+  const auto on_host = [&](Allocation& allocation, int64_t bytes) {
+    auto made = Allocation::OnHost(static_cast<size_t>(bytes));
+    if (!made.ok()) return made.status();
+    allocation = std::move(made.value());
+    return Status();
+  };
+  // The signals are zero on all ranks before the first send of any of them.
+  status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
+  if (status.ok()) status = on_device(rank->state, sizeof(RankState));
+  if (status.ok()) status = on_device(rank->scratch, lanes * LaneScratchLayout(options).bytes);
+  if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
+  if (status.ok()) {
+    status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
+  }
+  if (status.ok()) status = on_host(rank->host, sizeof(HostPage));
+  if (status.ok()) status = CudaStatus(LoadDispatchSend(route_bytes), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
+  if (status.ok()) status = CudaStatus(LoadCombineRecv(), "loading kernels");
+  if (status.ok() && options.hierarchical) {
+    status = CudaStatus(LoadDispatchRelay(), "loading kernels");
+    if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
+  }
+  if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
+  return status;
+}
+
+Status GroupState::Connect() {
+  launches = std::make_unique<Launches>(static_cast<int32_t>(ranks.size()),
+                                        LaneCount(options.num_lanes, options.differentiable));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    Rank& rank = *ranks[i];
+    rank.index = static_cast<int32_t>(i);
+    const DeviceScope scope(rank.device);
+    Status status = CudaStatus(cudaMemcpy(rank.peer_table.as<char*>(), memories.data(),
+                                          memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
+                               "cudaMemcpy");
+    if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (!status.ok()) return status;
+  }
+  for (const auto& rank : ranks) {
+    if (options.num_ranks == 1) break;
+    std::unique_ptr<FarPeers> far;
+    if (HasFarPeers()) {
+      auto made = FarPeers::Connect({rank->device, &block->nvshmem(), block->data(),
+                                     layout.FaultWordOffset(), far_processes});
+      if (!made.ok()) return made.status();
+      far = std::move(made.value());
+      if (options.puts_on_device) {
+        auto loaded = PutKernel::Load(block->nvshmem(), rank->device, far_processes);
+        if (!loaded.ok()) return loaded.status();
+        put_kernel = std::move(loaded.value());
+      }
+    }
+    auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, NodesOf(options),
+                               layout, memories, std::move(far), rank->queue.as<Descriptor>(),
+                               queue_mask,
+                               &rank->host.as<HostPage>()->fault,
+                               [this, index = rank->index](int32_t lane_index) {
+                                 launches->NotePut(index, lane_index);
+                               },
+                               [this] { launches->SwitchOff(); },
+                               [this](Status fault) { Fail(std::move(fault)); }});
+    if (!mover.ok()) return mover.status();
+    rank->mover = std::move(mover.value());
+  }
+  return {};
+}
+
+bool GroupState::Failed() const {
+  return __atomic_load_n(failed.as<uint32_t>(), __ATOMIC_ACQUIRE) != 0;
+}
+
+void GroupState::Fail(Status fault) {
+  {
+    const std::lock_guard<std::mutex> lock(fault_mutex);
+    if (host_fault.ok()) host_fault = std::move(fault);
+  }
+  __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
+  launches->SwitchOff();
+}
+
+Status GroupState::FirstFault() const {
+  const FaultRecord* first = nullptr;
+  int32_t first_rank = 0;
+  for (const auto& rank : ranks) {
+    const FaultRecord& fault = rank->host.as<HostPage>()->fault;
+    if (__atomic_load_n(&fault.ready, __ATOMIC_ACQUIRE) == 0) continue;
+    if (first != nullptr && fault.time_ns >= first->time_ns) continue;
+    first = &fault;
+    first_rank = rank->rank;
+  }
+  if (first != nullptr) return DescribeFault(*first, first_rank, options.timeout_s);
+  const std::lock_guard<std::mutex> lock(fault_mutex);
+  return host_fault;
+}
+
+Status GroupState::TakeOverflow() {
+  Status first;
+  for (const auto& rank : ranks) {
+    OverflowRecord& overflow = rank->host.as<HostPage>()->overflow;
+    if (__atomic_exchange_n(&overflow.ready, 0u, __ATOMIC_ACQ_REL) == 0) continue;
+    if (first.ok()) first = DescribeOverflow(overflow, rank->rank);
+  }
+  return first;
+}
+
+}  // namespace smfree::cuda

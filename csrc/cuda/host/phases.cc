@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The phases of backend.h: what a caller may ask for, and how the work is cut. In hierarchical
+// mode a dispatch_recv begins with a relay, and a combine_send ends with one, which are launched as
+// parts of their own: both wait for the ranks of the leg before them.
+#include <algorithm>
+#include <chrono>
+#include <string>
+
+#include "csrc/cuda/host/group.h"
+#include "csrc/protocol/describe.h"
+
+namespace smfree::cuda {
+namespace {
+
+// A chunk is large enough for the copy engine to run at full rate, and small enough that the wire
+// starts soon and the last unpack is short. See docs/performance.md.
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
+// A block takes a tile of rows, one piece of a row per warp. Fewer and longer pieces are better as
+// long as there are so many tiles per block that no block is late at the end.
+constexpr int64_t kTilesPerBlock = 3;
+constexpr int32_t kBlockWarps = kThreads / 32;
+
+// How long a part may be held back until its peers' sends are launched (launches.h), in seconds.
+constexpr double kMostHeldBackS = 5;
+
+// Whether the work goes into a CUDA graph, to be run later.
+bool IsCaptured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+         status != cudaStreamCaptureStatusNone;
+}
+
+enum class Part { kSend, kRelay, kRecv };
+
+// What is about to be launched.
+struct Work {
+  Phase phase;
+  Part part;
+  bool has_experts, has_slots;  // of its messages
+
+  Operation operation() const {
+    const bool dispatch = phase == Phase::kDispatchSend || phase == Phase::kDispatchRecv;
+    return dispatch ? Operation::kDispatch : Operation::kCombine;
+  }
+};
+
+// A part under way. Holds the group open until its kernels are launched.
+struct Launching {
+  std::shared_lock<std::shared_mutex> open;
+  Context context;
+  Launch launch;
+};
+
+// Holds a part back until what it waits for is launched.
+void Await(Rank& rank, const Work& work, int32_t lane_index) {
+  GroupState& group = *rank.group;
+  const Nodes nodes = NodesOf(group.options);
+  const Leg leg = work.part == Part::kRelay ? nodes.FirstLeg(work.operation())
+                                            : nodes.LastLeg(work.operation());
+  const auto seconds = [](double s) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(s));
+  };
+  const double timeout_s = group.options.timeout_s;
+  group.launches->AwaitSends(rank.index, lane_index, leg,
+                             seconds(std::min(kMostHeldBackS, timeout_s / 2)));
+  if (leg != kWire) return;
+  // Whatever the send stands behind on the device ends by its deadline.
+  group.launches->AwaitPuts(rank.index, lane_index, group.FarMessages(), seconds(timeout_s));
+}
+
+StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaStream_t stream) {
+  const Phase phase = what.phase;
+  const Operation operation = what.operation();
+  GroupState& group = *rank.group;
+  const GroupOptions& options = group.options;
+  Identity identity;
+  identity.lane = call.lane;
+  identity.derivation = call.derivation;
+  identity.call_site = call.call_site;
+  identity.operation = operation;
+  const auto refuse = [&](FaultKind kind, const std::string& why) {
+    return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
+  };
+  const Side side = SideOf(call.derivation);
+  if (side != Side::kForward && !options.differentiable) {
+    return refuse(FaultKind::kInvalidArgument,
+                  ": the group has no buffers for the backward pass. Cure: "
+                  "EpConfig(differentiable=True).");
+  }
+  if (call.tokens < 1 || call.tokens > options.max_tokens || call.lane < 0 ||
+      call.lane >= options.num_lanes) {
+    return refuse(FaultKind::kInvalidArgument,
+                  ": got " + std::to_string(call.tokens) + " rows on lane " +
+                      std::to_string(call.lane) + ", expected up to " +
+                      std::to_string(options.max_tokens) + " and lanes below " +
+                      std::to_string(options.num_lanes) +
+                      "; the program was compiled for another EpConfig. Compile it again.");
+  }
+  const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
+  if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
+
+  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
+  if (group.closed) {
+    const Status status = refuse(FaultKind::kClosed,
+                                 ": the group is closed. Cure: close it after the last operation.");
+    group.Fail(status);  // ends the waits of ranks whose part was launched before
+    return status;
+  }
+  if (group.Failed()) {
+    group.launches->SwitchOff();
+    const Status fault = group.FirstFault();
+    if (!fault.ok()) {
+      return refuse(fault.kind(),
+                    " cannot go on, the group has failed before: " + fault.message());
+    }
+  }
+
+  Context& c = work.context;
+  c = rank.ContextFor(lane_index);
+  c.phase = phase;
+  c.operation = operation;
+  c.lane = call.lane;
+  c.derivation = call.derivation;
+  c.call_site = call.call_site;
+  c.tokens = static_cast<int32_t>(call.tokens);
+  c.experts = what.has_experts ? options.top_k : 0;
+  c.slots = what.has_slots ? options.top_k : 0;
+  const int64_t message_bytes = call.tokens * c.layout.row_bytes;
+  c.push = message_bytes <= options.sm_push_bytes;
+  // No leg has more messages than there are ranks.
+  const int64_t most_chunks = std::min(kMaxChunks, kMaxSegments / options.num_ranks);
+  c.chunks = c.push ? 1
+                    : static_cast<int32_t>(std::clamp<int64_t>(
+                          (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
+  c.pieces = 1;
+  while (c.pieces < kBlockWarps && c.x_row_bytes >= int64_t{512} * 2 * c.pieces &&
+         call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {
+    c.pieces *= 2;
+  }
+  c.position = call.position;
+  c.token = call.token;
+  c.token_out = call.token_out;
+  work.launch = {stream, rank.num_sms, options.dtype};
+  if (rank.mover) rank.mover->Wake();
+  return work;
+}
+
+// The other ranks wait for what was launched, or are told that it was not.
+Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t error) {
+  const Status status = CudaStatus(error, "a kernel could not be launched");
+  if (!status.ok()) {
+    rank.group->Fail(status);
+  } else if (what.part != Part::kRecv && !IsCaptured(work.launch.stream)) {
+    const Nodes nodes = NodesOf(rank.group->options);
+    const Leg leg = what.part == Part::kSend ? nodes.FirstLeg(what.operation())
+                                             : nodes.LastLeg(what.operation());
+    rank.group->launches->NoteSend(rank.index, work.context.lane_index, leg);
+  }
+  return status;
+}
+
+bool SendsOnWire(const Rank& rank, const Work& work) {
+  const Nodes nodes = NodesOf(rank.group->options);
+  return (work.part == Part::kSend && nodes.FirstLeg(work.operation()) == kWire) ||
+         (work.part == Part::kRelay && nodes.LastLeg(work.operation()) == kWire);
+}
+
+// Launches a part: `launch(context, arrays, …)`.
+template <typename Arrays, typename LaunchPart>
+Status Run(Rank& rank, const Call& call, const Work& what, const Arrays& arrays,
+           cudaStream_t stream, const LaunchPart& launch) {
+  auto work = Begin(rank, call, what, stream);
+  if (!work.ok()) return work.status();
+  const Context& context = work.value().context;
+  cudaError_t error = launch(context, arrays, work.value().launch);
+  if (error == cudaSuccess && SendsOnWire(rank, what) && context.puts_on_device) {
+    error = rank.group->put_kernel->Launch(context, stream);
+  }
+  return End(rank, work.value(), what, error);
+}
+
+bool IsHierarchical(const Rank& rank) { return rank.group->options.hierarchical; }
+
+}  // namespace
+
+Status DispatchSend(Rank& rank, const Call& call, const DispatchSendArrays& arrays,
+                    cudaStream_t stream) {
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, true, true}, arrays, stream,
+             LaunchDispatchSend);
+}
+
+Status DispatchSendCached(Rank& rank, const Call& call, const DispatchSendCachedArrays& arrays,
+                          cudaStream_t stream) {
+  const bool has_slots = arrays.slots != nullptr;
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, false, has_slots}, arrays, stream,
+             LaunchDispatchSendCached);
+}
+
+Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arrays,
+                    cudaStream_t stream) {
+  Work work{Phase::kDispatchRecv, Part::kRelay, true, true};
+  if (IsHierarchical(rank)) {
+    const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelay);
+    if (!status.ok()) return status;
+  }
+  work.part = Part::kRecv;
+  return Run(rank, call, work, arrays, stream, LaunchDispatchRecv);
+}
+
+Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCachedArrays& arrays,
+                          cudaStream_t stream) {
+  const bool has_slots = arrays.values != nullptr && arrays.w == nullptr;
+  Work work{Phase::kDispatchRecv, Part::kRelay, false, has_slots};
+  if (IsHierarchical(rank)) {
+    const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelayCached);
+    if (!status.ok()) return status;
+  }
+  work.part = Part::kRecv;
+  return Run(rank, call, work, arrays, stream, LaunchDispatchRecvCached);
+}
+
+Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays,
+                   cudaStream_t stream) {
+  Work work{Phase::kCombineSend, Part::kSend, false, arrays.values != nullptr};
+  const Status status = Run(rank, call, work, arrays, stream, LaunchCombineSend);
+  if (!status.ok() || !IsHierarchical(rank)) return status;
+  work.part = Part::kRelay;
+  return Run(rank, call, work, arrays, stream, LaunchCombineRelay);
+}
+
+Status CombineRecv(Rank& rank, const Call& call, const CombineRecvArrays& arrays,
+                   cudaStream_t stream) {
+  return Run(rank, call, {Phase::kCombineRecv, Part::kRecv, false, arrays.slots != nullptr}, arrays,
+             stream, LaunchCombineRecv);
+}
+
+}  // namespace smfree::cuda

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What lies in memory between the kernels, the mover and the host, and what every kernel is told.
+#ifndef SMFREE_CSRC_CUDA_HOST_STATE_H_
+#define SMFREE_CSRC_CUDA_HOST_STATE_H_
+
+#include <cstdint>
+
+#include "csrc/cuda/backend.h"
+#include "csrc/protocol/faults.h"
+#include "csrc/protocol/lanes.h"
+#include "csrc/protocol/layout.h"
+#include "csrc/protocol/message.h"
+
+namespace smfree::cuda {
+
+constexpr int32_t kMaxRanks = 512;  // each has a place in the kernels' shared memory
+constexpr int32_t kMaxLists = 64;   // nodes, and ranks of a node: those of a row are bits of a word
+constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
+constexpr int32_t kMaxChunks = 16;  // of one message
+constexpr int32_t kMaxSegments = 1024;  // chunks of all messages of a leg
+static_assert(kMaxSegments >= 2 * kMaxRanks);
+constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recent ones
+
+// A chunk handed to the mover: bytes [begin, begin + bytes) of a send region (nodes.h). Pinned host
+// memory. `ticket`, which is written last, is 1 + the number of descriptors before it.
+struct alignas(64) Descriptor {
+  uint64_t ticket;
+  uint64_t signal;  // what `arrived` at the peer becomes after the copy; has the number in it
+  int64_t begin;
+  int64_t bytes;
+  int32_t lane_index;
+  Leg leg;
+  int32_t region;
+};
+static_assert(sizeof(Descriptor) == 64);
+
+// The first fault of a rank. Pinned host memory; `ready` is written last.
+struct FaultRecord {
+  uint32_t ready;
+  FaultKind kind;
+  Phase phase;
+  int32_t lane;
+  int32_t derivation;
+  uint32_t call_site;
+  int32_t peer;  // -1: none
+  int32_t row;   // kInvalidRouting
+  int64_t number;
+  int64_t expected;
+  int64_t seen;
+  uint32_t seen_call_site;  // kScheduleMismatch: of what the peer sent
+  Operation seen_operation;
+  int32_t seen_derivation;
+  int64_t seen_number;
+  int64_t time_ns;
+};
+
+// Rows that exceeded recv_capacity, the last time it happened. Pinned host memory.
+struct OverflowRecord {
+  uint32_t ready;
+  int32_t lane;
+  int32_t derivation;
+  uint32_t call_site;
+  int64_t number;
+  int64_t dropped;
+  int64_t capacity;
+};
+
+struct HostPage {  // pinned, one per rank
+  FaultRecord fault;
+  OverflowRecord overflow;
+};
+
+struct TraceEntry {
+  int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
+};
+
+// Device memory, one per rank, zero at the start. A rank's kernels follow one another on a stream.
+struct RankState {
+  uint32_t faulted;  // this rank takes no further part: outputs are NaN, nothing is sent
+  unsigned long long queue_tail;  // descriptors ever written
+  unsigned long long calls[kPhases], rows[kPhases], wait_ns[kPhases];
+  unsigned long long rows_dropped;
+  unsigned long long rows_relayed, bytes_relayed;
+  unsigned long long internode_bytes[2];  // by Operation
+};
+
+// Device memory, one per rank and lane index, zero at the start.
+struct LaneScratch {
+  LaneState state;
+  unsigned long long epoch;  // send phases ever run, for the barrier inside Route
+  int64_t begin_ns;
+  unsigned long long last_arrival_ns;  // of the chunk waited for last, 0 if none was
+  unsigned long long copies;           // rows of the expert-grouped array that were read or written
+  uint32_t blocks_done;
+  uint32_t overflowed;               // this dispatch_recv's outputs are NaN
+  // Rows of messages, by region: of the operation that is being received; of hierarchical mode, on
+  // the wire from this rank, through this relay on the wire, and through it inside the node.
+  int32_t source_rows[kMaxRanks], wire_rows[kMaxRanks];
+  int32_t relay_wire_rows[kMaxRanks], relay_node_rows[kMaxRanks];
+  uint32_t packed[kMaxRanks][kMaxChunks];  // by region: rows that are complete
+  uint32_t posted[kMaxRanks];              // chunks handed over
+  TraceEntry trace[kTracedOperations][kPhases];  // at number % kTracedOperations
+};
+
+// Handed to every kernel by value.
+struct Context {
+  Layout layout;
+  CopyCode code{1};
+  Nodes nodes;
+  int32_t rank, num_ranks, num_experts, top_k;
+  int32_t places_per_row, wire_width, relay_width;  // of a row: most ranks, messages on the wire,
+                                                    // and from a relay inside its node
+  int32_t expert_alignment;
+  bool drop_overflow;
+  bool among_processes;  // peers tell of a fault through the fault words
+  bool puts_on_device;   // to far peers: by a kernel, not by the mover
+  uint64_t timeout_ns;
+
+  char* memory;           // this rank's symmetric memory
+  char* const* memories;  // [R], that of every rank (device array); nullptr for far ones
+  RankState* state;
+  LaneScratch* scratch;   // of the lane index
+  int32_t* wire_places;   // [T, wire_width]: in hierarchical mode, see places.cuh
+  int32_t* route_counts;  // [route blocks, bins]
+  uint64_t* route_flags;  // [route blocks]
+  uint32_t* row_tags;     // [N]: the number of the operation that writes the row
+  Descriptor* queue;
+  uint64_t queue_mask;
+  HostPage* host;
+  uint32_t* group_failed;  // pinned, one per group
+
+  // The call.
+  Phase phase;
+  Operation operation;
+  int32_t lane, lane_index, derivation;
+  uint32_t call_site;
+  int32_t tokens;
+  int64_t hidden;
+  int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
+  int32_t experts, slots;  // per row of the message: top_k or 0
+  int32_t chunks;          // into how many a message is cut
+  int32_t pieces;          // into how many a row is cut, each for one warp; divides kWarps
+  bool push;               // store to the near peers, no mover
+  const int32_t* position;
+  const float* token;
+  float* token_out;
+
+  SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
+};
+
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_HOST_STATE_H_

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Route, the kernel with which dispatch_send.cu begins: the place of every row at its ranks and, in
+// hierarchical mode, in the messages to nodes; and the messages but for their rows.
+#ifndef SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
+#define SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/kernels/places.cuh"
+
+namespace smfree::cuda {
+namespace {
+
+// The bits of the rows of a block that go to expert, rank or node `bin`.
+struct RowBits {
+  uint32_t* words;
+  int32_t words_per_bin;
+
+  __device__ uint32_t* of(int32_t bin) const { return words + bin * Stride(words_per_bin); }
+  // Odd, so that the same words of neighbouring bins are in different banks.
+  __host__ __device__ static constexpr int32_t Stride(int32_t words_per_bin) {
+    return words_per_bin | 1;
+  }
+  // Sets the bit of `row`; whether it was set before.
+  __device__ bool Set(int32_t bin, int32_t row) const {
+    const uint32_t bit = 1u << (row % 32);
+    return (atomicOr(of(bin) + row / 32, bit) & bit) != 0;
+  }
+  __device__ int32_t CountBelow(int32_t bin, int32_t row) const {
+    const uint32_t* const bits = of(bin);
+    int32_t count = __popc(bits[row / 32] & ((1u << (row % 32)) - 1));
+    for (int32_t w = 0; w < row / 32; ++w) count += __popc(bits[w]);
+    return count;
+  }
+  __device__ int32_t Count(int32_t bin) const {
+    int32_t count = 0;
+    for (int32_t w = 0; w < words_per_bin; ++w) count += __popc(of(bin)[w]);
+    return count;
+  }
+};
+
+// Waits until every block has published its counts of this operation. The barrier is internal to
+// one launch whose blocks are all resident, so it needs no deadline.
+__device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
+  for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+    while (load_acquire_gpu(c.route_flags + block) != epoch) __nanosleep(50);
+  }
+  __syncthreads();
+}
+
+// Every block takes part in the barrier, whatever is wrong with the rows.
+__global__ void __launch_bounds__(kRouteThreads)
+    Route(const Context c, const DispatchSendArrays a, const int32_t rows_per_block) {
+  extern __shared__ uint32_t shared[];
+  // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
+  // a node in hierarchical mode, and names the experts there.
+  const bool by_node = c.nodes.hierarchical;
+  const int32_t bins = RouteBins(c.nodes, c.num_experts);
+  const int32_t wire_bin = c.num_experts + (by_node ? c.num_ranks : 0);
+  const RowBits bits{shared, rows_per_block / 32};
+  const int32_t num_words = bins * RowBits::Stride(bits.words_per_bin);
+  auto* const before = reinterpret_cast<int32_t*>(shared + num_words);
+  int32_t* const wire_rows = before + bins;
+  const int32_t local_experts = c.local_experts();
+  const int32_t wire_experts = c.num_experts / c.nodes.Regions(kWire);
+  const int32_t first_row = static_cast<int32_t>(blockIdx.x) * rows_per_block;
+  const int32_t num_rows = min(rows_per_block, c.tokens - first_row);
+  const int32_t num_slots = num_rows * c.top_k;
+  const int32_t* const experts = a.topk_idx + int64_t{first_row} * c.top_k;
+  const float* const weights = a.topk_weights + int64_t{first_row} * c.top_k;
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+
+  NoteBegin(c);
+  const Begun begun = BeginSendPhase(c);
+  const Messages wire{c, kWire, begun.number};
+  const uint64_t epoch = c.scratch->epoch + 1;
+  for (int32_t i = thread; i < num_words; i += kRouteThreads) shared[i] = 0;
+  __syncthreads();
+  for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
+    const int32_t expert = experts[slot];
+    const int32_t row = slot / c.top_k;
+    if (expert == -1) continue;
+    if (expert < -1 || expert >= c.num_experts || bits.Set(expert, row)) {
+      if (begun.ok) {
+        Report(c, FaultKind::kInvalidRouting, begun.number,
+               {-1, first_row + row, c.num_experts, expert});
+      }
+      continue;
+    }
+    bits.Set(c.num_experts + expert / local_experts, row);
+    if (by_node) bits.Set(wire_bin + expert / wire_experts, row);
+  }
+  __syncthreads();
+
+  int32_t* const counts = c.route_counts + int64_t{blockIdx.x} * bins;
+  for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = bits.Count(bin);
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();
+    store_release_gpu(c.route_flags + blockIdx.x, epoch);
+  }
+  WaitForAllBlocks(c, epoch);
+
+  // `before`: in earlier blocks. wire_rows: in all.
+  for (int32_t bin = thread; bin < bins; bin += kRouteThreads) {
+    int32_t earlier = 0, all = 0;
+#pragma unroll 16
+    for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
+      const int32_t count = __ldcg(c.route_counts + int64_t{block} * bins + bin);
+      all += count;
+      if (block < static_cast<int32_t>(blockIdx.x)) earlier += count;
+    }
+    before[bin] = earlier;
+    if (bin >= wire_bin) wire_rows[bin - wire_bin] = all;
+    if (blockIdx.x != 0) continue;
+    if (bin >= c.num_experts + c.num_ranks) {
+      c.scratch->wire_rows[bin - wire_bin] = all;
+    } else if (bin >= c.num_experts) {
+      a.send_counts[bin - c.num_experts] = all;
+    } else if (begun.ok) {
+      char* const message = wire.To(bin / wire_experts);
+      reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % wire_experts] = all;
+    }
+  }
+  __syncthreads();
+  if (blockIdx.x == 0 && begun.ok) {
+    for (int32_t region = thread; region < wire.count(); region += kRouteThreads) {
+      WriteHeader(wire, region, wire_rows[region]);
+    }
+  }
+
+  // A thread per slot: its code in the message that its expert is behind, -1 in the row's others.
+  for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
+    const int32_t row = slot / c.top_k;
+    const int32_t k = slot % c.top_k;
+    const int32_t expert = experts[slot];
+    const float weight = weights[slot];
+    const bool valid = expert >= 0 && expert < c.num_experts;
+    const int32_t home = valid ? expert / wire_experts : -1;
+    const int32_t code = valid ? c.code.Encode(expert % wire_experts,
+                                               before[expert] + bits.CountBelow(expert, row))
+                               : -1;
+    // `visit(d, i)`: the row is the i-th one in list d of those that begin at `first_bin`.
+    const auto for_each_list = [&](int32_t first_bin, int32_t lists, const auto& visit) {
+      for (int32_t list = 0; list < lists; ++list) {
+        const int32_t bin = first_bin + list;
+        if (!(bits.of(bin)[row / 32] >> (row % 32) & 1)) continue;
+        visit(list, before[bin] + bits.CountBelow(bin, row));
+      }
+    };
+    Placing on_wire(by_node ? c.wire_places : a.places, first_row + row, c.wire_width);
+    for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
+      if (k == 0) on_wire.Add(region * c.tokens + i);
+      if (!begun.ok) return;
+      char* const message = wire.To(region) + c.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(c, wire_rows[region]);
+      const int64_t at = int64_t{i} * c.top_k + k;
+      reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = region == home ? code : -1;
+      reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
+    });
+    if (k != 0) continue;
+    on_wire.End();
+    if (!by_node) continue;
+    Placing at_ranks(a.places, first_row + row, c.places_per_row);
+    for_each_list(c.num_experts, c.num_ranks,
+                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * c.tokens + i); });
+    at_ranks.End();
+  }
+}
+
+// Rows of a block and its shared memory.
+struct RouteShape {
+  int32_t rows_per_block, blocks;
+  size_t shared_bytes;
+
+  RouteShape(int64_t tokens, int32_t bins) {
+    rows_per_block = kRouteRows;
+    while (tokens > int64_t{rows_per_block} * kMaxRouteBlocks) rows_per_block *= 2;
+    blocks = static_cast<int32_t>((tokens + rows_per_block - 1) / rows_per_block);
+    shared_bytes = sizeof(int32_t) * static_cast<size_t>(bins) *
+                   static_cast<size_t>(RowBits::Stride(rows_per_block / 32) + 2);
+  }
+};
+
+}  // namespace
+}  // namespace smfree::cuda
+
+#endif  // SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
