@@ -75,14 +75,6 @@ struct WireRecord {
   int64_t number, begin_ns, end_ns, bytes;
 };
 
-struct GroupOptions : GroupConfig {
-  // Messages of operations that send up to so many bytes of rows per peer are stored to the peer by
-  // the pack kernel; larger ones go by copy engine.
-  int64_t sm_push_bytes = 0;
-  // Messages to other nodes are put by the GPU, not by the mover.
-  bool puts_on_device = false;
-};
-
 class NvshmemMemory;
 class Rank;
 struct GroupState;
@@ -95,13 +87,13 @@ class Group {
  public:
   // `devices[r]` is the CUDA ordinal of rank r. Allocates everything that the phases will need, and
   // loads all kernels.
-  static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, const GroupOptions& options,
+  static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, const GroupConfig& config,
                                                  const std::vector<int32_t>& devices);
   // The same for the one rank of this process, on `device`; that of rank r is in process
-  // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(options) or more, and no
+  // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(config) or more, and no
   // group of any process uses it. No rank may send before all have come back from here.
   static StatusOr<std::shared_ptr<Group>> CreateAmongProcesses(
-      int64_t group_id, const GroupOptions& options, int32_t rank, int32_t device,
+      int64_t group_id, const GroupConfig& config, int32_t rank, int32_t device,
       const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory);
   ~Group();  // closes
   Group(const Group&) = delete;

@@ -28,8 +28,8 @@ using cuda::Nvshmem;
 using cuda::NvshmemMemory;
 
 std::shared_ptr<Group> NewGroup(int64_t group_id, const GroupConfig& config,
-                                const std::vector<int32_t>& devices, int64_t sm_push_bytes) {
-  auto group = Group::Create(group_id, {config, sm_push_bytes}, devices);
+                                const std::vector<int32_t>& devices) {
+  auto group = Group::Create(group_id, config, devices);
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -37,11 +37,9 @@ std::shared_ptr<Group> NewGroup(int64_t group_id, const GroupConfig& config,
 std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, const GroupConfig& config,
                                               int32_t rank, int32_t device,
                                               const std::vector<int32_t>& process_of_rank,
-                                              std::shared_ptr<NvshmemMemory> memory,
-                                              int64_t sm_push_bytes, bool puts_on_device) {
-  auto group =
-      Group::CreateAmongProcesses(group_id, {config, sm_push_bytes, puts_on_device}, rank, device,
-                                  process_of_rank, std::move(memory));
+                                              std::shared_ptr<NvshmemMemory> memory) {
+  auto group = Group::CreateAmongProcesses(group_id, config, rank, device, process_of_rank,
+                                           std::move(memory));
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -163,11 +161,10 @@ void BindCuda(nb::module_& m) {
   m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("config"),
-           nb::arg("devices"), nb::arg("sm_push_bytes"))
+           nb::arg("devices"))
       .def_static("among_processes", &NewGroupAmongProcesses, nb::kw_only(), nb::arg("group_id"),
                   nb::arg("config"), nb::arg("rank"), nb::arg("device"),
-                  nb::arg("process_of_rank"), nb::arg("memory"), nb::arg("sm_push_bytes"),
-                  nb::arg("puts_on_device"),
+                  nb::arg("process_of_rank"), nb::arg("memory"),
                   nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
       .def("check", [](Group& group) { return FaultOf(group.Check()); })

@@ -19,13 +19,11 @@ from jax_smfree import _native
 from jax_smfree._src import bootstrap, compat, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.native_config import native_config
 
 NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
-
-# The default of EpConfig.sm_push_bytes: see docs/performance.md.
-SM_PUSH_BYTES = 2 << 20
 
 _met: collections.Counter[str] = collections.Counter()
 
@@ -63,27 +61,6 @@ def _hosts(devices: list[jax.Device], processes: list[int], timeout_s: float) ->
     return bootstrap.exchange(key, mine, processes, jax.process_index(), timeout_s)
 
 
-def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
-    """The part of the config that every backend is told."""
-    assert config.ranks_per_node is not None  # nodes.resolve
-    return _native.GroupConfig(
-        num_ranks=num_ranks,
-        ranks_per_node=config.ranks_per_node,
-        hierarchical=config.mode == "hierarchical",
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        max_tokens=config.max_tokens,
-        dtype=config.dtype.name,
-        recv_capacity=config.recv_capacity or 0,
-        expert_alignment=config.expert_alignment,
-        num_lanes=config.num_lanes,
-        drop_overflow=config.overflow == "drop",
-        differentiable=config.differentiable,
-        timeout_s=config.timeout_s,
-    )
-
-
 def cuda_groups(
     group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
 ) -> Iterator[NativeGroup]:
@@ -111,9 +88,8 @@ def _cuda_groups_here(
     for devices in _replicas(mesh, axis):
         yield _native.CudaGroup(
             group_id=group_id,
-            config=_native_config(config, len(devices)),
+            config=native_config(config, len(devices)),
             devices=[device.local_hardware_id for device in devices],
-            sm_push_bytes=_sm_push_bytes(config),
         )
 
 
@@ -133,25 +109,19 @@ def _cuda_group_among_processes(
     (devices,) = (devices for devices in _replicas(mesh, axis) if mine in devices)
     key = _meeting_place(list(mesh.devices.flat))
     _agree(key, fingerprint, world, me, config.timeout_s)
-    native_config = _native_config(config, len(devices))
+    native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
     group = _native.CudaGroup.among_processes(
         group_id=group_id,
-        config=native_config,
+        config=native,
         rank=devices.index(mine),
         device=mine.local_hardware_id,
         process_of_rank=[device.process_index for device in devices],
-        memory=nvshmem.memory(_native.symmetric_bytes(native_config), mine, key, config.timeout_s),
-        sm_push_bytes=_sm_push_bytes(config),
-        puts_on_device=config.puts == "device",
+        memory=nvshmem.memory(_native.symmetric_bytes(native), mine, key, config.timeout_s),
     )
     # All memory is zero before anybody sends.
     bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)
     return group
-
-
-def _sm_push_bytes(config: EpConfig) -> int:
-    return SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
 
 
 def cpu_groups(
@@ -171,7 +141,7 @@ def cpu_groups(
         group = _native.CpuGroup(
             group_id=group_id,
             replica=replica,
-            config=_native_config(config, len(devices)),
+            config=native_config(config, len(devices)),
             process_of_rank=[processes.index(p) for p in process_of_rank],
             process=processes.index(me),
             secret=secret,

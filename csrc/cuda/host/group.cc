@@ -27,26 +27,26 @@ Registry& TheRegistry() {
   return registry;
 }
 
-Status CheckOptions(const GroupOptions& options, size_t devices) {
+Status CheckConfig(const GroupConfig& config, size_t devices) {
   std::string wrong;
-  if (static_cast<int32_t>(devices) != options.num_ranks) {
-    wrong = std::to_string(devices) + " devices for " + std::to_string(options.num_ranks) +
+  if (static_cast<int32_t>(devices) != config.num_ranks) {
+    wrong = std::to_string(devices) + " devices for " + std::to_string(config.num_ranks) +
             " ranks";
-  } else if (options.num_ranks > kMaxRanks) {
-    wrong = std::to_string(options.num_ranks) + " ranks, expected at most " +
+  } else if (config.num_ranks > kMaxRanks) {
+    wrong = std::to_string(config.num_ranks) + " ranks, expected at most " +
             std::to_string(kMaxRanks);
-  } else if (const Nodes nodes = NodesOf(options);
-             options.hierarchical && std::max(nodes.count(), nodes.ranks_per_node) > kMaxLists) {
+  } else if (const Nodes nodes = NodesOf(config);
+             config.hierarchical && std::max(nodes.count(), nodes.ranks_per_node) > kMaxLists) {
     wrong = std::to_string(nodes.count()) + " nodes of " + std::to_string(nodes.ranks_per_node) +
             " ranks, expected at most " + std::to_string(kMaxLists) +
             " of both in hierarchical mode";
-  } else if (options.top_k > kMaxTopK) {
-    wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
+  } else if (config.top_k > kMaxTopK) {
+    wrong = "top_k " + std::to_string(config.top_k) + ", expected at most " +
             std::to_string(kMaxTopK) + " on GPUs";
-  } else if (const int32_t experts = options.num_experts / NodesOf(options).Regions(kWire);
-             !CopyCode(options.max_tokens).Fits(experts)) {
-    wrong = "max_tokens " + std::to_string(options.max_tokens) + " times experts per " +
-            (options.hierarchical ? "node " : "rank ") + std::to_string(experts) +
+  } else if (const int32_t experts = config.num_experts / NodesOf(config).Regions(kWire);
+             !CopyCode(config.max_tokens).Fits(experts)) {
+    wrong = "max_tokens " + std::to_string(config.max_tokens) + " times experts per " +
+            (config.hierarchical ? "node " : "rank ") + std::to_string(experts) +
             " does not fit 31 bits. Lower max_tokens";
   }
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
@@ -67,26 +67,26 @@ std::future<void> DevicesIdle(const GroupState& state) {
 Group::Group(std::unique_ptr<GroupState> state) : state_(std::move(state)) {}
 Group::~Group() { Close(); }
 
-StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, const GroupOptions& options,
+StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, const GroupConfig& config,
                                                const std::vector<int32_t>& devices) {
-  Status status = CheckOptions(options, devices.size());
+  Status status = CheckConfig(config, devices.size());
   if (!status.ok()) return status;
   auto state = std::make_unique<GroupState>();
   state->group_id = group_id;
-  state->options = options;
+  state->config = config;
   status = state->AllocateHere(devices);
   if (!status.ok()) return status;
   return Register(std::move(state));
 }
 
 StatusOr<std::shared_ptr<Group>> Group::CreateAmongProcesses(
-    int64_t group_id, const GroupOptions& options, int32_t rank, int32_t device,
+    int64_t group_id, const GroupConfig& config, int32_t rank, int32_t device,
     const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory) {
-  Status status = CheckOptions(options, process_of_rank.size());
+  Status status = CheckConfig(config, process_of_rank.size());
   if (!status.ok()) return status;
   auto state = std::make_unique<GroupState>();
   state->group_id = group_id;
-  state->options = options;
+  state->config = config;
   status = state->AllocateAmongProcesses(rank, device, memory, process_of_rank);
   if (!status.ok()) return status;
   memory->in_use = true;
@@ -185,7 +185,7 @@ std::vector<T> ReadDevice(int32_t device, const void* from, size_t count) {
 
 Stats Group::stats() const {
   Stats stats;
-  const int64_t row_bytes = state_->options.hidden * ItemBytes(state_->options.dtype);
+  const int64_t row_bytes = state_->config.hidden * ItemBytes(state_->config.dtype);
   for (const auto& rank : state_->ranks) {
     const RankState state = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1)[0];
     stats.rows_dropped += static_cast<int64_t>(state.rows_dropped);
@@ -207,10 +207,10 @@ Stats Group::stats() const {
 
 std::vector<PhaseRecord> Group::Trace() const {
   std::vector<PhaseRecord> records;
-  const GroupOptions& options = state_->options;
-  const LaneScratchLayout layout(options);
+  const GroupConfig& config = state_->config;
+  const LaneScratchLayout layout(config);
   for (const auto& rank : state_->ranks) {
-    for (int32_t lane = 0; lane < LaneCount(options.num_lanes, options.differentiable); ++lane) {
+    for (int32_t lane = 0; lane < LaneCount(config.num_lanes, config.differentiable); ++lane) {
       const char* const scratch = rank->scratch.as<char>() + lane * layout.bytes;
       const auto entries =
           ReadDevice<TraceEntry>(rank->device, scratch + offsetof(LaneScratch, trace),
@@ -218,8 +218,8 @@ std::vector<PhaseRecord> Group::Trace() const {
       for (size_t i = 0; i < entries.size(); ++i) {
         const TraceEntry& entry = entries[i];
         if (entry.number == kNoOperation) continue;
-        records.push_back({rank->rank, lane % options.num_lanes,
-                           static_cast<Side>(lane / options.num_lanes),
+        records.push_back({rank->rank, lane % config.num_lanes,
+                           static_cast<Side>(lane / config.num_lanes),
                            static_cast<Phase>(i % kPhases), entry.number - 1, entry.begin_ns,
                            entry.end_ns, entry.bytes_read, entry.bytes_written});
       }
@@ -263,6 +263,6 @@ std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
   return nullptr;
 }
 
-const GroupConfig& ConfigOf(const Rank& rank) { return rank.group->options; }
+const GroupConfig& ConfigOf(const Rank& rank) { return rank.group->config; }
 
 }  // namespace smfree::cuda

@@ -42,7 +42,7 @@ class Rank {
 
 struct GroupState {
   int64_t group_id = 0;
-  GroupOptions options;
+  GroupConfig config;
   Layout layout{};
   uint64_t queue_mask = 0;
   Allocation failed;  // pinned uint32: some rank has reported a fault

@@ -55,13 +55,13 @@ struct Launching {
 // Holds a part back until what it waits for is launched.
 void Await(Rank& rank, const Work& work, int32_t lane_index) {
   GroupState& group = *rank.group;
-  const Nodes nodes = NodesOf(group.options);
+  const Nodes nodes = NodesOf(group.config);
   const Leg leg = work.part == Part::kRelay ? nodes.FirstLeg(work.operation())
                                             : nodes.LastLeg(work.operation());
   const auto seconds = [](double s) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(s));
   };
-  const double timeout_s = group.options.timeout_s;
+  const double timeout_s = group.config.timeout_s;
   group.launches->AwaitSends(rank.index, lane_index, leg,
                              seconds(std::min(kMostHeldBackS, timeout_s / 2)));
   if (leg != kWire) return;
@@ -73,7 +73,7 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
   const Phase phase = what.phase;
   const Operation operation = what.operation();
   GroupState& group = *rank.group;
-  const GroupOptions& options = group.options;
+  const GroupConfig& config = group.config;
   Identity identity;
   identity.lane = call.lane;
   identity.derivation = call.derivation;
@@ -83,21 +83,21 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
     return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
   };
   const Side side = SideOf(call.derivation);
-  if (side != Side::kForward && !options.differentiable) {
+  if (side != Side::kForward && !config.differentiable) {
     return refuse(FaultKind::kInvalidArgument,
                   ": the group has no buffers for the backward pass. Cure: "
                   "EpConfig(differentiable=True).");
   }
-  if (call.tokens < 1 || call.tokens > options.max_tokens || call.lane < 0 ||
-      call.lane >= options.num_lanes) {
+  if (call.tokens < 1 || call.tokens > config.max_tokens || call.lane < 0 ||
+      call.lane >= config.num_lanes) {
     return refuse(FaultKind::kInvalidArgument,
                   ": got " + std::to_string(call.tokens) + " rows on lane " +
                       std::to_string(call.lane) + ", expected up to " +
-                      std::to_string(options.max_tokens) + " and lanes below " +
-                      std::to_string(options.num_lanes) +
+                      std::to_string(config.max_tokens) + " and lanes below " +
+                      std::to_string(config.num_lanes) +
                       "; the program was compiled for another EpConfig. Compile it again.");
   }
-  const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
+  const int32_t lane_index = LaneIndex(call.lane, side, config.num_lanes);
   if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
 
   Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
@@ -124,12 +124,12 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
   c.derivation = call.derivation;
   c.call_site = call.call_site;
   c.tokens = static_cast<int32_t>(call.tokens);
-  c.experts = what.has_experts ? options.top_k : 0;
-  c.slots = what.has_slots ? options.top_k : 0;
+  c.experts = what.has_experts ? config.top_k : 0;
+  c.slots = what.has_slots ? config.top_k : 0;
   const int64_t message_bytes = call.tokens * c.layout.row_bytes;
-  c.push = message_bytes <= options.sm_push_bytes;
+  c.push = message_bytes <= config.sm_push_bytes;
   // No leg has more messages than there are ranks.
-  const int64_t most_chunks = std::min(kMaxChunks, kMaxSegments / options.num_ranks);
+  const int64_t most_chunks = std::min(kMaxChunks, kMaxSegments / config.num_ranks);
   c.chunks = c.push ? 1
                     : static_cast<int32_t>(std::clamp<int64_t>(
                           (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
@@ -141,7 +141,7 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
   c.position = call.position;
   c.token = call.token;
   c.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms, options.dtype};
+  work.launch = {stream, rank.num_sms, config.dtype};
   if (rank.mover) rank.mover->Wake();
   return work;
 }
@@ -152,7 +152,7 @@ Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t erro
   if (!status.ok()) {
     rank.group->Fail(status);
   } else if (what.part != Part::kRecv && !IsCaptured(work.launch.stream)) {
-    const Nodes nodes = NodesOf(rank.group->options);
+    const Nodes nodes = NodesOf(rank.group->config);
     const Leg leg = what.part == Part::kSend ? nodes.FirstLeg(what.operation())
                                              : nodes.LastLeg(what.operation());
     rank.group->launches->NoteSend(rank.index, work.context.lane_index, leg);
@@ -161,7 +161,7 @@ Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t erro
 }
 
 bool SendsOnWire(const Rank& rank, const Work& work) {
-  const Nodes nodes = NodesOf(rank.group->options);
+  const Nodes nodes = NodesOf(rank.group->config);
   return (work.part == Part::kSend && nodes.FirstLeg(work.operation()) == kWire) ||
          (work.part == Part::kRelay && nodes.LastLeg(work.operation()) == kWire);
 }
@@ -180,7 +180,7 @@ Status Run(Rank& rank, const Call& call, const Work& what, const Arrays& arrays,
   return End(rank, work.value(), what, error);
 }
 
-bool IsHierarchical(const Rank& rank) { return rank.group->options.hierarchical; }
+bool IsHierarchical(const Rank& rank) { return rank.group->config.hierarchical; }
 
 }  // namespace
 
