@@ -51,11 +51,14 @@ class CpuGroup:
 class CudaGroup:
     """Only where `has_cuda`."""
 
-    def __init__(self, *, group_id: int, config: GroupConfig, devices: list[int]) -> None: ...
+    def __init__(
+        self, *, group_id: int, replica: int, config: GroupConfig, devices: list[int]
+    ) -> None: ...
     @staticmethod
     def among_processes(
         *,
         group_id: int,
+        replica: int,
         config: GroupConfig,
         rank: int,
         device: int,

@@ -17,7 +17,7 @@ namespace {
 // ones each time: XLA may capture them into a CUDA graph and replay it.
 template <auto phase, auto operands_of>
 nb::capsule Launching() {
-  constexpr auto launch = [](cudaStream_t stream, int32_t device, TokenArg token,
+  constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
                              auto... buffers) {
     const auto operands = operands_of(buffers...);
@@ -27,6 +27,7 @@ nb::capsule Launching() {
       return ToError(status);
     }
     cuda::Call call;
+    call.run = run.run_id;
     call.lane = static_cast<int32_t>(attributes.lane);
     call.derivation = static_cast<int32_t>(attributes.derivation);
     call.call_site = static_cast<uint32_t>(attributes.call_site);
@@ -40,6 +41,7 @@ nb::capsule Launching() {
                          BindOperands(ffi::Ffi::Bind()
                                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                           .Ctx<ffi::DeviceOrdinal>()
+                                          .Ctx<ffi::RunId>()
                                           .Arg<TokenArg>()
                                           .Arg<PositionArg>()
                                           .Ret<TokenArg>()

@@ -85,9 +85,10 @@ def cuda_groups(
 def _cuda_groups_here(
     group_id: int, mesh: Mesh, axis: str, config: EpConfig
 ) -> Iterator[NativeGroup]:
-    for devices in _replicas(mesh, axis):
+    for replica, devices in enumerate(_replicas(mesh, axis)):
         yield _native.CudaGroup(
             group_id=group_id,
+            replica=replica,
             config=native_config(config, len(devices)),
             devices=[device.local_hardware_id for device in devices],
         )
@@ -106,13 +107,18 @@ def _cuda_group_among_processes(
             "another goes onto further axes of the mesh."
         )
     (mine,) = (device for device in mesh.devices.flat if device.process_index == me)
-    (devices,) = (devices for devices in _replicas(mesh, axis) if mine in devices)
+    ((replica, devices),) = (
+        (replica, devices)
+        for replica, devices in enumerate(_replicas(mesh, axis))
+        if mine in devices
+    )
     key = _meeting_place(list(mesh.devices.flat))
     _agree(key, fingerprint, world, me, config.timeout_s)
     native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
     group = _native.CudaGroup.among_processes(
         group_id=group_id,
+        replica=replica,
         config=native,
         rank=devices.index(mine),
         device=mine.local_hardware_id,

@@ -210,8 +210,8 @@ class EpGroup:
 
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
-            {**entry, "replica": replica}
-            for replica, native in enumerate(self._native)
+            entry
+            for native in self._native
             if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]

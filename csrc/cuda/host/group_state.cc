@@ -100,6 +100,7 @@ Status GroupState::Prepare() {
   auto made = Allocation::OnHost(sizeof(uint32_t));
   if (!made.ok()) return made.status();
   failed = std::move(made.value());
+  sizes.pinned_bytes = static_cast<int64_t>(failed.bytes());
   return {};
 }
 
@@ -176,7 +177,8 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   if (!status.ok()) return status;
   rank->num_sms = properties.multiProcessorCount - (HasFarPeers() ? 1 : 0);
   const size_t route_bytes =
-      RouteSharedBytes(config.max_tokens, RouteBins(NodesOf(config), config.num_experts));
+      RouteSharedBytes(config.max_tokens, RouteBins(NodesOf(config), config.num_experts),
+                       rank->num_sms);
   const size_t place_bytes = PlaceSharedBytes(config.num_experts, config.num_ranks);
   if (std::max(route_bytes, place_bytes) > properties.sharedMemPerBlockOptin) {
     return Status(FaultKind::kInvalidArgument,
@@ -218,6 +220,10 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
     if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
   }
   if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
+  sizes.device_bytes += static_cast<int64_t>(rank->memory->bytes());
+  sizes.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
+                                              rank->peer_table.bytes());
+  sizes.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
   return status;
 }
 
@@ -231,7 +237,8 @@ Status GroupState::Connect() {
     Status status = CudaStatus(cudaMemcpy(rank.peer_table.as<char*>(), memories.data(),
                                           memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
                                "cudaMemcpy");
-    if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    // All that was set and copied here, and nothing else that runs on the device.
+    if (status.ok()) status = CudaStatus(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
     if (!status.ok()) return status;
   }
   for (const auto& rank : ranks) {
@@ -270,9 +277,10 @@ bool GroupState::Failed() const {
 void GroupState::Fail(Status fault) {
   {
     const std::lock_guard<std::mutex> lock(fault_mutex);
+    if (failed.as<uint32_t>() == nullptr) return;  // released: nobody waits any more
     if (host_fault.ok()) host_fault = std::move(fault);
+    __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
   }
-  __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
   launches->SwitchOff();
 }
 

@@ -17,7 +17,7 @@
 namespace smfree::cuda {
 
 constexpr int32_t kRouteRows = 256;       // of a block of dispatch_send's Route, at least
-constexpr int32_t kMaxRouteBlocks = 32;   // resident on any GPU; else more rows per block
+constexpr int32_t kMaxRouteBlocks = 32;   // and no more than SMs; else more rows per block
 constexpr int32_t kRouteThreads = 1024;
 
 constexpr int32_t kThreads = 512;  // of a block, but for Route
@@ -51,6 +51,26 @@ inline int32_t WordBytes(const Context& c) {
   return c.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(c.x_row_bytes / c.hidden);
 }
 
+// Launches a kernel. Says what went wrong in this very launch: cudaGetLastError would also tell of
+// earlier calls, which may be others'.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchKernel(void (*kernel)(Parameters...), int32_t blocks, int32_t threads,
+                         size_t shared_bytes, cudaStream_t stream,
+                         const Arguments&... arguments) {
+  const auto launch = [&](Parameters... parameters) {
+    void* pointers[] = {&parameters...};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned int>(blocks));
+    config.blockDim = dim3(static_cast<unsigned int>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+  };
+  const cudaError_t error = launch(arguments...);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // it is told here, and to nobody else
+  return error;
+}
+
 // A kernel has to be on the device before its first launch: loading it then could wait for the
 // whole device, and with it for a recv that waits for a peer.
 struct Kernel {
@@ -79,7 +99,7 @@ inline cudaError_t LoadKernels(std::initializer_list<Kernel> kernels) {
 constexpr int32_t RouteBins(const Nodes& nodes, int32_t num_experts) {
   return num_experts + nodes.num_ranks + (nodes.hierarchical ? nodes.count() : 0);
 }
-size_t RouteSharedBytes(int64_t tokens, int32_t bins);
+size_t RouteSharedBytes(int64_t tokens, int32_t bins, int32_t num_sms);
 size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks);
 
 cudaError_t LoadDispatchSend(size_t route_shared_bytes);

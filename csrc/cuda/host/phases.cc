@@ -55,6 +55,10 @@ struct Launching {
 // Holds a part back until what it waits for is launched.
 void Await(Rank& rank, const Work& work, int32_t lane_index) {
   GroupState& group = *rank.group;
+  {
+    const std::shared_lock<std::shared_mutex> open(group.open_mutex, std::try_to_lock);
+    if (!open.owns_lock() || group.closed || group.Failed()) return group.launches->SwitchOff();
+  }
   const Nodes nodes = NodesOf(group.config);
   const Leg leg = work.part == Part::kRelay ? nodes.FirstLeg(work.operation())
                                             : nodes.LastLeg(work.operation());
@@ -100,20 +104,16 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
   const int32_t lane_index = LaneIndex(call.lane, side, config.num_lanes);
   if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
 
-  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
-  if (group.closed) {
+  Launching work{{group.open_mutex, std::try_to_lock}, Context{}, Launch{}};
+  if (!work.open.owns_lock() || group.closed) {
     const Status status = refuse(FaultKind::kClosed,
                                  ": the group is closed. Cure: close it after the last operation.");
     group.Fail(status);  // ends the waits of ranks whose part was launched before
     return status;
   }
-  if (group.Failed()) {
-    group.launches->SwitchOff();
+  if (!group.runs.Admit(call.run, [&] { return group.Failed(); })) {
     const Status fault = group.FirstFault();
-    if (!fault.ok()) {
-      return refuse(fault.kind(),
-                    " cannot go on, the group has failed before: " + fault.message());
-    }
+    return refuse(fault.kind(), " cannot go on, the group has failed before: " + fault.message());
   }
 
   Context& c = work.context;

@@ -14,8 +14,7 @@ __global__ void ReadClock(int64_t* now) { *now = NowNs(); }
 cudaError_t LoadReadClock() { return LoadKernels({Kernel(ReadClock)}); }
 
 cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream) {
-  ReadClock<<<1, 1, 0, stream>>>(now);
-  return cudaGetLastError();
+  return LaunchKernel(ReadClock, 1, 1, 0, stream, now);
 }
 
 }  // namespace smfree::cuda

@@ -118,14 +118,13 @@ cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
   const GatherArrays gather{WirePlaces(c, arrays.places, arrays.send_counts),
                             static_cast<char*>(arrays.out), arrays.slots};
   if (c.nodes.hierarchical) {
-    PlaceOnWire<<<Launch::BlocksForPlaces(c.tokens), kThreads, 0, launch.stream>>>(c,
-                                                                                   arrays.places);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel(PlaceOnWire, Launch::BlocksForPlaces(c.tokens), kThreads,
+                                           0, launch.stream, c, arrays.places);
     if (error != cudaSuccess) return error;
   }
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kGather);
-  kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, gather);
-  return cudaGetLastError();
+  return LaunchKernel(kernel, launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0,
+                      launch.stream, c, gather);
 }
 
 }  // namespace smfree::cuda

@@ -131,13 +131,12 @@ cudaError_t LoadCombineRelay() {
 
 cudaError_t LaunchCombineRelay(const Context& c, const CombineSendArrays& arrays,
                                const Launch& launch) {
-  LayOut<<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, arrays.relay);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = LaunchKernel(LayOut, RelayBlocks(c, launch), kThreads, 0, launch.stream,
+                                         c, arrays.relay);
   if (error != cudaSuccess) return error;
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kReduce);
-  kernel<<<launch.BlocksFor(int64_t{c.nodes.count()} * c.tokens * c.pieces), kThreads, 0,
-           launch.stream>>>(c, arrays.relay, arrays.recv_counts);
-  return cudaGetLastError();
+  return LaunchKernel(kernel, launch.BlocksFor(int64_t{c.nodes.count()} * c.tokens * c.pieces),
+                      kThreads, 0, launch.stream, c, arrays.relay, arrays.recv_counts);
 }
 
 }  // namespace smfree::cuda

@@ -90,14 +90,13 @@ cudaError_t LoadCombineSend() {
 
 cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
                               const Launch& launch) {
-  LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
-           launch.stream>>>(c, arrays);
-  const cudaError_t error = cudaGetLastError();
+  const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
+  const cudaError_t error =
+      LaunchKernel(LayOut, launch.BlocksForItems(slots), kThreads, 0, launch.stream, c, arrays);
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kPack);
-  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, arrays);
-  return cudaGetLastError();
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, c, arrays);
 }
 
 }  // namespace smfree::cuda

@@ -195,16 +195,15 @@ cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& array
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
   const PlaceArrays place{capacity, arrays.group_sizes, arrays.num_dropped, arrays.rows,
                           arrays.recv_counts, c.nodes.hierarchical ? nullptr : arrays.relay};
-  Place<<<launch.BlocksForItems(slots), kThreads, PlaceSharedBytes(c.num_experts, c.num_ranks),
-          launch.stream>>>(c, place);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = LaunchKernel(Place, launch.BlocksForItems(slots), kThreads,
+                                         PlaceSharedBytes(c.num_experts, c.num_ranks),
+                                         launch.stream, c, place);
   if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, arrays.rows, nullptr, nullptr, static_cast<char*>(arrays.x),
                               arrays.weights};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
   const auto kernel = KernelFor(launch.dtype, WordBytes(c), kScatter);
-  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
-  return cudaGetLastError();
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, c, scatter);
 }
 
 cudaError_t LaunchDispatchRecvCached(const Context& context,
@@ -214,17 +213,16 @@ cudaError_t LaunchDispatchRecvCached(const Context& context,
   if (arrays.w) c.pieces = 1;  // a warp sums over the whole row
   const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
-  Mark<<<launch.BlocksForItems(slots), kThreads, 0, launch.stream>>>(c, capacity, arrays.rows,
-                                                                     arrays.recv_counts);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = LaunchKernel(Mark, launch.BlocksForItems(slots), kThreads, 0,
+                                         launch.stream, c, capacity, arrays.rows,
+                                         arrays.recv_counts);
   if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, arrays.rows, static_cast<const char*>(arrays.y), arrays.w,
                               static_cast<char*>(arrays.x), arrays.values};
   const int64_t rows = std::max<int64_t>(int64_t{c.num_ranks} * c.tokens * c.pieces, capacity);
   const auto kernel = arrays.w ? KernelFor(launch.dtype, WordBytes(c), kScatterWeighted)
                                : KernelFor(launch.dtype, WordBytes(c), kScatter);
-  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, scatter);
-  return cudaGetLastError();
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, c, scatter);
 }
 
 }  // namespace smfree::cuda

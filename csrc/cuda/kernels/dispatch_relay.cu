@@ -197,13 +197,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 cudaError_t LaunchForward(const Context& c, const int32_t* relay, const Launch& launch) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
   const auto forward = WordBytes(c) == 16 ? Forward<uint4> : WordBytes(c) == 4 ? Forward<uint32_t>
                                                                                : Forward<uint16_t>;
-  forward<<<launch.BlocksFor(int64_t{c.nodes.count()} * c.tokens * c.pieces), kThreads, 0,
-            launch.stream>>>(c, relay);
-  return cudaGetLastError();
+  return LaunchKernel(forward, launch.BlocksFor(int64_t{c.nodes.count()} * c.tokens * c.pieces),
+                      kThreads, 0, launch.stream, c, relay);
 }
 
 }  // namespace
@@ -215,14 +212,16 @@ cudaError_t LoadDispatchRelay() {
 
 cudaError_t LaunchDispatchRelay(const Context& c, const DispatchRecvArrays& arrays,
                                 const Launch& launch) {
-  Place<true><<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, nullptr, arrays.relay);
-  return LaunchForward(c, arrays.relay, launch);
+  const cudaError_t error = LaunchKernel(Place<true>, RelayBlocks(c, launch), kThreads, 0,
+                                         launch.stream, c, nullptr, arrays.relay);
+  return error != cudaSuccess ? error : LaunchForward(c, arrays.relay, launch);
 }
 
 cudaError_t LaunchDispatchRelayCached(const Context& c, const DispatchRecvCachedArrays& arrays,
                                       const Launch& launch) {
-  Place<false><<<RelayBlocks(c, launch), kThreads, 0, launch.stream>>>(c, arrays.relay, nullptr);
-  return LaunchForward(c, arrays.relay, launch);
+  const cudaError_t error = LaunchKernel(Place<false>, RelayBlocks(c, launch), kThreads, 0,
+                                         launch.stream, c, arrays.relay, nullptr);
+  return error != cudaSuccess ? error : LaunchForward(c, arrays.relay, launch);
 }
 
 }  // namespace smfree::cuda

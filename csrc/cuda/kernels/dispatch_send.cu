@@ -9,9 +9,9 @@
 //
 // Route    S1, S2  a thread per slot. A bit per (expert, row) and (rank, row) of the block in
 //                  shared memory makes every index a population count; the blocks add up their
-//                  totals across a barrier, so all of them are resident at once: they are no more
-//                  than kMaxRouteBlocks. Writes places, send_counts, headers,
-//                  codes and slots.
+//                  totals across a barrier, so all of them must be resident at once: they are
+//                  no more than the SMs of the device, and kMaxRouteBlocks. Writes places,
+//                  send_counts, headers, codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
 //                  In hierarchical mode after PlaceOnWire.
 // Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A
@@ -124,14 +124,14 @@ cudaError_t LaunchPack(const Context& c, const void* x, const WirePlaces& wire,
   const auto* const bytes = static_cast<const char*>(x);
   const auto pack = WordBytes(c) == 16 ? Pack<uint4> : WordBytes(c) == 4 ? Pack<uint32_t>
                                                                          : Pack<uint16_t>;
-  pack<<<launch.BlocksFor(c.tokens * c.pieces), kThreads, 0, launch.stream>>>(c, bytes, wire);
-  return cudaGetLastError();
+  return LaunchKernel(pack, launch.BlocksFor(c.tokens * c.pieces), kThreads, 0, launch.stream, c,
+                      bytes, wire);
 }
 
 }  // namespace
 
-size_t RouteSharedBytes(int64_t tokens, int32_t bins) {
-  return RouteShape(tokens, bins).shared_bytes;
+size_t RouteSharedBytes(int64_t tokens, int32_t bins, int32_t num_sms) {
+  return RouteShape(tokens, bins, num_sms).shared_bytes;
 }
 
 cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
@@ -141,10 +141,9 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
 
 cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArrays& arrays,
                                const Launch& launch) {
-  const RouteShape shape(c.tokens, RouteBins(c.nodes, c.num_experts));
-  Route<<<shape.blocks, kRouteThreads, shape.shared_bytes, launch.stream>>>(c, arrays,
-                                                                            shape.rows_per_block);
-  const cudaError_t error = cudaGetLastError();
+  const RouteShape shape(c.tokens, RouteBins(c.nodes, c.num_experts), launch.num_sms);
+  const cudaError_t error = LaunchKernel(Route, shape.blocks, kRouteThreads, shape.shared_bytes,
+                                         launch.stream, c, arrays, shape.rows_per_block);
   if (error != cudaSuccess) return error;
   return LaunchPack(c, arrays.x, {c, arrays.places, arrays.send_counts}, launch);
 }
@@ -153,14 +152,13 @@ cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedA
                                      const Launch& launch) {
   const WirePlaces wire(c, arrays.places, arrays.send_counts);
   if (c.nodes.hierarchical) {
-    PlaceOnWire<<<Launch::BlocksForPlaces(c.tokens), kThreads, 0, launch.stream>>>(c,
-                                                                                   arrays.places);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel(PlaceOnWire, Launch::BlocksForPlaces(c.tokens), kThreads,
+                                           0, launch.stream, c, arrays.places);
     if (error != cudaSuccess) return error;
   }
-  LayOut<<<launch.BlocksForItems(int64_t{c.tokens} * c.wire_width), kThreads, 0,
-           launch.stream>>>(c, arrays.slots, wire);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error =
+      LaunchKernel(LayOut, launch.BlocksForItems(int64_t{c.tokens} * c.wire_width), kThreads, 0,
+                   launch.stream, c, arrays.slots, wire);
   if (error != cudaSuccess) return error;
   return LaunchPack(c, arrays.x, wire, launch);
 }

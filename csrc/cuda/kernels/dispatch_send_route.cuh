@@ -5,6 +5,7 @@
 #ifndef SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
 #define SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -13,6 +14,8 @@
 
 namespace smfree::cuda {
 namespace {
+
+constexpr int32_t kTurnsBeforeAsking = 1024;  // a tenth of a millisecond: no block is so late
 
 // The bits of the rows of a block that go to expert, rank or node `bin`.
 struct RowBits {
@@ -42,13 +45,54 @@ struct RowBits {
   }
 };
 
-// Waits until every block has published its counts of this operation. The barrier is internal to
-// one launch whose blocks are all resident, so it needs no deadline.
-__device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
-  for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-    while (load_acquire_gpu(c.route_flags + block) != epoch) __nanosleep(50);
+// Waits for one block to publish its counts of this operation; false if it does not. Blocks that do
+// not fit onto the device beside those that wait start when something else there has ended, which
+// may be never. A flag of a later epoch is of a send that runs on this lane at the same time.
+__device__ bool WaitForBlock(const Context& c, int64_t number, uint64_t epoch, int32_t block) {
+  int64_t begin = 0;
+  for (int32_t turn = 1;; ++turn) {
+    const uint64_t seen = load_acquire_gpu(c.route_flags + block);
+    if (seen == epoch) return true;
+    if (seen > epoch) {
+      Report(c, FaultKind::kTwoInFlight, number, {-1, -1, number, number});
+      return false;
+    }
+    __nanosleep(50);
+    if (turn % kTurnsBeforeAsking != 0) continue;
+    if (begin == 0) begin = NowNs();
+    if (Faulted(c)) return false;
+    if (load_relaxed_system(c.group_failed)) {
+      atomicExch(&c.state->faulted, 1u);
+      return false;
+    }
+    if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
+      Report(c, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
+      return false;
+    }
   }
-  __syncthreads();
+}
+
+// The barrier of the blocks of one launch, with the same result in all threads of a block.
+__device__ bool WaitForAllBlocks(const Context& c, int64_t number, uint64_t epoch) {
+  bool ok = true;
+  for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+    ok = WaitForBlock(c, number, epoch, static_cast<int32_t>(block)) && ok;
+  }
+  return __syncthreads_and(ok);
+}
+
+// What a send without a routing says: nothing goes anywhere.
+__device__ void RouteNothing(const Context& c, const DispatchSendArrays& a, int32_t first_row,
+                             int32_t num_rows) {
+  for (int32_t row = threadIdx.x; row < num_rows; row += kRouteThreads) {
+    Placing(a.places, first_row + row, c.places_per_row).End();
+    if (c.nodes.hierarchical) Placing(c.wire_places, first_row + row, c.wire_width).End();
+  }
+  if (blockIdx.x != 0) return;
+  for (int32_t rank = threadIdx.x; rank < c.num_ranks; rank += kRouteThreads) {
+    a.send_counts[rank] = 0;
+    if (c.nodes.hierarchical) c.scratch->wire_rows[rank] = 0;
+  }
 }
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
@@ -102,7 +146,9 @@ __global__ void __launch_bounds__(kRouteThreads)
     __threadfence();
     store_release_gpu(c.route_flags + blockIdx.x, epoch);
   }
-  WaitForAllBlocks(c, epoch);
+  if (!WaitForAllBlocks(c, begun.number, epoch)) {
+    return RouteNothing(c, a, first_row, num_rows);
+  }
 
   // `before`: in earlier blocks. wire_rows: in all.
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) {
@@ -171,14 +217,16 @@ __global__ void __launch_bounds__(kRouteThreads)
   }
 }
 
-// Rows of a block and its shared memory.
+// Rows of a block and its shared memory. There are no more blocks than SMs, each of which has room
+// for one at least, whatever its shared memory.
 struct RouteShape {
   int32_t rows_per_block, blocks;
   size_t shared_bytes;
 
-  RouteShape(int64_t tokens, int32_t bins) {
+  RouteShape(int64_t tokens, int32_t bins, int32_t num_sms) {
+    const int64_t most_blocks = std::min(kMaxRouteBlocks, num_sms);
     rows_per_block = kRouteRows;
-    while (tokens > int64_t{rows_per_block} * kMaxRouteBlocks) rows_per_block *= 2;
+    while (tokens > rows_per_block * most_blocks) rows_per_block *= 2;
     blocks = static_cast<int32_t>((tokens + rows_per_block - 1) / rows_per_block);
     shared_bytes = sizeof(int32_t) * static_cast<size_t>(bins) *
                    static_cast<size_t>(RowBits::Stride(rows_per_block / 32) + 2);

@@ -182,8 +182,9 @@ __device__ inline void HandOverEmpty(const Messages& m, const Outgoing* outgoing
 struct Arrivals {
   int32_t chunks[kMaxRanks];
   uint32_t looking[kMaxRanks];
-  // Whether this block asks if other ranks are at fault. The word is in host memory, and many that
-  // read there slow the copy engine down: one thread of one block, for each message, does.
+  // Whether this block asks all the time if other ranks are at fault. The word is in host memory,
+  // and many that read there slow the copy engine down: one thread of one block, for each message,
+  // does. All others ask rarely (kTurnsOfTheOthers), in case that block waits for nothing.
   bool asks;
 
   // By all threads of a block, which meet afterwards.
@@ -195,6 +196,8 @@ struct Arrivals {
     }
   }
 };
+
+constexpr int32_t kTurnsOfTheOthers = 4096;  // some ten milliseconds
 
 // How long a wait for a peer may last. Who waits for a relay is more patient than the relay, so
 // that the fault names the rank that is silent, not one that waits for it.
@@ -227,7 +230,7 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
     __nanosleep(turn < 4 ? 100 : 2000);
     if (turn % 16 != 15) continue;
     if (Faulted(c)) return false;
-    const bool asks = looks && arrivals.asks;
+    const bool asks = looks && (arrivals.asks || turn % kTurnsOfTheOthers == kTurnsOfTheOthers - 1);
     if (asks && load_relaxed_system(c.group_failed)) {
       atomicExch(&c.state->faulted, 1u);
       return false;

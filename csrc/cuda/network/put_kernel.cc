@@ -74,7 +74,7 @@ cudaError_t PutKernel::Launch(const Context& context, cudaStream_t stream) const
   const auto blocks = static_cast<unsigned int>(context.nodes.Regions(kWire));
   const CUresult result = driver_.launch_kernel(function_, blocks, 1, 1, kPutThreads, 1, 1,
                                                 /*shared=*/0, stream, arguments, nullptr);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure;
+  return static_cast<cudaError_t>(result);  // one set of numbers
 }
 
 }  // namespace smfree::cuda
