@@ -107,13 +107,15 @@ class Group {
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Lets the programs that were launched end, up to timeout_s, unless they wait for what nobody
-  // brings; ends what waits then with an error; and gives all memory back. Some seconds later it
-  // returns in any case, and says what has not ended: that goes on by itself. Idempotent.
+  // Lets what is under way end, for half a second; ends what waits then with an error; and gives
+  // all memory back. Returns some seconds later in any case, and says what has not ended: that goes
+  // on by itself, and its memory is given back when it ends. Idempotent.
   Status Close();
   // The first fault of the group, which stays, also when it is closed; or else an overflow since the
   // last Check.
   Status Check();
+  // The first fault only.
+  Status Fault() const;
   // When the group is closed, what was counted by then.
   StatusOr<Stats> stats() const;
   Memory memory() const;

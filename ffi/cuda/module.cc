@@ -195,6 +195,8 @@ void BindCuda(nb::module_& m) {
       .def("close", &Close)
       .def("check", [](Group& group) { return FaultOf(group.Check()); },
            nb::call_guard<nb::gil_scoped_release>())
+      .def("fault", [](const Group& group) { return FaultOf(group.Fault()); },
+           nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
       .def("trace", &TraceOf)

@@ -3,12 +3,10 @@
 // How a group ends: its programs, its movers, its memory. What CUDA must be waited for here happens
 // on threads of its own (background.h), since a device may run what never ends: a collective that
 // another rank did not join, or a put to a peer that is gone.
-#include <algorithm>
 #include <chrono>
 #include <string>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #include "csrc/cuda/host/background.h"
 #include "csrc/cuda/host/group.h"
@@ -19,39 +17,16 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-// How long the host may take between two launches of a program.
+// How long what was launched may go on; the host may pause between two launches of a program.
 constexpr milliseconds kGrace{500};
 // How long what was told to end, and giving back the memory, may take.
 constexpr milliseconds kEnd{5000};
 constexpr milliseconds kLook{1};
 
-// Ends when all that was launched on the device by now has ended.
-Background DeviceIdle(int32_t device) {
-  return Background([device] {
-    const DeviceScope scope(device);
+void Synchronize(const GroupState& state) {
+  for (const auto& rank : state.ranks) {
+    const DeviceScope scope(rank->device);
     (void)cudaDeviceSynchronize();
-  });
-}
-
-// Waits for the programs that were launched, up to timeout_s. No longer than kGrace when nobody can
-// bring what they wait for: when the group is at fault; or when a rank has nothing left to run. It
-// has then received the last operation of all ranks, so that all of them have sent that one
-// (PROTOCOL.md, lemma): who still waits, waits for an operation that this rank does not take part in.
-void LetProgramsEnd(const GroupState& state) {
-  std::vector<Background> ranks;
-  for (const auto& rank : state.ranks) ranks.push_back(DeviceIdle(rank->device));
-  Clock::time_point deadline = Clock::now() + state.Timeout();
-  bool in_vain = false;
-  for (;; std::this_thread::sleep_for(kLook)) {
-    const auto ended = std::count_if(ranks.begin(), ranks.end(),
-                                     [](const Background& rank) { return rank.Ended(); });
-    if (ended == static_cast<std::ptrdiff_t>(ranks.size())) return;
-    const Clock::time_point now = Clock::now();
-    if (!in_vain && (ended > 0 || state.Failed())) {
-      in_vain = true;
-      deadline = std::min(deadline, now + kGrace);
-    }
-    if (now >= deadline) return;
   }
 }
 
@@ -61,10 +36,11 @@ Status Group::Close() {
   const std::lock_guard<std::mutex> once(close_mutex_);
   GroupState& state = *state_;
   if (state.closed) return {};
-  const Clock::time_point begin = Clock::now();
-  const auto patience = state.Failed() ? std::chrono::nanoseconds(0) : state.Timeout();
-  LetProgramsEnd(state);
+  // A program under way ends by itself, also where one rank's part is not launched yet and
+  // another's waits for it, in a collective too.
+  (void)Background([state = state_] { Synchronize(*state); }).EndsWithin(kGrace);
   const std::shared_ptr<Group> removed = Unregister();  // perhaps the last but the caller's
+  state.KeepFault();
   state.closed = true;
   // Nothing more is launched. A rank that still waits, waits for one whose part never was.
   const Background release([state = state_] { state->Release(); });
@@ -73,8 +49,7 @@ Status Group::Close() {
   if (!state.idle) {
     state.Fail(Status(FaultKind::kClosed, "the group was closed while a rank was waiting"));
   }
-  const auto left = std::max<Clock::duration>(begin + patience - Clock::now(), {});
-  if (release.EndsWithin(left + kEnd)) return {};
+  if (release.EndsWithin(kEnd)) return {};
   std::string devices;
   for (const auto& rank : state.ranks) {
     devices += (devices.empty() ? "" : ", ") + std::to_string(rank->device);
@@ -87,25 +62,35 @@ Status Group::Close() {
                     "rank never joined.");
 }
 
+void GroupState::KeepFault() {
+  if (!Failed()) return;
+  Status fault = FirstFault();
+  const std::lock_guard<std::mutex> lock(fault_mutex);
+  host_fault = std::move(fault);
+}
+
+void GroupState::KeepStats() {
+  StatusOr<Stats> stats = Count();
+  const std::lock_guard<std::mutex> lock(fault_mutex);
+  last_stats = std::move(stats);
+}
+
 void GroupState::Release() {
   const std::unique_lock<std::shared_mutex> launched(open_mutex);  // nobody is launching
-  for (const auto& rank : ranks) {
-    const DeviceScope scope(rank->device);
-    (void)cudaDeviceSynchronize();
-  }
+  KeepStats();  // in case the devices do not end what they run
+  Synchronize(*this);
   idle = true;
-  StatusOr<Stats> counted = Count();
-  // A rank that nobody kept waiting has not noticed that the group was closed.
-  Status fault = Failed() ? FirstFault() : Status();
-  if (fault.kind() == FaultKind::kClosed && counted.ok() && !counted.value().faulted) fault = {};
+  KeepStats();
+  KeepFault();
   // All movers before any memory: they write to one another's.
   for (const auto& rank : ranks) rank->mover.reset();
   Allocation word;
   {
     const std::lock_guard<std::mutex> lock(fault_mutex);
     word = std::move(failed);
-    last_stats = std::move(counted);
-    host_fault = std::move(fault);
+    // A rank that nobody kept waiting has not noticed that the group was closed.
+    const bool noticed = !last_stats.ok() || last_stats.value().faulted;
+    if (host_fault.kind() == FaultKind::kClosed && !noticed) host_fault = {};
   }
   released = true;
   for (const auto& rank : ranks) {

@@ -88,8 +88,11 @@ struct GroupState {
         std::chrono::duration<double>(config.timeout_s));
   }
 
+  // What is told when the group is closed.
+  void KeepFault();
   // These wait for the devices.
   StatusOr<Stats> Count() const;
+  void KeepStats();
   StatusOr<std::vector<PhaseRecord>> ReadTrace() const;
   // Ends the movers and gives all memory back, when nothing uses it any more. The group is closed.
   void Release();

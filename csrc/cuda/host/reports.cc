@@ -102,14 +102,21 @@ StatusOr<std::vector<PhaseRecord>> GroupState::ReadTrace() const {
   return records;
 }
 
-Status Group::Check() {
+Status Group::Fault() const {
   const std::shared_lock<std::shared_mutex> open(state_->open_mutex, std::try_to_lock);
   if (!open.owns_lock() || state_->closed) {
     const std::lock_guard<std::mutex> lock(state_->fault_mutex);
     return state_->host_fault;
   }
-  Status fault = state_->Failed() ? state_->FirstFault() : Status();
-  return fault.ok() ? state_->TakeOverflow() : fault;
+  return state_->Failed() ? state_->FirstFault() : Status();
+}
+
+Status Group::Check() {
+  Status fault = Fault();
+  if (!fault.ok()) return fault;
+  const std::shared_lock<std::shared_mutex> open(state_->open_mutex, std::try_to_lock);
+  if (!open.owns_lock() || state_->closed) return {};
+  return state_->TakeOverflow();
 }
 
 StatusOr<Stats> Group::stats() const {
