@@ -90,6 +90,7 @@ struct LaneScratch {
   LaneState state;
   unsigned long long epoch;  // send phases ever run, for the barrier inside Route
   int64_t begin_ns;
+  uint32_t phases_begun, phases_ended;  // one at a time, or two operations are in flight
   unsigned long long last_arrival_ns;  // of the chunk waited for last, 0 if none was
   unsigned long long copies;           // rows of the expert-grouped array that were read or written
   uint32_t blocks_done;

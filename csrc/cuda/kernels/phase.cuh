@@ -173,7 +173,9 @@ __device__ inline bool NothingWasSent(const Context& c) { return Token::Read(c.t
 
 // Called by the first kernel of a phase.
 __device__ inline void NoteBegin(const Context& c) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->begin_ns = NowNs();
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  c.scratch->begin_ns = NowNs();
+  atomicAdd(&c.scratch->phases_begun, 1u);  // nobody waits for what it returns
 }
 
 // Whether this is the last block of the grid to get here, the same in all of its threads. What the
@@ -190,12 +192,19 @@ __device__ inline bool IsLastBlock(const Context& c) {
 }
 
 // S10, or the end of a send phase: by one thread of the last block. Counters are added to without
-// being read: each read would cost a microsecond.
+// being read: each read would cost a microsecond. S1 sees an operation that has been sent; one that is
+// being sent at the same time (a CUDA graph may run what no data orders side by side) is seen here.
 __device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, int64_t wire_rows,
                                 int64_t bytes_read, int64_t bytes_written) {
   LaneScratch& scratch = *c.scratch;
   const int64_t begin_ns = scratch.begin_ns;
   const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
+  const uint32_t phases_begun = scratch.phases_begun;
+  if (phases_begun != scratch.phases_ended + 1) {
+    Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, begun.number, begun.number});
+    ok = false;
+  }
+  scratch.phases_ended = phases_begun;
   const bool send = IsSend(c.phase);
   const auto phase = static_cast<int32_t>(c.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
