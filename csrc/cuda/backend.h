@@ -5,8 +5,9 @@
 //
 // Every phase only launches kernels on the given stream: no allocation, no waiting for the device,
 // no counter on the host, so that it can be captured into a CUDA graph and replayed. (Outside of
-// graphs a recv waits on the host for the launches of its peers' sends, see launches.h.) Results are
-// those of the CPU backend, bit for bit (but for the sums over `hidden` in dispatch_recv_weighted).
+// graphs a recv waits on the host for the launches of its peers' sends, see launch_order.h.)
+// Results are those of the CPU backend, bit for bit (but for the sums over `hidden` in
+// dispatch_recv_weighted).
 //
 // Faults of a phase that runs on the device end in NaN outputs and in Group::Check. The phases of
 // later runs of programs return the fault (runs.h).
@@ -111,8 +112,8 @@ class Group {
   // all memory back. Returns some seconds later in any case, and says what has not ended: that goes
   // on by itself, and its memory is given back when it ends. Idempotent.
   Status Close();
-  // The first fault of the group, which stays, also when it is closed; or else an overflow since the
-  // last Check.
+  // The first fault of the group, which stays, also when it is closed; or else an overflow since
+  // the last Check.
   Status Check();
   // The first fault only.
   Status Fault() const;

@@ -16,7 +16,7 @@ namespace {
 // The handler that runs `phase` on the arrays of `operands_of`. It only launches kernels, the same
 // ones each time: XLA may capture them into a CUDA graph and replay it.
 template <auto phase, auto operands_of>
-nb::capsule Launching() {
+nb::capsule HandlerOf() {
   constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
                              auto... buffers) {
@@ -55,18 +55,18 @@ nb::capsule Launching() {
 
 nb::dict CudaTargets() {
   nb::dict targets;
-  targets["smfree_dispatch_send"] = Launching<cuda::DispatchSend, DispatchSendOperands>();
+  targets["smfree_dispatch_send"] = HandlerOf<cuda::DispatchSend, DispatchSendOperands>();
   targets["smfree_dispatch_send_cached"] =
-      Launching<cuda::DispatchSendCached, DispatchSendCachedOperands>();
-  targets["smfree_dispatch_recv"] = Launching<cuda::DispatchRecv, DispatchRecvOperands>();
+      HandlerOf<cuda::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_dispatch_recv"] = HandlerOf<cuda::DispatchRecv, DispatchRecvOperands>();
   targets["smfree_dispatch_recv_cached"] =
-      Launching<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
+      HandlerOf<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
   targets["smfree_dispatch_recv_weighted"] =
-      Launching<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
-  targets["smfree_combine_send"] = Launching<cuda::CombineSend, CombineSendOperands>();
+      HandlerOf<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
+  targets["smfree_combine_send"] = HandlerOf<cuda::CombineSend, CombineSendOperands>();
   targets["smfree_combine_send_weighted"] =
-      Launching<cuda::CombineSend, CombineSendWeightedOperands>();
-  targets["smfree_combine_recv"] = Launching<cuda::CombineRecv, CombineRecvOperands>();
+      HandlerOf<cuda::CombineSend, CombineSendWeightedOperands>();
+  targets["smfree_combine_recv"] = HandlerOf<cuda::CombineRecv, CombineRecvOperands>();
   return targets;
 }
 

@@ -43,7 +43,8 @@ TEST(WorkThatDoesNotEndIsLeft) {
 TEST(WhatWorkOwnsIsGoneWhenItHasEnded) {
   auto owned = std::make_shared<int>(0);
   const std::weak_ptr<int> seen = owned;
-  const Background work([owned = std::move(owned)] { std::this_thread::sleep_for(milliseconds(5)); });
+  const Background work(
+      [owned = std::move(owned)] { std::this_thread::sleep_for(milliseconds(5)); });
   CHECK(work.EndsWithin(seconds(60)));
   CHECK(seen.expired());
 }

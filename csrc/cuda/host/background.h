@@ -38,8 +38,8 @@ class Background {
   std::shared_future<void> ended_;
 };
 
-// What `call()` returns, or nothing if it does not return within `bound`. Then it goes on by itself:
-// it owns what it uses.
+// What `call()` returns, or nothing if it does not return within `bound`. Then it goes on by
+// itself: it owns what it uses.
 template <typename Call>
 auto ResultWithin(std::chrono::nanoseconds bound, Call call) -> std::optional<decltype(call())> {
   auto result = std::make_shared<std::optional<decltype(call())>>();

@@ -15,7 +15,7 @@
 namespace smfree::cuda {
 namespace {
 
-// What making a group may take beside the deadline for others: kernels are loaded, memory is zeroed.
+// What making a group may take beside timeout_s: kernels are loaded, memory is zeroed.
 constexpr std::chrono::seconds kMake{30};
 
 struct Registry {
@@ -94,8 +94,9 @@ StatusOr<std::shared_ptr<Group>> Group::Make(std::shared_ptr<GroupState> state,
     (void)gone.EndsWithin(bound);
     return *status;
   }
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(bound);
   return Status(FaultKind::kDeadline,
-                "the group has waited " + std::to_string(std::chrono::duration_cast<std::chrono::seconds>(bound).count()) +
+                "the group has waited " + std::to_string(seconds.count()) +
                     " s for its memory and kernels: a GPU runs something that does not end. Cure: "
                     "see what waits there, such as a collective that another rank never joined, "
                     "and start the process again.");

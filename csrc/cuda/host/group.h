@@ -13,8 +13,8 @@
 
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/backend.h"
-#include "csrc/cuda/host/launch.h"
-#include "csrc/cuda/host/launches.h"
+#include "csrc/cuda/host/kernels.h"
+#include "csrc/cuda/host/launch_order.h"
 #include "csrc/cuda/host/runs.h"
 #include "csrc/cuda/memory/memory.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
@@ -39,8 +39,8 @@ class Rank {
   Allocation host;          // pinned HostPage
   std::unique_ptr<Mover> mover;
 
-  // The part of the context that is the same in every call of `lane_index`.
-  Context ContextFor(int32_t lane_index) const;
+  GroupConstants Constants() const;
+  LanePointers Lane(int32_t lane_index) const;
 };
 
 struct GroupState {
@@ -56,7 +56,7 @@ struct GroupState {
   // What the movers' threads call, and so stands before the ranks that own them: it is there until
   // they have ended.
   Allocation failed;  // pinned uint32: some rank has reported a fault
-  std::unique_ptr<Launches> launches;
+  std::unique_ptr<LaunchOrder> launch_order;
   mutable std::mutex fault_mutex;
   Status host_fault;  // of a mover, or kClosed; when all is released, the group's fault
 

@@ -50,42 +50,45 @@ LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
   bytes = wire_places_offset + AlignUp(wire_places * int64_t{sizeof(int32_t)}, kAlignment);
 }
 
-Context Rank::ContextFor(int32_t lane_index) const {
+GroupConstants Rank::Constants() const {
   const GroupConfig& config = group->config;
-  const LaneScratchLayout layout(config);
+  GroupConstants g{};
+  g.layout = group->layout;
+  g.code = CopyCode(config.max_tokens);
+  g.nodes = NodesOf(config);
+  g.rank = rank;
+  g.num_ranks = config.num_ranks;
+  g.num_experts = config.num_experts;
+  g.top_k = config.top_k;
+  g.places_per_row = PlacesPerRow(config);
+  g.wire_width = std::min(config.top_k, g.nodes.Regions(kWire));
+  g.relay_width = PlacesPerNode(config);
+  g.expert_alignment = config.expert_alignment;
+  g.drop_overflow = config.overflow == Overflow::kDrop;
+  g.among_processes = group->block != nullptr;
+  g.puts_on_device = group->put_kernel != nullptr;
+  g.timeout_ns = static_cast<uint64_t>(config.timeout_s * 1e9);
+  g.hidden = config.hidden;
+  g.x_row_bytes = config.hidden * ItemBytes(config.dtype);
+  g.memory = memory->data();
+  g.memories = peer_table.as<char*>();
+  g.state = state.as<RankState>();
+  g.queue = queue.as<Descriptor>();
+  g.queue_mask = group->queue_mask;
+  g.host = host.as<HostPage>();
+  g.group_failed = group->failed.as<uint32_t>();
+  return g;
+}
+
+LanePointers Rank::Lane(int32_t lane_index) const {
+  const LaneScratchLayout layout(group->config);
   char* const lane = scratch.as<char>() + lane_index * layout.bytes;
-  Context c{};
-  c.layout = group->layout;
-  c.code = CopyCode(config.max_tokens);
-  c.nodes = NodesOf(config);
-  c.rank = rank;
-  c.num_ranks = config.num_ranks;
-  c.num_experts = config.num_experts;
-  c.top_k = config.top_k;
-  c.places_per_row = PlacesPerRow(config);
-  c.wire_width = std::min(config.top_k, c.nodes.Regions(kWire));
-  c.relay_width = PlacesPerNode(config);
-  c.expert_alignment = config.expert_alignment;
-  c.drop_overflow = config.overflow == Overflow::kDrop;
-  c.timeout_ns = static_cast<uint64_t>(config.timeout_s * 1e9);
-  c.memory = memory->data();
-  c.among_processes = group->block != nullptr;
-  c.puts_on_device = group->put_kernel != nullptr;
-  c.memories = peer_table.as<char*>();
-  c.state = state.as<RankState>();
-  c.scratch = reinterpret_cast<LaneScratch*>(lane);
-  c.wire_places = reinterpret_cast<int32_t*>(lane + layout.wire_places_offset);
-  c.route_counts = reinterpret_cast<int32_t*>(lane + layout.counts_offset);
-  c.route_flags = reinterpret_cast<uint64_t*>(lane + layout.flags_offset);
-  c.row_tags = reinterpret_cast<uint32_t*>(lane + layout.tags_offset);
-  c.queue = queue.as<Descriptor>();
-  c.queue_mask = group->queue_mask;
-  c.host = host.as<HostPage>();
-  c.group_failed = group->failed.as<uint32_t>();
-  c.hidden = config.hidden;
-  c.x_row_bytes = config.hidden * ItemBytes(config.dtype);
-  c.lane_index = lane_index;
-  return c;
+  return {lane_index,
+          reinterpret_cast<LaneScratch*>(lane),
+          reinterpret_cast<int32_t*>(lane + layout.wire_places_offset),
+          reinterpret_cast<int32_t*>(lane + layout.counts_offset),
+          reinterpret_cast<uint64_t*>(lane + layout.flags_offset),
+          reinterpret_cast<uint32_t*>(lane + layout.tags_offset)};
 }
 
 Status GroupState::Prepare() {
@@ -228,8 +231,8 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
 }
 
 Status GroupState::Connect() {
-  launches = std::make_unique<Launches>(static_cast<int32_t>(ranks.size()),
-                                        LaneCount(config.num_lanes, config.differentiable));
+  launch_order = std::make_unique<LaunchOrder>(static_cast<int32_t>(ranks.size()),
+                                               LaneCount(config.num_lanes, config.differentiable));
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
     rank.index = static_cast<int32_t>(i);
@@ -255,14 +258,13 @@ Status GroupState::Connect() {
         put_kernel = std::move(loaded.value());
       }
     }
-    auto mover = Mover::Start({rank->device, rank->rank, config.num_lanes, NodesOf(config),
-                               layout, memories, std::move(far), rank->queue.as<Descriptor>(),
-                               queue_mask,
+    auto mover = Mover::Start({rank->device, rank->rank, config.num_lanes, NodesOf(config), layout,
+                               memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,
                                &rank->host.as<HostPage>()->fault,
                                [this, index = rank->index](int32_t lane_index) {
-                                 launches->NotePut(index, lane_index);
+                                 launch_order->NotePut(index, lane_index);
                                },
-                               [this] { launches->SwitchOff(); },
+                               [this] { launch_order->SwitchOff(); },
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
     rank->mover = std::move(mover.value());
@@ -281,7 +283,7 @@ void GroupState::Fail(Status fault) {
     if (host_fault.ok()) host_fault = std::move(fault);
     __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
   }
-  launches->SwitchOff();
+  launch_order->SwitchOff();
 }
 
 Status GroupState::FirstFault() const {

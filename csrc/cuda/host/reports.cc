@@ -41,7 +41,9 @@ template <typename Read>
 auto ReadWhileOpen(std::shared_ptr<GroupState> state, Read read) -> decltype(read(*state)) {
   auto result = ResultWithin(kRead, [state, read]() -> decltype(read(*state)) {
     const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
-    if (!open.owns_lock() || state->closed) return Status(FaultKind::kClosed, "the group is closed");
+    if (!open.owns_lock() || state->closed) {
+      return Status(FaultKind::kClosed, "the group is closed");
+    }
     return read(*state);
   });
   if (result) return std::move(*result);

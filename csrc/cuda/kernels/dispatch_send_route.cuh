@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/places.cuh"
 
 namespace smfree::cuda {
@@ -48,106 +48,110 @@ struct RowBits {
 // Waits for one block to publish its counts of this operation; false if it does not. Blocks that do
 // not fit onto the device beside those that wait start when something else there has ended, which
 // may be never. A flag of a later epoch is of a send that runs on this lane at the same time.
-__device__ bool WaitForBlock(const Context& c, int64_t number, uint64_t epoch, int32_t block) {
+__device__ bool WaitForBlock(const GroupConstants& g, const LanePointers& lane,
+                             const OperationParams& op, int64_t number, uint64_t epoch,
+                             int32_t block) {
   int64_t begin = 0;
   for (int32_t turn = 1;; ++turn) {
-    const uint64_t seen = load_acquire_gpu(c.route_flags + block);
+    const uint64_t seen = load_acquire_gpu(lane.route_flags + block);
     if (seen == epoch) return true;
     if (seen > epoch) {
-      Report(c, FaultKind::kTwoInFlight, number, {-1, -1, number, number});
+      Report(g, op, FaultKind::kTwoInFlight, number, {-1, -1, number, number});
       return false;
     }
     __nanosleep(50);
     if (turn % kTurnsBeforeAsking != 0) continue;
     if (begin == 0) begin = NowNs();
-    if (Faulted(c)) return false;
-    if (load_relaxed_system(c.group_failed)) {
-      atomicExch(&c.state->faulted, 1u);
+    if (Faulted(g)) return false;
+    if (load_relaxed_system(g.group_failed)) {
+      atomicExch(&g.state->faulted, 1u);
       return false;
     }
-    if (NowNs() - begin > static_cast<int64_t>(c.timeout_ns)) {
-      Report(c, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
+    if (NowNs() - begin > static_cast<int64_t>(g.timeout_ns)) {
+      Report(g, op, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
       return false;
     }
   }
 }
 
 // The barrier of the blocks of one launch, with the same result in all threads of a block.
-__device__ bool WaitForAllBlocks(const Context& c, int64_t number, uint64_t epoch) {
+__device__ bool WaitForAllBlocks(const GroupConstants& g, const LanePointers& lane,
+                                 const OperationParams& op, int64_t number, uint64_t epoch) {
   bool ok = true;
   for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-    ok = WaitForBlock(c, number, epoch, static_cast<int32_t>(block)) && ok;
+    ok = WaitForBlock(g, lane, op, number, epoch, static_cast<int32_t>(block)) && ok;
   }
   return __syncthreads_and(ok);
 }
 
 // What a send without a routing says: nothing goes anywhere.
-__device__ void RouteNothing(const Context& c, const DispatchSendArrays& a, int32_t first_row,
-                             int32_t num_rows) {
+__device__ void RouteNothing(const GroupConstants& g, const LanePointers& lane,
+                             const DispatchSendArrays& a, int32_t first_row, int32_t num_rows) {
   for (int32_t row = threadIdx.x; row < num_rows; row += kRouteThreads) {
-    Placing(a.places, first_row + row, c.places_per_row).End();
-    if (c.nodes.hierarchical) Placing(c.wire_places, first_row + row, c.wire_width).End();
+    Placing(a.places, first_row + row, g.places_per_row).End();
+    if (g.nodes.hierarchical) Placing(lane.wire_places, first_row + row, g.wire_width).End();
   }
   if (blockIdx.x != 0) return;
-  for (int32_t rank = threadIdx.x; rank < c.num_ranks; rank += kRouteThreads) {
+  for (int32_t rank = threadIdx.x; rank < g.num_ranks; rank += kRouteThreads) {
     a.send_counts[rank] = 0;
-    if (c.nodes.hierarchical) c.scratch->wire_rows[rank] = 0;
+    if (g.nodes.hierarchical) lane.scratch->wire_rows[rank] = 0;
   }
 }
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
 __global__ void __launch_bounds__(kRouteThreads)
-    Route(const Context c, const DispatchSendArrays a, const int32_t rows_per_block) {
+    Route(const GroupConstants g, const LanePointers lane, const OperationParams op,
+          const DispatchSendArrays a, const int32_t rows_per_block) {
   extern __shared__ uint32_t shared[];
   // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
   // a node in hierarchical mode, and names the experts there.
-  const bool by_node = c.nodes.hierarchical;
-  const int32_t bins = RouteBins(c.nodes, c.num_experts);
-  const int32_t wire_bin = c.num_experts + (by_node ? c.num_ranks : 0);
+  const bool by_node = g.nodes.hierarchical;
+  const int32_t bins = RouteBins(g.nodes, g.num_experts);
+  const int32_t wire_bin = g.num_experts + (by_node ? g.num_ranks : 0);
   const RowBits bits{shared, rows_per_block / 32};
   const int32_t num_words = bins * RowBits::Stride(bits.words_per_bin);
   auto* const before = reinterpret_cast<int32_t*>(shared + num_words);
   int32_t* const wire_rows = before + bins;
-  const int32_t local_experts = c.local_experts();
-  const int32_t wire_experts = c.num_experts / c.nodes.Regions(kWire);
+  const int32_t local_experts = g.local_experts();
+  const int32_t wire_experts = g.num_experts / g.nodes.Regions(kWire);
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * rows_per_block;
-  const int32_t num_rows = min(rows_per_block, c.tokens - first_row);
-  const int32_t num_slots = num_rows * c.top_k;
-  const int32_t* const experts = a.topk_idx + int64_t{first_row} * c.top_k;
-  const float* const weights = a.topk_weights + int64_t{first_row} * c.top_k;
+  const int32_t num_rows = min(rows_per_block, op.tokens - first_row);
+  const int32_t num_slots = num_rows * g.top_k;
+  const int32_t* const experts = a.topk_idx + int64_t{first_row} * g.top_k;
+  const float* const weights = a.topk_weights + int64_t{first_row} * g.top_k;
   const auto thread = static_cast<int32_t>(threadIdx.x);
 
-  NoteBegin(c);
-  const Begun begun = BeginSendPhase(c);
-  const Messages wire{c, kWire, begun.number};
-  const uint64_t epoch = c.scratch->epoch + 1;
+  NoteBegin(lane);
+  const Begun begun = BeginSendPhase(g, lane, op);
+  const Messages wire{g, lane, op, kWire, begun.number};
+  const uint64_t epoch = lane.scratch->epoch + 1;
   for (int32_t i = thread; i < num_words; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
     const int32_t expert = experts[slot];
-    const int32_t row = slot / c.top_k;
+    const int32_t row = slot / g.top_k;
     if (expert == -1) continue;
-    if (expert < -1 || expert >= c.num_experts || bits.Set(expert, row)) {
+    if (expert < -1 || expert >= g.num_experts || bits.Set(expert, row)) {
       if (begun.ok) {
-        Report(c, FaultKind::kInvalidRouting, begun.number,
-               {-1, first_row + row, c.num_experts, expert});
+        Report(g, op, FaultKind::kInvalidRouting, begun.number,
+               {-1, first_row + row, g.num_experts, expert});
       }
       continue;
     }
-    bits.Set(c.num_experts + expert / local_experts, row);
+    bits.Set(g.num_experts + expert / local_experts, row);
     if (by_node) bits.Set(wire_bin + expert / wire_experts, row);
   }
   __syncthreads();
 
-  int32_t* const counts = c.route_counts + int64_t{blockIdx.x} * bins;
+  int32_t* const counts = lane.route_counts + int64_t{blockIdx.x} * bins;
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = bits.Count(bin);
   __syncthreads();
   if (thread == 0) {
     __threadfence();
-    store_release_gpu(c.route_flags + blockIdx.x, epoch);
+    store_release_gpu(lane.route_flags + blockIdx.x, epoch);
   }
-  if (!WaitForAllBlocks(c, begun.number, epoch)) {
-    return RouteNothing(c, a, first_row, num_rows);
+  if (!WaitForAllBlocks(g, lane, op, begun.number, epoch)) {
+    return RouteNothing(g, lane, a, first_row, num_rows);
   }
 
   // `before`: in earlier blocks. wire_rows: in all.
@@ -155,17 +159,17 @@ __global__ void __launch_bounds__(kRouteThreads)
     int32_t earlier = 0, all = 0;
 #pragma unroll 16
     for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
-      const int32_t count = __ldcg(c.route_counts + int64_t{block} * bins + bin);
+      const int32_t count = __ldcg(lane.route_counts + int64_t{block} * bins + bin);
       all += count;
       if (block < static_cast<int32_t>(blockIdx.x)) earlier += count;
     }
     before[bin] = earlier;
     if (bin >= wire_bin) wire_rows[bin - wire_bin] = all;
     if (blockIdx.x != 0) continue;
-    if (bin >= c.num_experts + c.num_ranks) {
-      c.scratch->wire_rows[bin - wire_bin] = all;
-    } else if (bin >= c.num_experts) {
-      a.send_counts[bin - c.num_experts] = all;
+    if (bin >= g.num_experts + g.num_ranks) {
+      lane.scratch->wire_rows[bin - wire_bin] = all;
+    } else if (bin >= g.num_experts) {
+      a.send_counts[bin - g.num_experts] = all;
     } else if (begun.ok) {
       char* const message = wire.To(bin / wire_experts);
       reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % wire_experts] = all;
@@ -180,15 +184,15 @@ __global__ void __launch_bounds__(kRouteThreads)
 
   // A thread per slot: its code in the message that its expert is behind, -1 in the row's others.
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
-    const int32_t row = slot / c.top_k;
-    const int32_t k = slot % c.top_k;
+    const int32_t row = slot / g.top_k;
+    const int32_t k = slot % g.top_k;
     const int32_t expert = experts[slot];
     const float weight = weights[slot];
-    const bool valid = expert >= 0 && expert < c.num_experts;
+    const bool valid = expert >= 0 && expert < g.num_experts;
     const int32_t home = valid ? expert / wire_experts : -1;
-    const int32_t code = valid ? c.code.Encode(expert % wire_experts,
-                                               before[expert] + bits.CountBelow(expert, row))
-                               : -1;
+    const int32_t code =
+        valid ? g.code.Encode(expert % wire_experts, before[expert] + bits.CountBelow(expert, row))
+              : -1;
     // `visit(d, i)`: the row is the i-th one in list d of those that begin at `first_bin`.
     const auto for_each_list = [&](int32_t first_bin, int32_t lists, const auto& visit) {
       for (int32_t list = 0; list < lists; ++list) {
@@ -197,22 +201,22 @@ __global__ void __launch_bounds__(kRouteThreads)
         visit(list, before[bin] + bits.CountBelow(bin, row));
       }
     };
-    Placing on_wire(by_node ? c.wire_places : a.places, first_row + row, c.wire_width);
+    Placing on_wire(by_node ? lane.wire_places : a.places, first_row + row, g.wire_width);
     for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
-      if (k == 0) on_wire.Add(region * c.tokens + i);
+      if (k == 0) on_wire.Add(region * op.tokens + i);
       if (!begun.ok) return;
-      char* const message = wire.To(region) + c.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(c, wire_rows[region]);
-      const int64_t at = int64_t{i} * c.top_k + k;
+      char* const message = wire.To(region) + g.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(g, op, wire_rows[region]);
+      const int64_t at = int64_t{i} * g.top_k + k;
       reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = region == home ? code : -1;
       reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
     });
     if (k != 0) continue;
     on_wire.End();
     if (!by_node) continue;
-    Placing at_ranks(a.places, first_row + row, c.places_per_row);
-    for_each_list(c.num_experts, c.num_ranks,
-                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * c.tokens + i); });
+    Placing at_ranks(a.places, first_row + row, g.places_per_row);
+    for_each_list(g.num_experts, g.num_ranks,
+                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * op.tokens + i); });
     at_ranks.End();
   }
 }

@@ -48,16 +48,16 @@ struct Rounds {
 // Calls pack(row, piece) for the pieces of rows [0, rows), each by one warp; and
 // count(first row, rows) for each tile when it is written and visible to the warp that is called.
 template <typename Pack, typename Count>
-__device__ void ForEachTile(const Context& c, Rounds& rounds, int32_t rows, const Pack& pack,
-                            const Count& count) {
+__device__ void ForEachTile(const OperationParams& op, Rounds& rounds, int32_t rows,
+                            const Pack& pack, const Count& count) {
   const auto warp = static_cast<int32_t>(threadIdx.x) / kWarp;
-  const int32_t tile_rows = kWarps / c.pieces;
+  const int32_t tile_rows = kWarps / op.pieces;
   uint32_t round = 0;
   for (int32_t tile = static_cast<int32_t>(blockIdx.x) * tile_rows; tile < rows;
        tile += static_cast<int32_t>(gridDim.x) * tile_rows, ++round) {
     rounds.Begin(round);
-    const int32_t row = tile + warp / c.pieces;
-    if (row < rows) pack(row, warp % c.pieces);
+    const int32_t row = tile + warp / op.pieces;
+    if (row < rows) pack(row, warp % op.pieces);
     if (!rounds.End(round)) continue;
     count(tile, min(tile_rows, rows - tile));
     __syncwarp();

@@ -17,8 +17,8 @@
 //
 // Replays of a CUDA graph do not come by here, and have nothing to load. Where ranks disagree about
 // what is replayed, waiting would be in vain: the first wait that is switches waiting off.
-#ifndef SMFREE_CSRC_CUDA_HOST_LAUNCHES_H_
-#define SMFREE_CSRC_CUDA_HOST_LAUNCHES_H_
+#ifndef SMFREE_CSRC_CUDA_HOST_LAUNCH_ORDER_H_
+#define SMFREE_CSRC_CUDA_HOST_LAUNCH_ORDER_H_
 
 #include <algorithm>
 #include <chrono>
@@ -31,9 +31,9 @@
 
 namespace smfree::cuda {
 
-class Launches {
+class LaunchOrder {
  public:
-  Launches(int32_t num_ranks, int32_t num_lane_indices)
+  LaunchOrder(int32_t num_ranks, int32_t num_lane_indices)
       : puts_(static_cast<size_t>(num_lane_indices),
               std::vector<int64_t>(static_cast<size_t>(num_ranks))),
         sends_{puts_, puts_} {}
@@ -99,4 +99,4 @@ class Launches {
 
 }  // namespace smfree::cuda
 
-#endif  // SMFREE_CSRC_CUDA_HOST_LAUNCHES_H_
+#endif  // SMFREE_CSRC_CUDA_HOST_LAUNCH_ORDER_H_

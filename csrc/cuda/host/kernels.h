@@ -2,8 +2,8 @@
 //
 // Between the phases (host functions that know the group) and their kernels: one function per phase
 // that loads its kernels and one that launches them, and the same for the relays.
-#ifndef SMFREE_CSRC_CUDA_HOST_LAUNCH_H_
-#define SMFREE_CSRC_CUDA_HOST_LAUNCH_H_
+#ifndef SMFREE_CSRC_CUDA_HOST_KERNELS_H_
+#define SMFREE_CSRC_CUDA_HOST_KERNELS_H_
 
 #include <cuda_runtime_api.h>
 
@@ -25,7 +25,7 @@ constexpr int32_t kPlacedRows = 256;  // of a block that places rows (places.cuh
 // Resident at once, which kernels rely on where blocks wait for one another.
 constexpr int32_t kBlocksPerSm = 2;
 
-struct Launch {
+struct LaunchParams {
   cudaStream_t stream;
   int32_t num_sms;
   DType dtype;
@@ -47,8 +47,8 @@ struct Launch {
 };
 
 // The word in which rows are read and written: 16 bytes, or one element.
-inline int32_t WordBytes(const Context& c) {
-  return c.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(c.x_row_bytes / c.hidden);
+inline int32_t WordBytes(const GroupConstants& g) {
+  return g.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(g.x_row_bytes / g.hidden);
 }
 
 // Launches a kernel. Says what went wrong in this very launch: cudaGetLastError would also tell of
@@ -111,27 +111,27 @@ cudaError_t LoadCombineRelay();
 cudaError_t LoadReadClock();
 
 // Each returns at the first launch that fails.
-cudaError_t LaunchDispatchSend(const Context& c, const DispatchSendArrays& arrays,
-                               const Launch& launch);
-cudaError_t LaunchDispatchSendCached(const Context& c, const DispatchSendCachedArrays& arrays,
-                                     const Launch& launch);
-cudaError_t LaunchDispatchRecv(const Context& c, const DispatchRecvArrays& arrays,
-                               const Launch& launch);
-cudaError_t LaunchDispatchRecvCached(const Context& c, const DispatchRecvCachedArrays& arrays,
-                                     const Launch& launch);
-cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
-                              const Launch& launch);
-cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
-                              const Launch& launch);
+cudaError_t LaunchDispatchSend(const KernelParams& k, const DispatchSendArrays& arrays,
+                               const LaunchParams& launch);
+cudaError_t LaunchDispatchSendCached(const KernelParams& k, const DispatchSendCachedArrays& arrays,
+                                     const LaunchParams& launch);
+cudaError_t LaunchDispatchRecv(const KernelParams& k, const DispatchRecvArrays& arrays,
+                               const LaunchParams& launch);
+cudaError_t LaunchDispatchRecvCached(const KernelParams& k, const DispatchRecvCachedArrays& arrays,
+                                     const LaunchParams& launch);
+cudaError_t LaunchCombineSend(const KernelParams& k, const CombineSendArrays& arrays,
+                              const LaunchParams& launch);
+cudaError_t LaunchCombineRecv(const KernelParams& k, const CombineRecvArrays& arrays,
+                              const LaunchParams& launch);
 // The relays of hierarchical mode: the first part of a dispatch_recv, the last of a combine_send.
-cudaError_t LaunchDispatchRelay(const Context& c, const DispatchRecvArrays& arrays,
-                                const Launch& launch);
-cudaError_t LaunchDispatchRelayCached(const Context& c, const DispatchRecvCachedArrays& arrays,
-                                      const Launch& launch);
-cudaError_t LaunchCombineRelay(const Context& c, const CombineSendArrays& arrays,
-                               const Launch& launch);
+cudaError_t LaunchDispatchRelay(const KernelParams& k, const DispatchRecvArrays& arrays,
+                                const LaunchParams& launch);
+cudaError_t LaunchDispatchRelayCached(const KernelParams& k, const DispatchRecvCachedArrays& arrays,
+                                      const LaunchParams& launch);
+cudaError_t LaunchCombineRelay(const KernelParams& k, const CombineSendArrays& arrays,
+                               const LaunchParams& launch);
 cudaError_t LaunchReadClock(int64_t* now, cudaStream_t stream);  // `now` may be pinned host memory
 
 }  // namespace smfree::cuda
 
-#endif  // SMFREE_CSRC_CUDA_HOST_LAUNCH_H_
+#endif  // SMFREE_CSRC_CUDA_HOST_KERNELS_H_
