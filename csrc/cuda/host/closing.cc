@@ -101,7 +101,7 @@ void GroupState::Release() {
     rank->queue = {};
     rank->host = {};
   }
-  if (block) block->in_use = false;
+  if (nvshmem_memory) nvshmem_memory->in_use = false;
 }
 
 }  // namespace smfree::cuda

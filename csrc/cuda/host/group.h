@@ -63,7 +63,7 @@ struct GroupState {
   std::vector<std::unique_ptr<Rank>> ranks;  // of this process
   std::vector<char*> memories;               // of all ranks; nullptr for far ones
   std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
-  std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
+  std::shared_ptr<NvshmemMemory> nvshmem_memory;  // of NVSHMEM's heap; null if all ranks are here
   std::unique_ptr<PutKernel> put_kernel;     // null: the mover puts, or there are no far peers
   Memory sizes;                              // of all this
   Runs runs;

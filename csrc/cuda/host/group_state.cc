@@ -65,7 +65,7 @@ GroupConstants Rank::Constants() const {
   g.relay_width = PlacesPerNode(config);
   g.expert_alignment = config.expert_alignment;
   g.drop_overflow = config.overflow == Overflow::kDrop;
-  g.among_processes = group->block != nullptr;
+  g.among_processes = group->nvshmem_memory != nullptr;
   g.puts_on_device = group->put_kernel != nullptr;
   g.timeout_ns = static_cast<uint64_t>(config.timeout_s * 1e9);
   g.hidden = config.hidden;
@@ -125,8 +125,8 @@ Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
   Status status = Prepare();
   if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
   if (!status.ok()) return status;
-  block = std::move(memory);
-  status = AllocateRank(rank, device, block);
+  nvshmem_memory = std::move(memory);
+  status = AllocateRank(rank, device, nvshmem_memory);
   return status.ok() ? Connect() : status;
 }
 
@@ -248,12 +248,13 @@ Status GroupState::Connect() {
     if (config.num_ranks == 1) break;
     std::unique_ptr<FarPeers> far;
     if (HasFarPeers()) {
-      auto made = FarPeers::Connect({rank->device, &block->nvshmem(), block->data(),
-                                     layout.FaultWordOffset(), far_processes});
+      auto made =
+          FarPeers::Connect({rank->device, &nvshmem_memory->nvshmem(), nvshmem_memory->data(),
+                             layout.FaultWordOffset(), far_processes});
       if (!made.ok()) return made.status();
       far = std::move(made.value());
       if (config.puts_on_device) {
-        auto loaded = PutKernel::Load(block->nvshmem(), rank->device, far_processes);
+        auto loaded = PutKernel::Load(nvshmem_memory->nvshmem(), rank->device, far_processes);
         if (!loaded.ok()) return loaded.status();
         put_kernel = std::move(loaded.value());
       }

@@ -104,8 +104,8 @@ struct LaneScratch {
   TraceEntry trace[kTracedOperations][kPhases];  // at number % kTracedOperations
 };
 
-// What kernels are told, by value, in three parts; functions on the device take those that they
-// depend on.
+// What kernels are told, in three parts. A kernel takes all of it by value (KernelParams), a
+// function on the device those parts that it depends on.
 
 // The same in every kernel of a rank.
 struct GroupConstants {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // ReadClock: *now = the device's time, on the clock of the trace.
+//
+// Launch: one thread.
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/phase.cuh"
 

@@ -10,6 +10,9 @@
 //
 // In hierarchical mode d is a node, and PlaceOnWire says which places that are.
 //
+// Launch: kThreads threads. PlaceOnWire: a block per kPlacedRows rows. Gather: any number of blocks
+// up to kBlocksPerSm per SM (BlocksFor): they wait for peers, so puts need room (far_peers.h).
+//
 // Byte floor: sum(send_counts) * row_bytes read, T * row_bytes written.
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/places.cuh"
@@ -33,8 +36,10 @@ __device__ void FillSlots(const GroupConstants& g, const GatherArrays& a, int32_
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Gather(const GroupConstants g, const LanePointers lane, const OperationParams op,
-           const GatherArrays a) {
+    Gather(const KernelParams params, const GatherArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
   __shared__ Term terms[kWarps][kMaxTopK];
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
     here = __all_sync(~0u, here);
-    __syncwarp();  // what one lane has waited for, all may read
+    __syncwarp();  // what one thread has waited for, all may read
     if (nothing_sent) {
       FillRow(words, out, Zeros<Word>());
       FillSlots(g, a, t, 0.0f);
@@ -119,14 +124,13 @@ cudaError_t LaunchCombineRecv(const KernelParams& k, const CombineRecvArrays& ar
   const GatherArrays gather{WirePlaces(k.g, k.lane, arrays.places, arrays.send_counts),
                             static_cast<char*>(arrays.out), arrays.slots};
   if (k.g.nodes.hierarchical) {
-    const cudaError_t error =
-        LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens), kThreads, 0,
-                     launch.stream, k.g, k.lane, k.op, arrays.places);
+    const cudaError_t error = LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens),
+                                           kThreads, 0, launch.stream, k, arrays.places);
     if (error != cudaSuccess) return error;
   }
   const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kGather);
   return LaunchKernel(kernel, launch.BlocksFor(int64_t{k.op.tokens} * k.op.pieces), kThreads, 0,
-                      launch.stream, k.g, k.lane, k.op, gather);
+                      launch.stream, k, gather);
 }
 
 }  // namespace smfree::cuda

@@ -11,6 +11,10 @@
 // Reduce  R1, R2  a warp per piece of a row: waits for the chunks that it needs, reads the terms
 //                 once, writes their sum.
 //
+// Launch: kThreads threads, and no more blocks than kBlocksPerSm per SM. LayOut: RelayBlocks.
+// Reduce: BlocksFor, all of them resident, because a block waits until another has handed over the
+// chunk before its own.
+//
 // Byte floor: the rows of the messages inside the node read, those of the wire messages written.
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/relay.cuh"
@@ -67,8 +71,11 @@ __device__ void LayOutTile(const Messages& wire, const Messages& node, const Rel
   }
 }
 
-__global__ void __launch_bounds__(kThreads) LayOut(const GroupConstants g, const LanePointers lane,
-                                                   const OperationParams op, const int32_t* relay) {
+__global__ void __launch_bounds__(kThreads)
+    LayOut(const KernelParams params, const int32_t* relay) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ LaidOut shared;
   const Begun begun = BeginSendPhase(g, lane, op);
   if (!begun.ok) return;
@@ -79,8 +86,10 @@ __global__ void __launch_bounds__(kThreads) LayOut(const GroupConstants g, const
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Reduce(const GroupConstants g, const LanePointers lane, const OperationParams op,
-           const int32_t* relay, const int32_t* recv_counts) {
+    Reduce(const KernelParams params, const int32_t* relay, const int32_t* recv_counts) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Sums sums;
   __shared__ Arrivals arrivals;
   const Begun begun = BeginSendPhase(g, lane, op);
@@ -139,12 +148,12 @@ cudaError_t LoadCombineRelay() {
 cudaError_t LaunchCombineRelay(const KernelParams& k, const CombineSendArrays& arrays,
                                const LaunchParams& launch) {
   const cudaError_t error = LaunchKernel(LayOut, RelayBlocks(k.g, k.op, launch), kThreads, 0,
-                                         launch.stream, k.g, k.lane, k.op, arrays.relay);
+                                         launch.stream, k, arrays.relay);
   if (error != cudaSuccess) return error;
   const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kReduce);
-  return LaunchKernel(
-      kernel, launch.BlocksFor(int64_t{k.g.nodes.count()} * k.op.tokens * k.op.pieces), kThreads, 0,
-      launch.stream, k.g, k.lane, k.op, arrays.relay, arrays.recv_counts);
+  return LaunchKernel(kernel,
+                      launch.BlocksFor(int64_t{k.g.nodes.count()} * k.op.tokens * k.op.pieces),
+                      kThreads, 0, launch.stream, k, arrays.relay, arrays.recv_counts);
 }
 
 }  // namespace smfree::cuda

@@ -13,6 +13,10 @@
 // In hierarchical mode the message goes to the relay of s, with the same rows, and this rank is the
 // relay of others: combine_relay.cu ends the phase.
 //
+// Launch: kThreads threads. LayOut: any number of blocks. Pack: no more than kBlocksPerSm per SM
+// (BlocksFor), so that all are resident: a block waits until another has handed over the chunk
+// before its own.
+//
 // Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/sums.cuh"
@@ -20,8 +24,10 @@
 namespace smfree::cuda {
 namespace {
 
-__global__ void LayOut(const GroupConstants g, const LanePointers lane, const OperationParams op,
-                       const CombineSendArrays a) {
+__global__ void LayOut(const KernelParams params, const CombineSendArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   NoteBegin(lane);
   const Begun begun = BeginSendPhase(g, lane, op);
   if (!begun.ok) return;
@@ -48,8 +54,10 @@ __global__ void LayOut(const GroupConstants g, const LanePointers lane, const Op
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const GroupConstants g, const LanePointers lane, const OperationParams op,
-         const CombineSendArrays a) {
+    Pack(const KernelParams params, const CombineSendArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Sums sums;
   const Begun begun = BeginSendPhase(g, lane, op);
   const Messages messages{g, lane, op, g.nodes.FirstLeg(Operation::kCombine), begun.number};
@@ -93,13 +101,12 @@ cudaError_t LoadCombineSend() {
 cudaError_t LaunchCombineSend(const KernelParams& k, const CombineSendArrays& arrays,
                               const LaunchParams& launch) {
   const int64_t slots = int64_t{k.g.num_ranks} * k.op.tokens * k.g.top_k;
-  const cudaError_t error = LaunchKernel(LayOut, launch.BlocksForItems(slots), kThreads, 0,
-                                         launch.stream, k.g, k.lane, k.op, arrays);
+  const cudaError_t error =
+      LaunchKernel(LayOut, launch.BlocksForItems(slots), kThreads, 0, launch.stream, k, arrays);
   if (error != cudaSuccess) return error;
   const int64_t rows = int64_t{k.g.num_ranks} * k.op.tokens * k.op.pieces;
   const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kPack);
-  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k.g, k.lane, k.op,
-                      arrays);
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k, arrays);
 }
 
 }  // namespace smfree::cuda

@@ -12,6 +12,9 @@
 // Scatter  S7, S9, S10  zeroes what has no tag; then, own rows first and chunk by chunk as they
 //                  arrive, a warp per piece of a row: reads it once, writes it once per copy.
 //
+// Launch: kThreads threads, and no more blocks than kBlocksPerSm per SM: they wait for peers, and
+// must leave room for puts (far_peers.h). Place: PlaceSharedBytes of shared memory.
+//
 // Byte floor: sum(recv_counts) * row_bytes read, N * row_bytes written; weighted: y read as well.
 //
 // In hierarchical mode the relay comes first (dispatch_relay.cu); the messages are then the same.
@@ -57,8 +60,8 @@ __device__ void FillRows(const GroupConstants& g, const ScatterArrays& a, Word w
   }
 }
 
-// The rows of one message row in the expert-grouped array, in the order of slots: lane k knows
-// slot k's. All lanes get the count.
+// The rows of one message row in the expert-grouped array, in the order of slots: thread k of the
+// warp knows slot k's. All get the count.
 __device__ int32_t CopiesOf(int32_t n, int32_t* copies, int32_t* slots) {
   const auto warp_lane = static_cast<int32_t>(threadIdx.x % kWarp);
   const uint32_t mask = __ballot_sync(~0u, n >= 0);
@@ -73,8 +76,10 @@ __device__ int32_t CopiesOf(int32_t n, int32_t* copies, int32_t* slots) {
 
 template <typename T, typename Word, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Scatter(const GroupConstants g, const LanePointers lane, const OperationParams op,
-            const ScatterArrays a) {
+    Scatter(const KernelParams params, const ScatterArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ RowOrder order;
   __shared__ Arrivals arrivals;
   __shared__ int32_t copies[kWarps][kMaxTopK], slots[kWarps][kMaxTopK];
@@ -188,17 +193,16 @@ cudaError_t LaunchDispatchRecv(const KernelParams& k, const DispatchRecvArrays& 
   const PlaceArrays place{capacity,           arrays.group_sizes,
                           arrays.num_dropped, arrays.rows,
                           arrays.recv_counts, k.g.nodes.hierarchical ? nullptr : arrays.relay};
-  const cudaError_t error = LaunchKernel(Place, launch.BlocksForItems(slots), kThreads,
-                                         PlaceSharedBytes(k.g.num_experts, k.g.num_ranks),
-                                         launch.stream, k.g, k.lane, k.op, place);
+  const cudaError_t error =
+      LaunchKernel(Place, launch.BlocksForItems(slots), kThreads,
+                   PlaceSharedBytes(k.g.num_experts, k.g.num_ranks), launch.stream, k, place);
   if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, arrays.rows, nullptr, nullptr, static_cast<char*>(arrays.x),
                               arrays.weights};
   const int64_t rows =
       std::max<int64_t>(int64_t{k.g.num_ranks} * k.op.tokens * k.op.pieces, capacity);
   const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kScatter);
-  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k.g, k.lane, k.op,
-                      scatter);
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k, scatter);
 }
 
 cudaError_t LaunchDispatchRecvCached(const KernelParams& params,
@@ -209,8 +213,8 @@ cudaError_t LaunchDispatchRecvCached(const KernelParams& params,
   const auto capacity = static_cast<int32_t>(arrays.rows_capacity);
   const int64_t slots = int64_t{k.g.num_ranks} * k.op.tokens * k.g.top_k;
   const cudaError_t error =
-      LaunchKernel(Mark, launch.BlocksForItems(slots), kThreads, 0, launch.stream, k.g, k.lane,
-                   k.op, capacity, arrays.rows, arrays.recv_counts);
+      LaunchKernel(Mark, launch.BlocksForItems(slots), kThreads, 0, launch.stream, k, capacity,
+                   arrays.rows, arrays.recv_counts);
   if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, arrays.rows, static_cast<const char*>(arrays.y), arrays.w,
                               static_cast<char*>(arrays.x), arrays.values};
@@ -218,8 +222,7 @@ cudaError_t LaunchDispatchRecvCached(const KernelParams& params,
       std::max<int64_t>(int64_t{k.g.num_ranks} * k.op.tokens * k.op.pieces, capacity);
   const auto kernel = arrays.w ? KernelFor(launch.dtype, WordBytes(k.g), kScatterWeighted)
                                : KernelFor(launch.dtype, WordBytes(k.g), kScatter);
-  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k.g, k.lane, k.op,
-                      scatter);
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k, scatter);
 }
 
 }  // namespace smfree::cuda

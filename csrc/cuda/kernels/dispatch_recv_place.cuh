@@ -77,8 +77,10 @@ struct PlaceArrays {
   int32_t* relay;  // null in hierarchical mode, where the relay has filled it in
 };
 
-__global__ void __launch_bounds__(kThreads) Place(const GroupConstants g, const LanePointers lane,
-                                                  const OperationParams op, const PlaceArrays a) {
+__global__ void __launch_bounds__(kThreads) Place(const KernelParams params, const PlaceArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   extern __shared__ int32_t shared[];
   __shared__ int32_t source_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
@@ -149,9 +151,11 @@ __global__ void __launch_bounds__(kThreads) Place(const GroupConstants g, const 
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    Mark(const GroupConstants g, const LanePointers lane, const OperationParams op,
-         const int32_t capacity, const int32_t* rows, const int32_t* recv_counts) {
+__global__ void __launch_bounds__(kThreads) Mark(const KernelParams params, const int32_t capacity,
+                                                 const int32_t* rows, const int32_t* recv_counts) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ int32_t source_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
   if (!g.nodes.hierarchical) NoteBegin(lane);

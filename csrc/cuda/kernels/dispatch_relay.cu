@@ -14,6 +14,10 @@
 // Forward  R1, R2  chunk by chunk as they arrive, a warp per piece of a row: reads it once, writes
 //                  it once per rank.
 //
+// Launch: kThreads threads, and no more blocks than kBlocksPerSm per SM. Place: RelayBlocks.
+// Forward: BlocksFor, all of them resident, because a block waits until another has handed over the
+// chunk before its own.
+//
 // Byte floor: the rows of the wire messages read, those of the messages inside the node written.
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/relay.cuh"
@@ -121,8 +125,10 @@ __device__ void PlaceTile(const Messages& wire, const Messages& node, bool begun
 
 template <bool kRouted>
 __global__ void __launch_bounds__(kThreads)
-    Place(const GroupConstants g, const LanePointers lane, const OperationParams op,
-          const int32_t* known, int32_t* relay) {
+    Place(const KernelParams params, const int32_t* known, int32_t* relay) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Placed shared;
   NoteBegin(lane);
   if (!kRouted && NothingWasSent(op)) return;
@@ -135,8 +141,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Forward(const GroupConstants g, const LanePointers lane, const OperationParams op,
-            const int32_t* relay) {
+    Forward(const KernelParams params, const int32_t* relay) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ RowOrder order;
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ Arrivals arrivals;
@@ -200,7 +208,7 @@ cudaError_t LaunchForward(const KernelParams& k, const int32_t* relay, const Lau
                                              : Forward<uint16_t>;
   return LaunchKernel(forward,
                       launch.BlocksFor(int64_t{k.g.nodes.count()} * k.op.tokens * k.op.pieces),
-                      kThreads, 0, launch.stream, k.g, k.lane, k.op, relay);
+                      kThreads, 0, launch.stream, k, relay);
 }
 
 }  // namespace
@@ -213,14 +221,14 @@ cudaError_t LoadDispatchRelay() {
 cudaError_t LaunchDispatchRelay(const KernelParams& k, const DispatchRecvArrays& arrays,
                                 const LaunchParams& launch) {
   const cudaError_t error = LaunchKernel(Place<true>, RelayBlocks(k.g, k.op, launch), kThreads, 0,
-                                         launch.stream, k.g, k.lane, k.op, nullptr, arrays.relay);
+                                         launch.stream, k, nullptr, arrays.relay);
   return error != cudaSuccess ? error : LaunchForward(k, arrays.relay, launch);
 }
 
 cudaError_t LaunchDispatchRelayCached(const KernelParams& k, const DispatchRecvCachedArrays& arrays,
                                       const LaunchParams& launch) {
   const cudaError_t error = LaunchKernel(Place<false>, RelayBlocks(k.g, k.op, launch), kThreads, 0,
-                                         launch.stream, k.g, k.lane, k.op, arrays.relay, nullptr);
+                                         launch.stream, k, arrays.relay, nullptr);
   return error != cudaSuccess ? error : LaunchForward(k, arrays.relay, launch);
 }
 

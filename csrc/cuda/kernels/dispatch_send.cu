@@ -18,6 +18,11 @@
 //                  block takes a tile of rows, one piece per warp, and counts the tile when it is
 //                  written.
 //
+// Launch: Route as RouteShape says: kRouteThreads threads, a block per rows_per_block rows, all of
+// them resident. PlaceOnWire: kThreads, a block per kPlacedRows rows. LayOut: kThreads, any number
+// of blocks. Pack: kThreads, no more than kBlocksPerSm blocks per SM (BlocksFor), so that all are
+// resident: a block waits until another has handed over the chunk before its own.
+//
 // Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
 #include "csrc/cuda/kernels/dispatch_send_route.cuh"
 #include "csrc/cuda/host/kernels.h"
@@ -38,8 +43,10 @@ __device__ bool IsBroken(const GroupConstants& g, const OperationParams& op, int
          place % op.tokens >= wire.counts[place / op.tokens];
 }
 
-__global__ void LayOut(const GroupConstants g, const LanePointers lane, const OperationParams op,
-                       const float* slots, const WirePlaces wire) {
+__global__ void LayOut(const KernelParams params, const float* slots, const WirePlaces wire) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   if (!g.nodes.hierarchical) NoteBegin(lane);
   const Begun begun = BeginSendPhase(g, lane, op);
   if (!begun.ok) return;
@@ -68,8 +75,10 @@ __global__ void LayOut(const GroupConstants g, const LanePointers lane, const Op
 
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const GroupConstants g, const LanePointers lane, const OperationParams op, const char* x,
-         const WirePlaces wire) {
+    Pack(const KernelParams params, const char* x, const WirePlaces wire) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ char* targets[kWarps][kMaxTopK];
   __shared__ Rounds rounds;
@@ -130,7 +139,7 @@ cudaError_t LaunchPack(const KernelParams& k, const void* x, const WirePlaces& w
                     : WordBytes(k.g) == 4 ? Pack<uint32_t>
                                           : Pack<uint16_t>;
   return LaunchKernel(pack, launch.BlocksFor(k.op.tokens * k.op.pieces), kThreads, 0, launch.stream,
-                      k.g, k.lane, k.op, bytes, wire);
+                      k, bytes, wire);
 }
 
 }  // namespace
@@ -147,9 +156,8 @@ cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
 cudaError_t LaunchDispatchSend(const KernelParams& k, const DispatchSendArrays& arrays,
                                const LaunchParams& launch) {
   const RouteShape shape(k.op.tokens, RouteBins(k.g.nodes, k.g.num_experts), launch.num_sms);
-  const cudaError_t error =
-      LaunchKernel(Route, shape.blocks, kRouteThreads, shape.shared_bytes, launch.stream, k.g,
-                   k.lane, k.op, arrays, shape.rows_per_block);
+  const cudaError_t error = LaunchKernel(Route, shape.blocks, kRouteThreads, shape.shared_bytes,
+                                         launch.stream, k, arrays, shape.rows_per_block);
   if (error != cudaSuccess) return error;
   return LaunchPack(k, arrays.x, {k.g, k.lane, arrays.places, arrays.send_counts}, launch);
 }
@@ -158,14 +166,13 @@ cudaError_t LaunchDispatchSendCached(const KernelParams& k, const DispatchSendCa
                                      const LaunchParams& launch) {
   const WirePlaces wire(k.g, k.lane, arrays.places, arrays.send_counts);
   if (k.g.nodes.hierarchical) {
-    const cudaError_t error =
-        LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens), kThreads, 0,
-                     launch.stream, k.g, k.lane, k.op, arrays.places);
+    const cudaError_t error = LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens),
+                                           kThreads, 0, launch.stream, k, arrays.places);
     if (error != cudaSuccess) return error;
   }
   const cudaError_t error =
       LaunchKernel(LayOut, launch.BlocksForItems(int64_t{k.op.tokens} * k.g.wire_width), kThreads,
-                   0, launch.stream, k.g, k.lane, k.op, arrays.slots, wire);
+                   0, launch.stream, k, arrays.slots, wire);
   if (error != cudaSuccess) return error;
   return LaunchPack(k, arrays.x, wire, launch);
 }

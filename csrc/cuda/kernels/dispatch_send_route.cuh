@@ -100,8 +100,10 @@ __device__ void RouteNothing(const GroupConstants& g, const LanePointers& lane,
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
 __global__ void __launch_bounds__(kRouteThreads)
-    Route(const GroupConstants g, const LanePointers lane, const OperationParams op,
-          const DispatchSendArrays a, const int32_t rows_per_block) {
+    Route(const KernelParams params, const DispatchSendArrays a, const int32_t rows_per_block) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   extern __shared__ uint32_t shared[];
   // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
   // a node in hierarchical mode, and names the experts there.

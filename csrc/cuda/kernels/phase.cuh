@@ -56,7 +56,7 @@ __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   return value;
 }
 
-// The sum of `value` over the lanes up to this one, by all lanes of a warp.
+// The sum of `value` over the threads of a warp up to this one, by all of them.
 template <typename T>
 __device__ T SumUpToLane(T value) {
   const auto warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;

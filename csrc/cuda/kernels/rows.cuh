@@ -19,7 +19,7 @@
 
 namespace smfree::cuda {
 
-constexpr int32_t kUnroll = 4;     // words in flight per lane
+constexpr int32_t kUnroll = 4;  // words in flight per thread
 // The same where words are summed, of so many terms at once: float32 sums take the registers.
 constexpr int32_t kSumUnroll = 1;
 constexpr int32_t kTermsAtOnce = 4;
@@ -70,7 +70,7 @@ union Elements {
   __device__ Elements() {}
 };
 
-// The words of a row that this lane works on: of piece `piece` of `pieces`.
+// The words of a row that this thread works on: of piece `piece` of `pieces`.
 struct Words {
   int32_t begin, end;
   __device__ Words(int64_t row_bytes, int32_t word_bytes, int32_t piece, int32_t pieces) {
@@ -169,7 +169,8 @@ __device__ void SumRows(const Words& words, char* out, const Term* terms, int32_
   }
 }
 
-// out = weight * row; returns <y, row> to all lanes: partial sums per lane, then a butterfly.
+// out = weight * row; returns <y, row> to the whole warp: partial sums per thread, then a
+// butterfly.
 template <typename T, typename Word>
 __device__ float ScaleRowAndDot(const Words& words, char* out, const char* row, const char* y,
                                 float weight) {

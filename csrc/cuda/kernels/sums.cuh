@@ -22,7 +22,7 @@ struct Sums {
 
   // Packs the messages with counts[region] rows and hands them over, by all threads of all blocks.
   // `terms_of(region, row, piece, terms)`, by a warp, fills in the terms of a row and returns their
-  // number, the same in all lanes; or -1 if the rank is at fault.
+  // number, the same in all threads; or -1 if the rank is at fault.
   template <typename T, typename Word, typename TermsOf>
   __device__ void Pack(const Messages& m, const int32_t* counts, const TermsOf& terms_of) {
     const GroupConstants& g = m.g;

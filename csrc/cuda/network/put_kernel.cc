@@ -72,7 +72,7 @@ StatusOr<std::unique_ptr<PutKernel>> PutKernel::Load(const Nvshmem& nvshmem, int
 cudaError_t PutKernel::Launch(const KernelParams& params, cudaStream_t stream) const {
   KernelParams k = params;
   ProcessOfRank process = process_;
-  void* arguments[] = {&k.g, &k.lane, &k.op, &process};
+  void* arguments[] = {&k, &process};
   const auto blocks = static_cast<unsigned int>(k.g.nodes.Regions(kWire));
   const CUresult result = driver_.launch_kernel(function_, blocks, 1, 1, kPutThreads, 1, 1,
                                                 /*shared=*/0, stream, arguments, nullptr);

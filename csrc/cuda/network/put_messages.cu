@@ -16,8 +16,10 @@
 namespace smfree::cuda {
 
 extern "C" __global__ void __launch_bounds__(kPutThreads)
-    smfree_put_messages(const GroupConstants g, const LanePointers lane, const OperationParams op,
-                        const ProcessOfRank process) {
+    smfree_put_messages(const KernelParams params, const ProcessOfRank process) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   if (Faulted(g)) return;  // then not all is packed
   const Messages wire{g, lane, op, kWire, lane.scratch->state.sent};
   const auto region = static_cast<int32_t>(blockIdx.x);
