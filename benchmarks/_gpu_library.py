@@ -76,13 +76,11 @@ class Library:
         on_cpu = case.mesh.devices.flat[0].platform == "cpu"
         self.tracer = None if on_cpu else Tracer(self.group)
 
-    # A scalar per rank cannot cross a shard_map boundary, hence the new axis.
     def dispatch(self, *inputs: Array) -> smfree.DispatchResult:
         d, _ = smfree.dispatch(self.group.token(), *inputs)
-        return d.replace(num_dropped=d.num_dropped[None])
+        return d
 
     def combine(self, d: smfree.DispatchResult) -> Array:
-        d = d.replace(num_dropped=d.num_dropped[0])
         out, _ = smfree.combine(self.group.token(), d, d.x)
         return out
 
