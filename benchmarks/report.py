@@ -43,11 +43,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
     yield ""
 
 
-def machine_line(machine: Json) -> str:
+def machine_line(machine: Json, devices: int = 1) -> str:
     gpu = ""
     if "device" in machine:
         driver = machine["gpu"].get("driver_version", "–")
-        gpu = f"{machine['device']}, driver {driver}, nvcc {machine['nvcc']}, "
+        gpu = f"{devices} × {machine['device']}, driver {driver}, nvcc {machine['nvcc']}, "
     return (
         f"{machine['date']}, commit {machine['commit']}, {gpu}jax {machine['jax']}, Python "
         f"{machine['python']}, {machine['cpu']}, {machine['cores']} cores, "
@@ -104,8 +104,8 @@ def comparison(
                 yield [shape, what, *values, ratio]
 
     yield from table(["shape", "what", *names, "ratio"], texts())
-    places = (errors(result[name], name) for name in names)
-    yield from not_measured([*(line for place in places for line in place), *result["failed"]])
+    runs = {name: result[name] for name in names}
+    yield from not_measured([*errors(runs), *result.get("failed", [])])
 
 
 def show(path: Path, lines: Iterable[str]) -> None:

@@ -86,16 +86,16 @@ class Session:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every command has."""
-    parser.add_argument("--out", type=Path, help="folder; default benchmarks/results")
+    parser.add_argument("--out", type=Path, help="the folder for files")
     parser.add_argument("--commit", help="of the sources, where they are not in a git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny; nothing is kept without --out")
     parser.add_argument("--load", type=Path, help="shows an earlier JSON instead of measuring")
 
 
 @contextlib.contextmanager
-def folder(options: argparse.Namespace) -> Iterator[Path]:
-    """Where the results go."""
+def folder(options: argparse.Namespace, default: Path | None = FOLDER) -> Iterator[Path]:
+    """Where the results go; without a default, and in a smoke test, nowhere that stays."""
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = options.out or (Path(scratch) if options.smoke else FOLDER)
+        chosen = options.out or (None if options.smoke else default) or Path(scratch)
         chosen.mkdir(parents=True, exist_ok=True)
         yield chosen

@@ -36,8 +36,9 @@ from benchmarks.gpu import measures, node_bytes
 from benchmarks.gpu.cases import SHAPES, SMOKE, SMOKE_SHAPES, Case, Scale, make_case, make_mesh
 from benchmarks.gpu.library import Library
 from benchmarks.gpu.node_bytes import BETWEEN_NODES, DIRECT, HIERARCHICAL, MODES
+from benchmarks.gpu.report import CALLS
 from benchmarks.gpu.timing import Gemms, copy_rate, prepare, summary
-from benchmarks.report import Row, comparison, machine_line, show
+from benchmarks.report import Row, comparison, find, machine_line, show
 from benchmarks.results import Json, Session
 from jax_smfree.testing import World
 from jax_smfree.testing.environment import visible_gpus
@@ -184,12 +185,10 @@ def _byte_rows(found: Json) -> Iterator[tuple[str, float]]:
 
 
 def _time_rows(found: Json) -> Iterator[tuple[str, float]]:
-    timed = {name: t for name, t in found.get("native", {}).items() if "p50" in (t or {})}
-    for name, times in timed.items():
-        yield f"call: {name}", times["p50"]
-    for name, times in timed.items():
-        if "on_device" in times:
-            yield f"device: {name}", times["on_device"]["p50"]
+    for what, *keys in (("call", "p50"), ("device", "on_device", "p50")):
+        for name in CALLS:
+            if (us := find(found, "native", name, *keys)) is not None:
+                yield f"{what}: {name}", us
     for name, phase in found.get("phases", {}).items():
         if isinstance(phase, dict):
             yield f"phase: {name}", phase["p50"]
@@ -203,8 +202,8 @@ def lines(result: Json) -> Iterator[str]:
     described = next(run for mode in MODES for run in result[mode])["machine"]
     ranks, per_node, gpus = (result[n] for n in ("processes", "ranks_per_node", "gpu_of_rank"))
     yield from ("# The hierarchical mode beside the direct one", "")
-    yield f"{ranks} ranks, a process each, as {ranks // per_node} nodes of {per_node}, on "
-    yield from (f"{len(set(gpus))} × {machine_line(described)}", "")
+    yield from (machine_line(described, len(set(gpus))), "")
+    yield f"{ranks} ranks, a process each, as {ranks // per_node} nodes of {per_node}."
     shared = len(set(gpus)) < len(gpus)
     where = f"The ranks 0 to {len(gpus) - 1} are on the GPUs {', '.join(gpus)}"
     if shared:

@@ -80,7 +80,7 @@ def rows(form: Json) -> Iterator[Row]:
 def lines(result: Json) -> Iterator[str]:
     described = next(run for name in (ONE, MANY) for run in result[name])["machine"]
     yield from ("# A process per GPU beside one process", "")
-    yield from (f"{described['devices']} × {machine_line(described)}", "", LEGEND, "")
+    yield from (machine_line(described, described["devices"]), "", LEGEND, "")
     yield from comparison(result, (ONE, MANY), rows)
 
 

@@ -9,6 +9,7 @@
 PATH is the Python of an environment in which the other build is installed, or a folder with it
 (``pip install --target``; an editable installation would come before that). The programs are those
 of this clone, whatever they measure. Medians; with ``--before`` the better ones of the rounds.
+Files are kept in ``--out`` only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,27 +64,27 @@ def measure(session: Session, smoke: bool) -> None:
     session.save()
 
 
-def of_build(path: Path, build: Path | None, options: argparse.Namespace) -> Json:
+def of_build(build: Path | None, smoke: bool) -> Json:
     """One run of the installed build, or the one at ``build``, in a new process."""
     python, env = sys.executable, dict(os.environ)
     if build and build.is_dir():
         env["PYTHONPATH"] = str(build.resolve())
     elif build:
         python = str(build.absolute())  # not resolved: an environment's Python is a link
-    command = [python, "-m", "benchmarks.gpu", "quick", "--out", str(path)]
-    command += ["--smoke"] * options.smoke
-    subprocess.run(command, check=True, cwd=ROOT, env=env)
-    (written,) = path.glob("*.json")
-    return results.load(written)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [python, "-m", "benchmarks.gpu", "quick", "--out", scratch]
+        subprocess.run(command + ["--smoke"] * smoke, check=True, cwd=ROOT, env=env)
+        (written,) = Path(scratch).glob("*.json")
+        return results.load(written)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[Json, Path]:
     """Both builds by turns: what disturbs the machine for a while disturbs them both."""
     result: Json = {BEFORE: [], NOW: []}
-    for number_ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for name, build in ((BEFORE, options.before), (NOW, None)):
-            print(f"== {name}, {number_ + 1} of {ROUNDS}", flush=True)
-            result[name].append(of_build(folder / f"quick-{name}-{number_}", build, options))
+            print(f"== {name}, {turn + 1} of {ROUNDS}", flush=True)
+            result[name].append(of_build(build, options.smoke))
         if result[BEFORE][0]["library"] == result[NOW][0]["library"]:
             raise SystemExit(
                 f"--before: got {options.before}, which leads to the jax_smfree that is installed "
@@ -101,7 +103,7 @@ def lines(result: Json) -> Iterator[str]:
     ranks, device = last["ranks"], last["machine"]["device"]
     yield from (f"# {', '.join(last['shapes'])} on {ranks} × {device}", "")
     for name, runs in builds.items():
-        yield f"- {name}: {machine_line(runs[-1]['machine'])}, {runs[-1]['library']}"
+        yield f"- {name}: {machine_line(runs[-1]['machine'], ranks)}, {runs[-1]['library']}"
     yield ""
     ratio = [f"{NOW} / {BEFORE}"] if len(builds) > 1 else []
     yield from table(["", *builds, *ratio, "target", ""], _rows(builds, targets_for(last)))
@@ -136,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     if options.load:
         show(options.load, lines(results.load(options.load)))
         return
-    with results.folder(options) as folder:
+    with results.folder(options, default=None) as folder:
         if options.before:
             result, path = compare(options, folder)
         else:

@@ -112,7 +112,7 @@ def _ceilings(result: Json) -> Iterator[str]:
 def lines(result: Json) -> Iterator[str]:
     machine = result["machine"]
     yield from (f"# {result.get('ranks')} × {machine['device']}", "")
-    yield from (f"{machine_line(machine)}; {result['took_s']:.0f} s", "")
+    yield from (f"{machine_line(machine, result['ranks'])}; {result['took_s']:.0f} s", "")
     yield from _ceilings(result)
     for name, shape in result["shapes"].items():
         yield f"## {name}, {shape['rows']} rows × {shape['hidden']} {shape['dtype']} per rank"
@@ -168,15 +168,15 @@ class Headline(NamedTuple):
     what: str
     value: float | None
     digits: int = 2
-    limits: dict[int, float] = {}  # noqa: RUF012
+    limits: dict[int, float] | None = None
     at_least: bool = False
 
     def target(self, ranks: int) -> str:
-        limit = self.limits.get(ranks)
+        limit = (self.limits or {}).get(ranks)
         return "" if limit is None else f"{'≥' if self.at_least else '≤'} {limit:g}"
 
     def verdict(self, ranks: int) -> str:
-        limit = self.limits.get(ranks)
+        limit = (self.limits or {}).get(ranks)
         if limit is None or self.value is None:
             return ""
         return "met" if (self.value >= limit) == self.at_least or self.value == limit else "missed"
