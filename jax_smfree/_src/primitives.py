@@ -112,7 +112,7 @@ def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
         _out(token, (n, config.hidden), config.dtype),
         _out(token, (n,), jnp.float32),
         _out(token, (config.num_experts // ranks,), jnp.int32),
-        _out(token, (), jnp.int32),
+        _out(token, (1,), jnp.int32),
         _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
         _out(token, (ranks,), jnp.int32),
         _out(token, call.group.relay_shape(call.num_tokens), jnp.int32),

@@ -101,13 +101,16 @@ class Handle:
 class DispatchResult:
     """What arrived at this rank, grouped by local expert: the operands of a grouped matmul.
 
+    Every leaf has a leading dimension per rank, so the result leaves and enters a ``shard_map``
+    with one spec for all of them, ``group.token_spec``.
+
     Attributes:
       x: [N, H] in the group's dtype. The rows of local expert 0, then 1, …; inside an expert by
         source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
       group_sizes: [num_experts / R] int32, rows of each local expert, each a multiple of
         ``expert_alignment``.
       weights: [N] float32, the routing weight of each row; zero on padding.
-      num_dropped: [] int32, copies of rows that did not fit into ``recv_capacity`` here.
+      num_dropped: [1] int32, copies of rows that did not fit into ``recv_capacity`` here.
       handle: the routing, for `combine_send`.
     """
 
