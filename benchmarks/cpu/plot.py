@@ -63,7 +63,7 @@ def save(result: Json, path: Path) -> None:
         plot.phases(axes[2], list(_phases(of_rows)))
         axes[2].set_xticks(range(len(of_rows)), [str(case["ranks"]) for case in of_rows])
         axes[2].set(xlabel="ranks", ylabel="ms per rank")
-        axes[2].set_title("the four phases, and a memcpy of their bytes (pale)")
+        axes[2].set_title("phases, and a memcpy of their bytes (pale)")
     grid[0][0].legend(frameon=False, fontsize=8)
     machine = result["machine"]
     figure.suptitle(

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
 
-Both functions are generators, so that what was made is known, and can be closed, when one fails.
+Both functions put what they make onto a stack, which closes it when a later step fails.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import jax
@@ -62,8 +62,8 @@ def _hosts(devices: list[jax.Device], processes: list[int], timeout_s: float) ->
 
 
 def cuda_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> list[NativeGroup]:
     """On the GPUs of one process; or on one GPU of every process, collective over them."""
     if not _native.has_cuda:
         raise SmfreeError(
@@ -75,27 +75,30 @@ def cuda_groups(
     here = [device for device in mesh.devices.flat if device.process_index == me]
     try:
         if len(here) == mesh.size:
-            yield from _cuda_groups_here(group_id, mesh, axis, config)
-        else:
-            yield _cuda_group_among_processes(group_id, mesh, axis, config, fingerprint)
+            return _cuda_groups_here(made, group_id, mesh, axis, config)
+        return [_cuda_group_among_processes(made, group_id, mesh, axis, config, fingerprint)]
     except RuntimeError as error:
         raise SmfreeError(f"EpGroup.create: {error}") from error
 
 
 def _cuda_groups_here(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig
+) -> list[NativeGroup]:
+    groups: list[NativeGroup] = []
     for replica, devices in enumerate(_replicas(mesh, axis)):
-        yield _native.CudaGroup(
+        group = _native.CudaGroup(
             group_id=group_id,
             replica=replica,
             config=native_config(config, len(devices)),
             devices=[device.local_hardware_id for device in devices],
         )
+        made.callback(group.close)
+        groups.append(group)
+    return groups
 
 
 def _cuda_group_among_processes(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
 ) -> NativeGroup:
     me, world = jax.process_index(), list(range(jax.process_count()))
     processes = sorted(device.process_index for device in mesh.devices.flat)
@@ -125,16 +128,18 @@ def _cuda_group_among_processes(
         process_of_rank=[device.process_index for device in devices],
         memory=nvshmem.memory(_native.symmetric_bytes(native), mine, key, config.timeout_s),
     )
+    made.callback(group.close)
     # All memory is zero before anybody sends.
     bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)
     return group
 
 
 def cpu_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> list[NativeGroup]:
     """On CPU devices of this host; collective over their processes."""
     me = jax.process_index()
+    groups: list[NativeGroup] = []
     for replica, devices in enumerate(_replicas(mesh, axis)):
         process_of_rank = [device.process_index for device in devices]
         if me not in process_of_rank:
@@ -152,13 +157,15 @@ def cpu_groups(
             process=processes.index(me),
             secret=secret,
         )
-        yield group
+        made.callback(group.close)
+        groups.append(group)
         if len(processes) > 1:
             group.connect(
                 bootstrap.exchange(
                     f"{key}/address", group.address(), processes, me, config.timeout_s
                 )
             )
+    return groups
 
 
 def _meeting_place(devices: list[jax.Device]) -> str:

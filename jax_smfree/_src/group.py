@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import hashlib
 import weakref
 from typing import Any
@@ -101,13 +102,10 @@ class EpGroup:
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
-        try:
-            make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
-            for native in make(group.group_id, mesh, axis, config, fingerprint):
-                group._native.append(native)
-        except BaseException:
-            group.close()
-            raise
+        make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
+        with contextlib.ExitStack() as made:
+            group._native = make(made, group.group_id, mesh, axis, config, fingerprint)
+            made.pop_all()
         _open.add(group)
         return group
 

@@ -8,7 +8,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -123,8 +122,3 @@ class DispatchResult:
     def replace(self, **changes: Any) -> DispatchResult:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
-
-
-def first_token_array(shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
-    """The array of a token before the first operation."""
-    return jnp.zeros(shape, jnp.float32, **kwargs)
