@@ -201,7 +201,7 @@ __device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, i
   if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;
   if (ok && !send) FinishRecv(scratch.state, begun.number);
-  Token{1.0f, begun.number, 0, 0}.Write(c.token_out);
+  Token{1.0f, begun.number}.Write(c.token_out);
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
   if (!ok) return;
