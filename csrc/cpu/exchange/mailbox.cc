@@ -61,21 +61,24 @@ std::string DescribeOtherCall(const Expectation& expected, const wire::MessageHe
 
 }  // namespace
 
-bool Mailbox::Traffic::empty() const {
-  const auto is_read = [](const auto& fifo) { return fifo.empty(); };
-  const auto all_read = [&](const auto& leg) {
-    return std::all_of(leg.begin(), leg.end(), is_read);
-  };
-  return waiting.empty() && in_flight.empty() &&
-         std::all_of(std::begin(arrived), std::end(arrived), all_read);
-}
-
 Mailbox::Traffic& Mailbox::At(const Identity& identity) {
-  Traffic& traffic = places_[Place(identity)];
+  const Place place(identity);
+  const auto found = places_.find(place);
+  if (found != places_.end()) return found->second;
+  if (!spare_.empty()) {
+    spare_.key() = place;
+    return places_.insert(std::move(spare_)).position->second;
+  }
+  Traffic& traffic = places_[place];
   for (const Leg leg : {kWire, kNode}) {
     traffic.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
   }
   return traffic;
+}
+
+void Mailbox::Leave(const Identity& identity) {
+  const auto it = places_.find(Place(identity));
+  if (it->second.empty()) spare_ = places_.extract(it);
 }
 
 Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
@@ -115,6 +118,7 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
   if (!shapes.ok()) return shapes;
   slot = std::move(*found);
   fifo.erase(found);
+  --traffic.unread;
   --receive.missing;
   return Match::kTaken;
 }
@@ -135,6 +139,7 @@ Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
   last_from_[static_cast<size_t>(header.source)] = header;
   Traffic& traffic = At(identity);
   traffic.arrived[header.leg][static_cast<size_t>(header.region)].push_back(std::move(message));
+  ++traffic.unread;
   for (auto it = traffic.waiting.begin(); it != traffic.waiting.end(); ++it) {
     if ((*it)->expected.leg != header.leg) continue;
     const auto match = TakeFrom(traffic, header.region, **it);
@@ -144,7 +149,7 @@ Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
       *complete = *it;
       traffic.waiting.erase(it);
       Complete(traffic, **complete);
-      if (traffic.empty()) places_.erase(Place(identity));
+      Leave(identity);
     }
     break;
   }
@@ -166,7 +171,7 @@ Status Mailbox::Expect(const ReceivePtr& receive, bool* complete) {
     traffic.waiting.push_back(receive);
   } else {
     Complete(traffic, *receive);
-    if (traffic.empty()) places_.erase(Place(identity));
+    Leave(identity);
   }
   return Status();
 }

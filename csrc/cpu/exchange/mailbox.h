@@ -84,14 +84,17 @@ class Mailbox {
  private:
   struct Traffic {  // of one place
     std::vector<std::vector<Message>> arrived[kLegs];  // FIFO by region; short: erasing is cheap
+    int32_t unread = 0;                                // messages in them
     std::vector<ReceivePtr> waiting;
     std::vector<Identity> in_flight;  // sent by this rank and not received here
 
-    bool empty() const;
+    bool empty() const { return unread == 0 && waiting.empty() && in_flight.empty(); }
   };
   enum class Match { kNone, kTaken };
 
   Traffic& At(const Identity& identity);
+  // Forgets the identity's place if nothing goes on there.
+  void Leave(const Identity& identity);
   StatusOr<Match> TakeFrom(Traffic& traffic, int32_t region, Receive& receive) const;
   // All of `receive` is there; on its operation's last leg the operation is in flight no more.
   void Complete(Traffic& traffic, const Receive& receive) const;
@@ -101,6 +104,7 @@ class Mailbox {
   const int32_t rank_;
   const Nodes nodes_;
   std::map<Place, Traffic> places_;
+  std::map<Place, Traffic>::node_type spare_;  // a place that was left, for its memory
   std::vector<std::optional<wire::MessageHeader>> last_from_;  // the last arrival of each source
 };
 
