@@ -8,8 +8,7 @@ import pytest
 
 _MARKS = {"cpu_only": "cpu", "cuda_only": "cuda"}
 _UNORDERED = (
-    "calls that no data order need sets of buffers from a pool, which a group on GPUs does not have "
-    "yet"
+    "calls that no data order need buffers from a pool, which a group on GPUs does not have yet"
 )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that call one MoE layer several times in no order of data: what any user may write.
 
-Each takes ``layer(x, kernel) -> rows`` and its arguments, and returns what it computes. So it can be
-run with the library and with the reference, in one process and in several.
+Each takes ``layer(x, kernel) -> rows`` and its arguments, and returns what it computes. So it can
+be run with the library and with the reference, in one process and in several.
 """
 
 import functools
@@ -14,20 +14,32 @@ import jax_smfree as smfree
 from support import block
 
 
-def layer_of(ops, token, problem, wrap=lambda layer: layer):
-    """``(x, kernel) -> rows`` on global arrays, which begins with a token of its own."""
+def program_of(program, ops, token, problem):
+    """``program`` as a jitted function of ``problem.arrays``; each call begins with ``token()``."""
 
-    def local(x, topk_idx, topk_weights, kernel):
-        return wrap(functools.partial(block, ops))(token(), x, topk_idx, topk_weights, kernel)[1]
+    def local(*arrays):
+        return block(ops, token(), *arrays)[1]
 
     sharded = jax.shard_map(
         local, mesh=problem.mesh, in_specs=problem.specs, out_specs=problem.rows
     )
-    return lambda x, kernel: sharded(x, problem.topk_idx, problem.topk_weights, kernel)
+
+    def run(x, topk_idx, topk_weights, kernel):
+        return program(lambda x, kernel: sharded(x, topk_idx, topk_weights, kernel), x, kernel)
+
+    return jax.jit(run)
 
 
 def loss_of(layer, x):
     return lambda kernel: jnp.mean(layer(x, kernel) ** 2)
+
+
+def one_call(layer, x, kernel):
+    return layer(x, kernel)
+
+
+def one_gradient(layer, x, kernel):
+    return jax.grad(loss_of(layer, x))(kernel)
 
 
 def eight_inputs(layer, x, kernel):
@@ -113,6 +125,16 @@ def checkpoint_of_the_loss(layer, x, kernel):
 def checkpoint_that_saves(layer, x, kernel):
     save = functools.partial(jax.checkpoint, policy=smfree.save_comm_policy)
     return checkpoint_of_the_loss(save(layer), x, kernel)
+
+
+def steps_in_a_loop(layer, x, kernel, number=300):
+    """Of training, each with two gradients and a value."""
+
+    def body(kernel, factor):
+        gradients = [jax.grad(loss_of(layer, f * x))(kernel) for f in (factor, -factor)]
+        return kernel - 0.01 * sum(gradients), loss_of(layer, x)(kernel)
+
+    return jax.lax.scan(body, kernel, jnp.linspace(0.5, 1.5, number))
 
 
 def second_order(layer, x, kernel):

@@ -19,16 +19,19 @@ from support import (
     make_problem,
     reference_of,
 )
-from unordered_calls import PROGRAMS, eight_gradients, eight_inputs, layer_of, loss_of
+from unordered_calls import (
+    PROGRAMS,
+    eight_gradients,
+    eight_inputs,
+    one_call,
+    one_gradient,
+    program_of,
+    steps_in_a_loop,
+)
 
 pytestmark = pytest.mark.unordered
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
-
-
-def program_of(program, ops, token, problem):
-    layer = layer_of(ops, token, problem)
-    return jax.jit(lambda x, kernel: program(layer, x, kernel))
 
 
 def assert_same(actual, expected):
@@ -41,31 +44,32 @@ def test_programs(groups, program):
     """Right against the reference; and the same bits from run to run, whatever moves first."""
     group = groups(ep_mesh(4), **CONFIG)
     problem = make_problem(group.mesh)
-    arguments = problem.x, problem.kernel
     run = program_of(program, smfree, group.token, problem)
-    actual = run(*arguments)
-    expected = program_of(program, reference, reference_of(group).token, problem)(*arguments)
-    assert_trees_close(actual, expected)
+    actual = run(*problem.arrays)
+    expected = program_of(program, reference, reference_of(group).token, problem)
+    assert_trees_close(actual, expected(*problem.arrays))
     for seed in range(3):
-        assert_same(run(*arguments), actual)
+        assert_same(run(*problem.arrays), actual)
         with chaos_on_cpu(group, seed=seed, max_delay_us=300):
-            assert_same(run(*arguments), actual)
+            assert_same(run(*problem.arrays), actual)
     group.check()
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
-@pytest.mark.parametrize("program", [eight_inputs, eight_gradients], ids=["calls", "gradients"])
-def test_bits_of_ordered_calls(groups, program, ranks):
+@pytest.mark.parametrize(
+    "eight, one",
+    [(eight_inputs, one_call), (eight_gradients, one_gradient)],
+    ids=["calls", "gradients"],
+)
+def test_bits_of_ordered_calls(groups, eight, one, ranks):
     """Eight calls in one program, and one after the other in programs of their own."""
     group = groups(ep_mesh(ranks), **CONFIG)
     problem = make_problem(group.mesh)
-    layer = layer_of(smfree, group.token, problem)
-    one = layer if program is eight_inputs else lambda x, k: jax.grad(loss_of(layer, x))(k)
-    alone = jax.jit(one)
-    expected = [np.asarray(alone(factor * problem.x, problem.kernel)) for factor in range(1, 9)]
-    together = program_of(program, smfree, group.token, problem)
+    together, alone = (program_of(p, smfree, group.token, problem) for p in (eight, one))
+    x, *others = problem.arrays
+    expected = [np.asarray(alone(factor * x, *others)) for factor in range(1, 9)]
     for _ in range(10):
-        assert_same(together(problem.x, problem.kernel), expected)
+        assert_same(together(*problem.arrays), expected)
 
 
 def test_a_kept_token(groups):
@@ -103,57 +107,46 @@ def test_an_exported_program(groups):
     """Its value and its gradient, and it called twice."""
     group = groups(ep_mesh(4), **CONFIG)
     problem = make_problem(group.mesh)
-    arguments = problem.x, problem.kernel
-    layer = jax.jit(layer_of(smfree, group.token, problem))
+    layer = program_of(one_call, smfree, group.token, problem)
     export = jax.export.export(layer, disabled_checks=smfree.DISABLE_JAX_EXPORT_CHECKS)
-    loaded = jax.export.deserialize(export(*arguments).serialize(vjp_order=2))
+    loaded = jax.export.deserialize(export(*problem.arrays).serialize(vjp_order=2))
 
-    def apart(layer, x, kernel):
-        return (
-            layer(x, kernel) + layer(-x, kernel),
-            *[jax.grad(lambda k, x=x: jnp.sum(layer(x, k) ** 2))(kernel) for x in (x, 2 * x)],
-        )
+    def apart(layer, x, idx, weights, kernel):
+        def loss(kernel, factor):
+            return jnp.sum(layer(factor * x, idx, weights, kernel) ** 2)
 
-    expected = jax.jit(functools.partial(apart, layer))(*arguments)
+        return [[loss(kernel, factor), jax.grad(loss)(kernel, factor)] for factor in (1.0, -0.5)]
+
+    expected = jax.jit(functools.partial(apart, layer))(*problem.arrays)
     step = jax.jit(functools.partial(apart, loaded.call))
     for _ in range(5):
-        assert_trees_close(step(*arguments), expected, 1e-6)
+        assert_trees_close(step(*problem.arrays), expected, 1e-6)
     group.check()
 
 
 def test_two_programs_compiled_before_either_runs(groups):
     group = groups(ep_mesh(4), **CONFIG)
     problem = make_problem(group.mesh)
-    arguments = problem.x, problem.kernel
     programs = [
-        program_of(program, smfree, group.token, problem).lower(*arguments).compile()
+        program_of(program, smfree, group.token, problem).lower(*problem.arrays).compile()
         for program in (eight_inputs, eight_gradients)
     ]
-    expected = [jax.tree.map(np.asarray, program(*arguments)) for program in programs]
+    expected = [jax.tree.map(np.asarray, program(*problem.arrays)) for program in programs]
     for _ in range(3):
-        results = [program(*arguments) for program in programs]  # both under way at once
+        results = [program(*problem.arrays) for program in programs]  # both under way at once
         assert_same(results, expected)
     group.check()
 
 
 def test_endurance(groups):
-    """A loop of calls that no data order: ranks are an iteration apart, and so are their messages."""
+    """Ranks are an iteration apart, and so are their messages."""
     group = groups(ep_mesh(4), **CONFIG)
     problem = make_problem(group.mesh)
-    layer = layer_of(smfree, group.token, problem)
-
-    @jax.jit
-    def steps(x, kernel):
-        def body(kernel, factor):
-            gradients = [jax.grad(loss_of(layer, f * x))(kernel) for f in (factor, -factor)]
-            return kernel - 0.01 * sum(gradients), loss_of(layer, x)(kernel)
-
-        return jax.lax.scan(body, kernel, jnp.linspace(0.5, 1.5, 300))
-
-    expected = jax.tree.map(np.asarray, steps(problem.x, problem.kernel))
+    run = program_of(steps_in_a_loop, smfree, group.token, problem)
+    expected = jax.tree.map(np.asarray, run(*problem.arrays))
     for seed in range(3):
         with chaos_on_cpu(group, seed=seed, max_delay_us=100, stall_probability=1e-4, stall_ms=2):
-            assert_same(steps(problem.x, problem.kernel), expected)
+            assert_same(run(*problem.arrays), expected)
     stats = group.stats()
     assert stats["dispatch_recv_calls"] == stats["dispatch_send_calls"] > 20_000
     group.check()
