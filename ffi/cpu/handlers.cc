@@ -10,6 +10,7 @@
 
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/exchange/compiled_calls.h"
+#include "csrc/protocol/describe.h"
 #include "csrc/protocol/token.h"
 #include "ffi/combine_recv.h"
 #include "ffi/combine_send.h"
@@ -80,9 +81,6 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
   begun.group = cpu::FindGroup(attributes.group, replica);
   if (begun.group == nullptr) return NoSuchGroup();
   begun.token = Token::Read(token.typed_data());
-  if (!begun.token.used_once()) return Status(FaultKind::kTwoInFlight, kTokenUsedTwice);
-  Status status = CheckRows(begun.group->config(), operands.rows);
-  if (!status.ok()) return status;
   begun.call.rank = rank;
   begun.call.tokens = operands.tokens;
   begun.call.identity.lane = static_cast<int32_t>(attributes.lane);
@@ -90,6 +88,12 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
   begun.call.identity.call_site = static_cast<uint32_t>(attributes.call_site);
   begun.call.identity.number = begun.token.number;
   begun.call.identity.sequence = begun.token.sequence;
+  if (!begun.token.used_once()) {
+    return Status(FaultKind::kTwoInFlight,
+                  DescribePlace(begun.call.identity) + ": " + kTokenUsedTwice);
+  }
+  const Status status = CheckRows(begun.group->config(), operands.rows);
+  if (!status.ok()) return status;
   return begun;
 }
 

@@ -11,6 +11,8 @@
 namespace smfree::cpu {
 namespace {
 
+constexpr int64_t kMaxDescribed = 4;  // ranks, and messages of a rank
+
 Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
                 const std::string& why) {
   return Status(
@@ -197,11 +199,17 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
   // What lies unread from that source, at whatever place: most often the operation that the peer
   // took instead of the expected one.
   std::string unread;
+  int64_t count = 0;
+  bool of_this_run = false;
   ForEachUnread([&](const Message& message) {
     if (message.header.source != source) return;
-    unread += (unread.empty() ? "; unread from it: " : ", ") +
-              DescribeOperation(message.header.identity);
+    const Identity& identity = message.header.identity;
+    of_this_run |= identity.run_id == receive.expected.identity.run_id;
+    if (++count > kMaxDescribed) return;
+    unread += (unread.empty() ? "; unread from it: " : ", ") + DescribeOperation(identity);
   });
+  if (count > kMaxDescribed) unread += " and " + std::to_string(count - kMaxDescribed) + " more";
+  if (of_this_run) unread += ", which nothing here waits for (schedule mismatch)";
   const auto& last = last_from_[static_cast<size_t>(source)];
   std::string text = "rank " + std::to_string(source) + ": nothing arrived; ";
   text +=
@@ -212,17 +220,17 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
 }
 
 std::string Mailbox::DescribeWait(const Receive& receive) const {
-  constexpr size_t kMaxDescribed = 4;
   const std::vector<int32_t> missing = Missing(receive);
   char waited[32];
   std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
   std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
                      receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
                      ") " + (receive.expected.leg == kNode ? "inside its node " : "") + "for ";
-  for (size_t i = 0; i < missing.size() && i < kMaxDescribed; ++i) {
+  const size_t described = std::min<size_t>(missing.size(), kMaxDescribed);
+  for (size_t i = 0; i < described; ++i) {
     text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }
-  if (missing.size() > kMaxDescribed) {
+  if (missing.size() > described) {
     text += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
   }
   return text;
