@@ -16,7 +16,7 @@
 namespace smfree::wire {
 
 constexpr uint32_t kMagic = 0x46724d53;  // "SMrF"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 // Describes a message: whose it is, and what its MessageLayout (layout.h) follows from.
 struct MessageHeader {
@@ -86,7 +86,7 @@ struct GoodbyePacket {
   PacketKind kind;
 };
 
-static_assert(sizeof(MessageHeader) == 80 && sizeof(MessagePacket) == 104);
+static_assert(sizeof(MessageHeader) == 88 && sizeof(MessagePacket) == 112);
 static_assert(std::is_trivially_copyable_v<HelloPacket> &&
               std::is_trivially_copyable_v<MessagePacket>);
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, nodes, targets
+from jax_smfree._src import backends, checks, compat, nodes, primitives, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -148,7 +148,9 @@ class EpGroup:
             )
         if compat.manual_axes():
             checks.check_manual("EpGroup.token", self)
-            array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            call = primitives.Call(self, lane, targets.call_site(), 0, carries_slots=False)
+            (array,) = primitives.token_p.bind(zeros, call=call)
         else:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
             sharding = NamedSharding(self.mesh, self.token_spec)

@@ -7,6 +7,7 @@ which group along the other mesh axes. See ``token.Handle`` for places, send_cou
 recv_counts and relay.
 
 =======================  =====================================================================
+token                    zeros -> token, the beginning of a sequence of operations
 dispatch_send            token, position, x[T,H], topk_idx[T,K], topk_weights[T,K]
                          -> token, places, send_counts
 dispatch_recv            token, position
@@ -119,7 +120,7 @@ def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
     ]
 
 
-def _send(token: Any, *_: Any, call: Call) -> Any:
+def _only_token(token: Any, *_: Any, call: Call) -> Any:
     return [token]
 
 
@@ -176,13 +177,17 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     return primitive
 
 
+# On the CPU it makes what begins with one token a sequence of its own, in which ranks that disagree
+# are found out at once. A GPU's operations are in the sequence of their lane.
+token_p = _primitive("token", _only_token)
+mlir.register_lowering(token_p, lambda ctx, zeros, *, call: [zeros], platform="cuda")
 dispatch_send_p = _primitive("dispatch_send", _dispatch_send)
 dispatch_recv_p = _primitive("dispatch_recv", _dispatch_recv)
-dispatch_send_cached_p = _primitive("dispatch_send_cached", _send)
+dispatch_send_cached_p = _primitive("dispatch_send_cached", _only_token)
 dispatch_recv_cached_p = _primitive("dispatch_recv_cached", _dispatch_recv_cached)
 dispatch_recv_weighted_p = _primitive("dispatch_recv_weighted", _dispatch_recv_weighted)
-combine_send_p = _primitive("combine_send", _send)
-combine_send_weighted_p = _primitive("combine_send_weighted", _send)
+combine_send_p = _primitive("combine_send", _only_token)
+combine_send_weighted_p = _primitive("combine_send_weighted", _only_token)
 combine_recv_p = _primitive("combine_recv", _combine_recv)
 
 RECV_PRIMITIVES = frozenset(

@@ -12,10 +12,9 @@ import jax
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
 
-# {magic, number high, number low, run high, run low, instance}: floats, because the cotangent of
-# a token is a token, and float32 holds integers up to 2**24 exactly. The native handlers
-# (csrc/protocol, ffi/token.h) read and write it; Python only makes the first one, all zeros.
-TOKEN_SIZE = 6
+# csrc/protocol/token.h: floats, because the cotangent of a token is a token, and float32 holds
+# integers up to 2**24 exactly. The native handlers read and write it; Python only makes zeros.
+TOKEN_SIZE = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Token:
     """Orders the operations of one lane. Opaque: use it once, and go on with the one returned.
 
     Attributes:
-      array: float32[6] per rank, the only differentiable leaf.
+      array: float32[9] per rank, the only differentiable leaf.
       routing: integer arrays that the recv of an operation in flight needs.
       group: the `EpGroup` (static).
       lane: the lane (static).

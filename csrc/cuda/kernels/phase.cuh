@@ -216,7 +216,7 @@ __device__ inline void EndPhase(const GroupConstants& g, const LanePointers& lan
   if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;
   if (ok && !send) FinishRecv(scratch.state, begun.number);
-  Token{1.0f, begun.number, 0, 0}.Write(op.token_out);
+  Token{1.0f, begun.number}.Write(op.token_out);
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
   if (!ok) return;
