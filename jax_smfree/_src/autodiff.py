@@ -148,10 +148,6 @@ def _weigh(y: Any, weights: Any) -> Any:
     return (y.astype(jnp.float32) * weights[:, None]).astype(y.dtype)
 
 
-def _no_values(token: Any) -> Any:
-    return compat.varying(jnp.zeros((0,), jnp.float32), compat.varying_axes(token))
-
-
 def _combine_tangent(
     token: Any, position: Any, y_dot: Any, weights_dot: Any, y: Any, weights: Any, *routing: Any,
     call: Call,
@@ -160,7 +156,8 @@ def _combine_tangent(
     product = (
         y_dot.astype(jnp.float32) * weights[:, None] + y.astype(jnp.float32) * weights_dot[:, None]
     ).astype(y.dtype)
-    return combine_send_p.bind(token, position, product, _no_values(token), *routing, call=call)
+    no_values = compat.varying(jnp.zeros((0,), jnp.float32), call.varying)
+    return combine_send_p.bind(token, position, product, no_values, *routing, call=call)
 
 
 def _recv_weighted(
@@ -282,15 +279,26 @@ def _literal(var: Any) -> bool:
 # ---- vmap ----------------------------------------------------------------------------------------
 
 
-def _refuse_vmap(primitive: Primitive) -> Any:
-    def batch(*_: Any, **params: Any) -> Any:
-        raise NotImplementedError(
-            f"jax_smfree: {primitive} cannot be vmapped: the number of messages would depend on "
-            "the batch. Reshape the batch into the rows, x[B, T, H] to x[B * T, H], or loop over "
-            "it with jax.lax.scan and the token in the carry."
-        )
+def _batch(primitive: Primitive) -> Any:
+    """A batch of one entry per shard is that entry: ``jax.vmap(..., spmd_axis_name=...)``."""
 
-    return batch
+    def rule(operands: Sequence[Any], dims: Sequence[int | None], *, call: Call) -> Any:
+        sizes = {o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None}
+        if sizes != {1}:
+            raise NotImplementedError(
+                f"jax_smfree: the operation at {call.call_site} is vmapped over a batch of "
+                f"{max(sizes)} entries per rank, expected 1: the number of messages would depend "
+                "on the batch. Reshape the batch into the rows, x[B, T, H] to x[B * T, H]; or loop "
+                "over it with jax.lax.scan and the token in the carry; or split it over an axis of "
+                "the mesh, an entry per shard, jax.vmap(jax.shard_map(...), spmd_axis_name=axis)."
+            )
+        entries = [
+            o if d is None else jax.lax.squeeze(o, [d]) for o, d in zip(operands, dims, strict=True)
+        ]
+        out = primitive.bind(*entries, call=call)
+        return [jax.lax.expand_dims(o, [0]) for o in out], [0] * len(out)
+
+    return rule
 
 
 DATA_PRIMITIVES = (
@@ -305,5 +313,5 @@ DATA_PRIMITIVES = (
     combine_recv_p,
 )
 for _primitive in DATA_PRIMITIVES:
-    batching.primitive_batchers[_primitive] = _refuse_vmap(_primitive)
+    batching.primitive_batchers[_primitive] = _batch(_primitive)
     pe.partial_eval_jaxpr_custom_rules[_primitive] = _replay

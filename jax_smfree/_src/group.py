@@ -149,7 +149,7 @@ class EpGroup:
                 f"(EpConfig.num_lanes = {self.config.num_lanes})."
             )
         if compat.manual_axes():
-            checks.check_manual("EpGroup.token", self)
+            checks.check_mesh("EpGroup.token", self)
             array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
         else:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))

@@ -40,7 +40,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from jax_smfree._src import compat, targets
+from jax_smfree._src import checks, compat, targets
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -58,6 +58,8 @@ class Call:
       group, lane, call_site: as in the token.
       num_tokens: T.
       carries_slots: S = K, else 0.
+      varying: the mesh axes that the rows vary over, and all that comes out but the token, which
+        varies over all of them; none under ``check_vma=False``.
       derivation: base-4 digits TANGENT, TRANSPOSE, REPLAY; 0 for an operation as written.
     """
 
@@ -66,6 +68,7 @@ class Call:
     call_site: str
     num_tokens: int
     carries_slots: bool
+    varying: frozenset[str]
     derivation: int = 0
 
     def derived(self, *steps: int) -> Call:
@@ -95,28 +98,33 @@ class Call:
         }
 
 
-def _out(token: Any, shape: Sequence[int], dtype: Any) -> Any:
-    return compat.aval_like(token, shape, jnp.dtype(dtype))
+def _results(token: Any, call: Call, *results: tuple[Sequence[int], Any]) -> list[Any]:
+    """The token as it came, and arrays of these shapes and dtypes."""
+    return [
+        token,
+        *(compat.aval_like(token, shape, jnp.dtype(d), call.varying) for shape, d in results),
+    ]
 
 
 def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
     config, ranks = call.group.config, call.group.num_ranks
     places = (call.num_tokens, min(config.top_k, ranks))
-    return [token, _out(token, places, jnp.int32), _out(token, (ranks,), jnp.int32)]
+    return _results(token, call, (places, jnp.int32), ((ranks,), jnp.int32))
 
 
 def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
     config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
-    return [
+    return _results(
         token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (n,), jnp.float32),
-        _out(token, (config.num_experts // ranks,), jnp.int32),
-        _out(token, (), jnp.int32),
-        _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
-        _out(token, (ranks,), jnp.int32),
-        _out(token, call.group.relay_shape(call.num_tokens), jnp.int32),
-    ]
+        call,
+        ((n, config.hidden), config.dtype),
+        ((n,), jnp.float32),
+        ((config.num_experts // ranks,), jnp.int32),
+        ((), jnp.int32),
+        ((ranks, call.num_tokens, config.top_k), jnp.int32),
+        ((ranks,), jnp.int32),
+        (call.group.relay_shape(call.num_tokens), jnp.int32),
+    )
 
 
 def _send(token: Any, *_: Any, call: Call) -> Any:
@@ -126,29 +134,19 @@ def _send(token: Any, *_: Any, call: Call) -> Any:
 def _dispatch_recv_cached(token: Any, *_: Any, call: Call) -> Any:
     config, n = call.group.config, call.num_rows
     values = n if call.carries_slots else 0
-    return [
-        token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (values,), jnp.float32),
-    ]
+    return _results(token, call, ((n, config.hidden), config.dtype), ((values,), jnp.float32))
 
 
 def _dispatch_recv_weighted(token: Any, *_: Any, call: Call) -> Any:
     config, n = call.group.config, call.num_rows
-    return [
-        token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (n,), jnp.float32),
-    ]
+    return _results(token, call, ((n, config.hidden), config.dtype), ((n,), jnp.float32))
 
 
 def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
     config, t = call.group.config, call.num_tokens
-    return [
-        token,
-        _out(token, (t, config.hidden), config.dtype),
-        _out(token, (t, call.slot_width), jnp.float32),
-    ]
+    return _results(
+        token, call, ((t, config.hidden), config.dtype), ((t, call.slot_width), jnp.float32)
+    )
 
 
 def _barrier(values: Sequence[Any]) -> list[Any]:
@@ -168,6 +166,7 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     compat.impl(primitive)
 
     def lower(ctx: Any, *operands: Any, call: Call) -> Any:
+        checks.check_devices(call, compat.lowering_mesh(ctx))
         rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
         return _barrier(rule(ctx, *operands, **call.attributes()))
 
