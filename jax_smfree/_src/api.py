@@ -33,20 +33,10 @@ def _token_array(token: Token) -> jax.Array:
     return array
 
 
-def _axes_of(position: jax.Array, group: EpGroup, operands: Any) -> frozenset[str]:
-    """The axes that rows sent from ``operands`` vary over; ``position`` varies over all of them."""
+def _axes_of(array: jax.Array, group: EpGroup, operands: Any) -> frozenset[str]:
+    """The axes that rows sent from ``operands`` vary over; the token's ``array`` does over all."""
     given = (compat.varying_axes(v) for v in jax.tree.leaves(operands))
-    return compat.varying_axes(position) & frozenset({group.axis}).union(*given)
-
-
-def _position(group: EpGroup) -> jax.Array:
-    replica = jnp.int32(0)
-    for axis in group.mesh_axes:
-        if axis != group.axis:
-            size = group.mesh.shape[axis]
-            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
-    rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
-    return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
+    return compat.varying_axes(array) & frozenset({group.axis}).union(*given)
 
 
 def dispatch_send(
@@ -86,11 +76,10 @@ def dispatch_send(
         name, "topk_weights", topk_weights, shape, jnp.float32, "[T, top_k] = "
     )
     site = targets.call_site()
-    position, operands = _position(group), (x, topk_idx, topk_weights)
-    axes = _axes_of(position, group, operands)
+    array, operands = _token_array(token), (x, topk_idx, topk_weights)
+    axes = _axes_of(array, group, operands)
     array, places, send_counts = p.dispatch_send_p.bind(
-        _token_array(token),
-        position,
+        array,
         *(compat.varying(v, axes) for v in operands),
         call=_call(token, site, x.shape[0], carries_slots=True, varying=axes),
     )
@@ -117,7 +106,6 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
     axes = compat.varying_axes(places)
     array, x, weights, group_sizes, num_dropped, rows, recv_counts, relay = p.dispatch_recv_p.bind(
         _token_array(token),
-        _position(group),
         call=_call(token, token.state.call_site, tokens, carries_slots=True, varying=axes),
     )
     handle = Handle(places, send_counts, rows, recv_counts, relay, tokens, group)
@@ -157,13 +145,13 @@ def combine_send(
     else:
         send = p.combine_send_weighted_p
         weights = checks.check_array(name, "weights", weights, (n,), jnp.float32, "[N] = ")
-    position, handle, site = _position(group), d.handle, targets.call_site()
-    axes = _axes_of(position, group, (y, weights, handle))
+    array, handle, site = _token_array(token), d.handle, targets.call_site()
+    axes = _axes_of(array, group, (y, weights, handle))
     y, weights, *routing = (
         compat.varying(v, axes) for v in (y, weights, handle.rows, handle.recv_counts, handle.relay)
     )
     call = _call(token, site, handle.num_tokens, carries_slots=False, varying=axes)
-    (array,) = send.bind(_token_array(token), position, y, weights, *routing, call=call)
+    (array,) = send.bind(array, y, weights, *routing, call=call)
     of_recv = tuple(compat.varying(v, axes) for v in (handle.places, handle.send_counts))
     return Token(array, of_recv, group, token.lane, InFlight("combine", site, handle.num_tokens))
 
@@ -186,7 +174,6 @@ def combine_recv(token: Token) -> tuple[jax.Array, Token]:
     axes = compat.varying_axes(token.routing[0])
     array, out, _ = p.combine_recv_p.bind(
         _token_array(token),
-        _position(group),
         *token.routing,
         call=_call(token, site, tokens, carries_slots=False, varying=axes),
     )

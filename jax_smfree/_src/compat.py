@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax._src import dispatch, distributed
+from jax._src import core, dispatch, distributed
 from jax._src.interpreters import partial_eval as pe
 from jax.extend.core import Primitive
+from jax.interpreters import batching
 from jax.sharding import Mesh, PartitionSpec
 
 ShapedArray = jax.core.ShapedArray
@@ -52,15 +53,39 @@ def varying_axes(value: Any) -> frozenset[str]:
 
 
 def varying(value: Any, axes: Iterable[str]) -> Any:
-    """``value``, marked as varying over the manual ``axes`` (matters under ``check_vma=True``)."""
+    """``value``, marked as varying over the manual ``axes`` (matters under ``check_vma=True``).
+
+    Inside of ``jax.vmap(..., spmd_axis_name=axis)`` types do not tell whether a value varies over
+    that axis; there a batching rule marks it, `varying_too`.
+    """
+    return varying_too(value, frozenset(axes) - core.get_axis_env().spmd_axis_names)
+
+
+def varying_too(value: Any, axes: frozenset[str]) -> Any:
+    """`varying`, of all ``axes``."""
     # In one order in all processes: the transpose is a psum over them.
-    missing = tuple(sorted(set(axes) - varying_axes(value)))
+    missing = tuple(sorted(axes - varying_axes(value)))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def impl(primitive: Primitive) -> None:
     """Lets ``primitive`` run eagerly, by compiling it alone."""
     primitive.def_impl(functools.partial(dispatch.apply_primitive, primitive))
+
+
+def set_batch_rule(primitive: Primitive, batch: Callable[..., Any]) -> None:
+    """``batch(spmd_axes, operands, dims, **params)`` returns ``(outputs, dims)``.
+
+    ``spmd_axes`` are the mesh axes that the ``jax.vmap`` splits its batch over.
+    """
+
+    def rule(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        if all(dim is None for dim in dims):
+            out = primitive.bind(*operands, **params)
+            return out, [None] * len(out)
+        return batch(frozenset(axis_data.spmd_name or ()), operands, dims, **params)
+
+    batching.fancy_primitive_batchers[primitive] = rule
 
 
 def set_dce_rule(primitive: Primitive, keep: Callable[[Sequence[bool], Any], Any]) -> None:

@@ -2,24 +2,24 @@
 """The JAX primitives: one per phase, each of which lowers to one FFI custom call.
 
 Sizes, per rank: T rows sent, H hidden, K top_k, R ranks, N rows of ``d.x``; S is K when the
-operation carries a float for every slot of a row, else 0. ``position`` is int32[2], the rank and
-which group along the other mesh axes. See ``token.Handle`` for places, send_counts, rows,
-recv_counts and relay.
+operation carries a float for every slot of a row, else 0. See ``token.Handle`` for places,
+send_counts, rows, recv_counts and relay. The custom call has one operand more, the second:
+``position``, int32[2], the rank and which group along the other mesh axes.
 
 =======================  =====================================================================
-dispatch_send            token, position, x[T,H], topk_idx[T,K], topk_weights[T,K]
+dispatch_send            token, x[T,H], topk_idx[T,K], topk_weights[T,K]
                          -> token, places, send_counts
-dispatch_recv            token, position
+dispatch_recv            token
                          -> token, x[N,H], weights[N], group_sizes, num_dropped, rows,
                             recv_counts, relay
-dispatch_send_cached     token, position, x[T,H], slots[T,S], places, send_counts -> token
-dispatch_recv_cached     token, position, rows, recv_counts, relay
+dispatch_send_cached     token, x[T,H], slots[T,S], places, send_counts -> token
+dispatch_recv_cached     token, rows, recv_counts, relay
                          -> token, x[N,H], values[N or 0]
-dispatch_recv_weighted   token, position, y[N,H], weights[N], rows, recv_counts, relay
+dispatch_recv_weighted   token, y[N,H], weights[N], rows, recv_counts, relay
                          -> token, x[N,H] = weights * received, values[N] = <y, received>
-combine_send             token, position, y[N,H], values[N or 0], rows, recv_counts, relay -> token
-combine_send_weighted    token, position, y[N,H], weights[N], rows, recv_counts, relay -> token
-combine_recv             token, position, places, send_counts -> token, out[T,H], slots[T,S]
+combine_send             token, y[N,H], values[N or 0], rows, recv_counts, relay -> token
+combine_send_weighted    token, y[N,H], weights[N], rows, recv_counts, relay -> token
+combine_recv             token, places, send_counts -> token, out[T,H], slots[T,S]
 =======================  =====================================================================
 
 The cached forms take the routing from a handle. They have no JAX effect, so that ``checkpoint``,
@@ -106,13 +106,13 @@ def _results(token: Any, call: Call, *results: tuple[Sequence[int], Any]) -> lis
     ]
 
 
-def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
+def _dispatch_send(token: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
     config, ranks = call.group.config, call.group.num_ranks
     places = (call.num_tokens, min(config.top_k, ranks))
     return _results(token, call, (places, jnp.int32), ((ranks,), jnp.int32))
 
 
-def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
+def _dispatch_recv(token: Any, *, call: Call) -> Any:
     config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
     return _results(
         token,
@@ -149,6 +149,17 @@ def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
     )
 
 
+def _position(group: EpGroup) -> jax.Array:
+    """Varies over all axes of the mesh, so it is none of the operands that are differentiated."""
+    replica = jnp.int32(0)
+    for axis in group.mesh_axes:
+        if axis != group.axis:
+            size = group.mesh.shape[axis]
+            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
+    rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
+    return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
+
+
 def _barrier(values: Sequence[Any]) -> list[Any]:
     return list(hlo.OptimizationBarrierOp(list(values)).results)
 
@@ -164,11 +175,15 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
     compat.impl(primitive)
+    lower_position: Any = mlir.lower_fun(_position, multiple_results=False)
 
-    def lower(ctx: Any, *operands: Any, call: Call) -> Any:
+    def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
         checks.check_devices(call, compat.lowering_mesh(ctx))
+        token_aval, *avals = ctx.avals_in
+        (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
+        ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])
         rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
-        return _barrier(rule(ctx, *operands, **call.attributes()))
+        return _barrier(rule(ctx, token, position, *operands, **call.attributes()))
 
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(primitive, lower, platform=platform)
