@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, nodes, targets
+from jax_smfree._src import backends, checks, compat, nodes, placement, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -155,6 +155,7 @@ class EpGroup:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
             sharding = NamedSharding(self.mesh, self.token_spec)
             array = jnp.zeros((shards * TOKEN_SIZE,), jnp.float32, device=sharding)
+            array = placement.placed(array, self.mesh, self.token_spec)
         return Token(array, (), self, lane, None)
 
     def check(self) -> None:
@@ -241,6 +242,20 @@ class EpGroup:
         # Compiled programs keep this object alive; memory and descriptors go now, counters stay.
         self._final_stats = self.stats()
         self._native.clear()
+
+    def __copy__(self) -> EpGroup:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> EpGroup:
+        """The group itself, also where a module that has it is copied: it stands for devices."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "EpGroup: got a group to pickle, expected data: a group stands for devices, memory and "
+            "sockets of this process. Save the arrays of a module, and make the module anew with "
+            "EpGroup.create."
+        )
 
     def __enter__(self) -> EpGroup:
         return self
