@@ -53,8 +53,8 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of GPUs of one process that reach one another's memory; of GPUs of several processes
-            with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
+          mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
             devices of one host (in one process or several). A mesh of devices that one can only
             compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
@@ -89,12 +89,12 @@ class EpGroup:
                 f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
                 "rows are numbered by int32. Lower max_tokens or set recv_capacity."
             )
+        platform = backends.platform(mesh)
         ids = [device.id for device in mesh.devices.flat]
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         ordinal = _created[fingerprint]
         _created[fingerprint] += 1
         device = mesh.devices.flat[0]
-        platform = "cpu" if device.platform == "cpu" else "CUDA"
         hardware = backends.nodes_of_ranks(mesh, axis, config.timeout_s)
         config = nodes.resolve("EpGroup.create", config, hardware)
         group = cls(mesh, axis, config, fingerprint, ordinal)
