@@ -28,6 +28,24 @@ CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 _met: collections.Counter[str] = collections.Counter()
 
 
+def platform(mesh: Mesh) -> str:
+    """``"cpu"`` or ``"CUDA"``, as `targets.register` has them.
+
+    Raises:
+      ValueError: for devices without a backend.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "cpu"
+    if compat.is_nvidia(device):
+        return "CUDA"
+    raise ValueError(
+        f"EpGroup.create: got a mesh of {device.device_kind} (platform {device.platform!r}), "
+        "expected GPUs of NVIDIA, or CPU devices: jax_smfree has no backend for others. A mesh "
+        "of CPU devices runs anywhere: Mesh(jax.devices('cpu'), ...)."
+    )
+
+
 def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
     """The devices of each group along ``axis``, by the coordinates of the other axes."""
     position = mesh.axis_names.index(axis)

@@ -62,7 +62,7 @@ class Token:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["places", "send_counts", "rows", "recv_counts", "relay"],
-    meta_fields=["num_tokens"],
+    meta_fields=["num_tokens", "group"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handle:
@@ -80,6 +80,7 @@ class Handle:
         row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
         -1.
       num_tokens: T (static).
+      group: the `EpGroup` (static).
     """
 
     places: jax.Array
@@ -88,6 +89,7 @@ class Handle:
     recv_counts: jax.Array
     relay: jax.Array
     num_tokens: int
+    group: EpGroup
 
 
 @functools.partial(
