@@ -112,6 +112,8 @@ class Group {
   void Close();
   // The first fault of the group, which stays; or else an overflow since the last Check.
   Status Check();
+  // The first fault only.
+  Status Fault() const;
   Stats stats() const;
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.

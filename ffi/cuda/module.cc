@@ -171,6 +171,7 @@ void BindCuda(nb::module_& m) {
                   nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
       .def("check", [](Group& group) { return FaultOf(group.Check()); })
+      .def("fault", [](Group& group) { return FaultOf(group.Fault()); })
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
       .def("trace", &TraceOf)

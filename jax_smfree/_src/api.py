@@ -22,7 +22,7 @@ class _Default(enum.Enum):
 
 
 def _call(token: Token, site: str, num_tokens: int, *, carries_slots: bool) -> p.Call:
-    return p.Call(token.group, token.lane, site, num_tokens, carries_slots)
+    return p.Call(token.group.key, token.lane, site, num_tokens, carries_slots)
 
 
 def _position(group: EpGroup) -> jax.Array:

@@ -112,7 +112,7 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
             "dispatch_recv returned."
         )
     tokens = d.handle.num_tokens
-    expected = ((group.num_ranks, tokens, group.config.top_k), group.relay_shape(tokens))
+    expected = ((group.num_ranks, tokens, group.config.top_k), group.key.relay_shape(tokens))
     got = (d.handle.rows.shape, d.handle.relay.shape)
     if got != expected:
         raise ValueError(

@@ -148,8 +148,10 @@ void Group::Close() {
   if (state_->block) state_->block->in_use = false;
 }
 
+Status Group::Fault() const { return state_->Failed() ? state_->FirstFault() : Status(); }
+
 Status Group::Check() {
-  Status fault = state_->Failed() ? state_->FirstFault() : Status();
+  Status fault = Fault();
   return fault.ok() ? state_->TakeOverflow() : fault;
 }
 
