@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("jax_smfree")
 
 # How long programs may go on where nobody waits for their results any more.
-GRACE_S = 1.0
+GRACE_S = 0.5
 # How often a group is asked for a fault. The fault itself ends what waits at once.
 _LOOK_EVERY_S = 0.1
 
