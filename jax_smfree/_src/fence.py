@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_LONGEST_NAP_S = 0.01
+_LOOK_EVERY_S = 0.01
 
 
 class Fence:
@@ -22,6 +23,8 @@ class Fence:
     """
 
     def __init__(self, devices: Sequence[jax.Device]):
+        self._ordered_by_thread = len(devices) == 1 and devices[0].platform == "cpu"
+        self._waiting: list[threading.Thread] = []
         mesh = Mesh(np.array(devices), ("devices",))
         sharding = NamedSharding(mesh, PartitionSpec("devices"))
         # Compiled and loaded now: on a GPU whose programs wait, loading would wait as well. And
@@ -32,16 +35,32 @@ class Fence:
         jax.block_until_ready(self._compute(self._input))
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool]) -> bool:
-        """Whether all that was launched up to now ends within ``timeout_s``; or ``given_up``."""
+        """Whether all that was launched up to now ends within ``timeout_s``, or before ``given_up``.
+
+        What was not waited for to the end can be by `join`.
+        """
+        # A launch blocks as long as no thread of XLA is free. So it is another thread's, except
+        # where the thread makes the order; there the calling one runs the program anyway.
+        result = self._compute(self._input) if self._ordered_by_thread else None
+        ended = threading.Event()
+
+        def wait_for_end() -> None:
+            try:
+                jax.block_until_ready(self._compute(self._input) if result is None else result)
+            except jax.errors.JaxRuntimeError:
+                pass  # of a device that has failed: nothing runs there any more
+            ended.set()
+
+        thread = threading.Thread(target=wait_for_end, name="smfree-fence", daemon=True)
+        self._waiting.append(thread)
+        thread.start()
         deadline = time.monotonic() + timeout_s
-        try:
-            behind = self._compute(self._input)
-            nap_s = 1e-4
-            while not behind.is_ready():
-                if time.monotonic() >= deadline or given_up():
-                    return False
-                time.sleep(nap_s)
-                nap_s = min(2 * nap_s, _LONGEST_NAP_S)
-        except jax.errors.JaxRuntimeError:
-            pass  # of a device that has failed: nothing runs there any more
+        while not ended.wait(_LOOK_EVERY_S):
+            if time.monotonic() >= deadline or given_up():
+                return False
         return True
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the threads of `wait`, which the exit of the process should not meet in XLA."""
+        for thread in self._waiting:
+            thread.join(timeout_s)

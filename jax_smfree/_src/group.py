@@ -227,8 +227,8 @@ class EpGroup:
 
         Waits for the programs that this process has launched on the group's devices, also for those
         that have not begun. What is still under way after ``timeout_s`` seconds (default:
-        ``config.timeout_s``), or half a second after a fault of the group, ends with an error. Later
-        uses raise, and `check` goes on to raise what went wrong until now.
+        ``config.timeout_s``), or half a second after a fault of the group, ends with an error.
+        Later uses raise, and `check` goes on to raise what went wrong until now.
 
         A program over a single device of this process is only waited for if the calling thread has
         launched it, or if it has begun.

@@ -96,6 +96,8 @@ class Life:
             fault, self._last_words = self.fault(), self.check()
             for native in self.natives:
                 native.close()
+            if self._fence is not None:
+                self._fence.join(GRACE_S)
             self._final_stats = self.stats()
             self._ended = True
             # Memory and descriptors go now, whoever keeps this object alive.
