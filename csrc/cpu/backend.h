@@ -84,6 +84,8 @@ class Group {
   // The first fault of the group, which stays; or else an overflow since the last Check, which is
   // cleared by this.
   Status Check();
+  // The first fault only.
+  Status Fault() const;
   Stats stats() const;
   // For tests: set while no operation is in flight.
   void SetChaos(const Chaos& chaos);

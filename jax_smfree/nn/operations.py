@@ -11,12 +11,13 @@ Implementation = Literal["smfree", "reference"]
 def enter(implementation: Implementation, token: Any) -> tuple[Any, Any]:
     """The module that has the operations, and the token to call them with.
 
-    The reference has tokens of its own, which know the group of the given one.
+    The reference has tokens of its own, which know what it needs of the given one's group.
     """
     if implementation == "smfree":
         return api, token
     if implementation == "reference":
-        return reference, reference.Token((), token.group)
+        group = reference.Group(token.group.axis, token.group.config)
+        return reference, reference.Token((), group)
     raise ValueError(f"got implementation={implementation!r}, expected 'smfree' or 'reference'.")
 
 

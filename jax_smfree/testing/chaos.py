@@ -66,8 +66,8 @@ def chaos(
     if group.closed:
         raise ValueError("chaos: the EpGroup is closed. Enter the block while it is open.")
 
-    natives = [native for native in group._native if isinstance(native, _native.CpuGroup)]
-    if len(natives) < len(group._native):
+    natives = [native for native in group._life.natives if isinstance(native, _native.CpuGroup)]
+    if len(natives) < len(group._life.natives):
         raise ValueError("chaos: got an EpGroup of GPUs, expected one of CPU devices.")
 
     for replica, native in enumerate(natives):

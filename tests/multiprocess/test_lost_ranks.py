@@ -96,7 +96,7 @@ def test_closes_too_early(tmp_path):
 
 def test_exits_in_the_middle(tmp_path):
     """Its end does not wait for the others, and they learn of it at once."""
-    told, result = run(programs.exits_in_the_middle, 2.0, log_dir=tmp_path)
+    told, result = run(programs.exits_in_the_middle, 3.0, log_dir=tmp_path)
     result.check()
     assert told[1] == {"exits": True}
     named = r"rank\(s\) 2, 3 \(process 1\) closed its group, and rank [01] in combine_recv .* waits"

@@ -242,6 +242,11 @@ Status Exchange::Check() {
   return std::exchange(overflow_, Status());
 }
 
+Status Exchange::Fault() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return fault_;
+}
+
 Stats Exchange::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Stats stats = stats_;

@@ -43,6 +43,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   void Settle() const;
   void Close();
   Status Check();
+  Status Fault() const;
   Stats stats() const;
   void SetChaos(const Chaos& chaos);
   int64_t memory_bytes() const;
