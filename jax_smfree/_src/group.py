@@ -77,9 +77,9 @@ class EpGroup:
 
         Args:
           mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
-            processes with one each, all processes of the job, on one host or several (NVSHMEM); or of
-            CPU devices of one host (in one process or several). A mesh of devices that one can only
-            compile for (``jax.experimental.topologies``) makes a group that only compiles.
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
+            of CPU devices of one host (in one process or several). A mesh of devices that one can
+            only compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -164,7 +164,7 @@ class EpGroup:
             checks.check_mesh("EpGroup.token", self)
             zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
             call = primitives.Call(
-                self, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
+                self.key, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
             )
             (array,) = primitives.token_p.bind(zeros, call=call)
         else:
