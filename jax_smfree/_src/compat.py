@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.monitoring
 from jax._src import core, dispatch, distributed
 from jax._src.interpreters import partial_eval as pe
 from jax.extend.core import Primitive
@@ -98,6 +99,21 @@ def set_dce_rule(primitive: Primitive, keep: Callable[[Sequence[bool], Any], Any
 def is_saved(policy_result: Any) -> bool:
     """Whether a ``jax.checkpoint`` policy's answer means that the value is kept (or offloaded)."""
     return policy_result is not False and not isinstance(policy_result, pe.RecomputeType)
+
+
+def on_compilation(begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Calls ``begins`` and ``ends`` around every compilation, on the thread that waits for it."""
+
+    def begin(event: str, _: Any, **__: Any) -> None:
+        if event == dispatch.BACKEND_COMPILE_EVENT:
+            begins()
+
+    def end(event: str, _: float, **__: Any) -> None:
+        if event == dispatch.BACKEND_COMPILE_EVENT:
+            ends()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
 
 
 def is_compile_only(device: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import hashlib
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, nodes, placement, targets
+from jax_smfree._src import backends, checks, compat, nodes, placement, primitives, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -101,13 +102,10 @@ class EpGroup:
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
-        try:
-            make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
-            for native in make(group.group_id, mesh, axis, config, fingerprint):
-                group._native.append(native)
-        except BaseException:
-            group.close()
-            raise
+        make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
+        with contextlib.ExitStack() as made:
+            group._native = make(made, group.group_id, mesh, axis, config, fingerprint)
+            made.pop_all()
         _open.add(group)
         return group
 
@@ -150,7 +148,11 @@ class EpGroup:
             )
         if compat.manual_axes():
             checks.check_mesh("EpGroup.token", self)
-            array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            call = primitives.Call(
+                self, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
+            )
+            (array,) = primitives.token_p.bind(zeros, call=call)
         else:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
             sharding = NamedSharding(self.mesh, self.token_spec)
@@ -211,8 +213,8 @@ class EpGroup:
 
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
-            {**entry, "replica": replica}
-            for replica, native in enumerate(self._native)
+            entry
+            for native in self._native
             if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]

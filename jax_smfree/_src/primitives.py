@@ -7,6 +7,7 @@ send_counts, rows, recv_counts and relay. The custom call has one operand more, 
 ``position``, int32[2], the rank and which group along the other mesh axes.
 
 =======================  =====================================================================
+token                    zeros -> token, the beginning of a sequence of operations
 dispatch_send            token, x[T,H], topk_idx[T,K], topk_weights[T,K]
                          -> token, places, send_counts
 dispatch_recv            token
@@ -120,14 +121,14 @@ def _dispatch_recv(token: Any, *, call: Call) -> Any:
         ((n, config.hidden), config.dtype),
         ((n,), jnp.float32),
         ((config.num_experts // ranks,), jnp.int32),
-        ((), jnp.int32),
+        ((1,), jnp.int32),
         ((ranks, call.num_tokens, config.top_k), jnp.int32),
         ((ranks,), jnp.int32),
         (call.group.relay_shape(call.num_tokens), jnp.int32),
     )
 
 
-def _send(token: Any, *_: Any, call: Call) -> Any:
+def _only_token(token: Any, *_: Any, call: Call) -> Any:
     return [token]
 
 
@@ -164,13 +165,17 @@ def _barrier(values: Sequence[Any]) -> list[Any]:
     return list(hlo.OptimizationBarrierOp(list(values)).results)
 
 
-def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
-    """A primitive that lowers to the custom call ``smfree_<name>`` on every platform.
-
-    The barrier on the results keeps XLA:GPU from fusing a call into the update of a scan's
+def _custom_call(name: str, ctx: Any, *operands: Any, call: Call) -> list[Any]:
+    """The barrier on the results keeps XLA:GPU from fusing a call into the update of a scan's
     residuals, which would clone the call (jax 0.11). Without one on the operands a send may be
     fused with a slice that it reads, which saves a copy.
     """
+    rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
+    return _barrier(rule(ctx, *operands, **call.attributes()))
+
+
+def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
+    """A primitive that lowers to the custom call ``smfree_<name>`` on every platform."""
     primitive = Primitive(f"smfree_{name}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
@@ -182,21 +187,32 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
         token_aval, *avals = ctx.avals_in
         (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
         ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])
-        rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
-        return _barrier(rule(ctx, token, position, *operands, **call.attributes()))
+        return _custom_call(name, ctx, token, position, *operands, call=call)
 
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 
 
+# On the CPU it makes what begins with one token a sequence of its own, in which ranks that disagree
+# are found out at once. A GPU's operations are in the sequence of their lane.
+token_p = Primitive("smfree_token")
+token_p.multiple_results = True
+token_p.def_abstract_eval(_only_token)
+compat.impl(token_p)
+mlir.register_lowering(
+    token_p,
+    lambda ctx, zeros, *, call: _custom_call("token", ctx, zeros, call=call),
+    platform="cpu",
+)
+mlir.register_lowering(token_p, lambda ctx, zeros, *, call: [zeros], platform="cuda")
 dispatch_send_p = _primitive("dispatch_send", _dispatch_send)
 dispatch_recv_p = _primitive("dispatch_recv", _dispatch_recv)
-dispatch_send_cached_p = _primitive("dispatch_send_cached", _send)
+dispatch_send_cached_p = _primitive("dispatch_send_cached", _only_token)
 dispatch_recv_cached_p = _primitive("dispatch_recv_cached", _dispatch_recv_cached)
 dispatch_recv_weighted_p = _primitive("dispatch_recv_weighted", _dispatch_recv_weighted)
-combine_send_p = _primitive("combine_send", _send)
-combine_send_weighted_p = _primitive("combine_send_weighted", _send)
+combine_send_p = _primitive("combine_send", _only_token)
+combine_send_weighted_p = _primitive("combine_send_weighted", _only_token)
 combine_recv_p = _primitive("combine_recv", _combine_recv)
 
 RECV_PRIMITIVES = frozenset(

@@ -25,7 +25,7 @@ class MoeAux(NamedTuple):
     def of(cls, routes: router.Routes, num_dropped: Array) -> "MoeAux":
         load = router.expert_load(routes.topk_idx, num_experts=routes.probabilities.shape[1])
         loss = router.load_balancing_loss(routes.probabilities, load)
-        return cls(loss, load, num_dropped)
+        return cls(loss, load, num_dropped[0])
 
 
 # Positions as keys: flax.nnx.tabulate takes no other pytree inside of a tuple.
