@@ -75,7 +75,7 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
     devices = list(mesh.devices.flat)
     processes = sorted({device.process_index for device in devices})
     ids = hashlib.sha256(str([device.id for device in devices]).encode()).hexdigest()[:16]
-    place = f"jax_smfree/{ids}"
+    place = f"jax_smfree/group/{ids}"
     host, secret = bootstrap.host_name(), bootstrap.new_secret()
     if compat.is_compile_only(devices[0]) or processes == [me] or me not in processes:
         return Meeting(place, processes, [host] * len(processes), ordinal, secret)

@@ -35,7 +35,7 @@ class Fence:
         jax.block_until_ready(self._compute(self._input))
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool]) -> bool:
-        """Whether all that was launched up to now ends within ``timeout_s``, or before ``given_up``.
+        """Whether all that was launched up to now ends within ``timeout_s``, before ``given_up``.
 
         What was not waited for to the end can be by `join`.
         """
