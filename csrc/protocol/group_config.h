@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What all ranks of a group agree on before anything is sent.
+// What all ranks of a group agree on before anything is sent: EpConfig in C++. A field of it is
+// written down here and bound in ffi/module.cc, and nowhere else.
 #ifndef SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
 #define SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
 
 #include <cstdint>
 
-#include "csrc/protocol/layout.h"
+#include "csrc/protocol/nodes.h"
 
 namespace smfree {
 
@@ -14,6 +15,11 @@ enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 constexpr int64_t ItemBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 enum class Overflow : int32_t { kError = 0, kDrop = 1 };
+
+// Of a deadline. Poll counts milliseconds in 32 bits (24 days), steady clocks nanoseconds in 63;
+// this leaves room for what is added: the time now, and the grace of whoever waits for a relay.
+constexpr double kMaxTimeoutS = 1e6;
+constexpr bool IsTimeout(double seconds) { return seconds > 0 && seconds <= kMaxTimeoutS; }
 
 struct GroupConfig {
   int32_t num_ranks = 1;
@@ -30,14 +36,12 @@ struct GroupConfig {
   Overflow overflow = Overflow::kError;
   bool differentiable = true;
   double timeout_s = 60.0;
+  // GPUs only. Operations that send up to so many bytes of rows per peer are stored to the peer by
+  // the pack kernel; larger ones go by copy engine.
+  int64_t sm_push_bytes = 0;
+  // GPUs only. Messages to other nodes are put by the GPU, not by the mover.
+  bool puts_on_device = false;
 };
-
-// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
-constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
-  if (config.recv_capacity > 0) return config.recv_capacity;
-  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
-                     config.expert_alignment);
-}
 
 constexpr Nodes NodesOf(const GroupConfig& config) {
   return {config.num_ranks, config.ranks_per_node > 0 ? config.ranks_per_node : config.num_ranks,

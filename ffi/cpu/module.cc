@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "csrc/cpu/backend.h"
+#include "csrc/cpu/exchange/compiled_calls.h"
 
 namespace smfree {
 namespace {
@@ -67,6 +68,8 @@ Counters MemoryOf(const Group& group) {
 void BindCpu(nb::module_& m) {
   // For what waits, if only for a mutex: a handler that holds it may be waiting for Python.
   const nb::call_guard<nb::gil_scoped_release> kWithoutGil;
+  m.def("compilation_begins", &cpu::CompilationBegins);
+  m.def("compilation_ends", &cpu::CompilationEnds);
   nb::class_<Group>(m, "CpuGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),
            nb::arg("config"), nb::arg("process_of_rank"), nb::arg("process"), nb::arg("secret"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
 
-They come from a generator, so that what was made is known, and can be closed, when one fails.
+What is made goes onto a stack, which closes it when a later step fails.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import jax
@@ -20,15 +20,31 @@ from jax_smfree import _native
 from jax_smfree._src import bootstrap, compat, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.native_config import native_config
 
 NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
-# The default of EpConfig.sm_push_bytes: see docs/performance.md.
-SM_PUSH_BYTES = 2 << 20
-
 _CREATE = "EpGroup.create"  # the call that errors name
+
+
+def platform(mesh: Mesh) -> str:
+    """``"cpu"`` or ``"CUDA"``, as `targets.register` has them.
+
+    Raises:
+      ValueError: for devices without a backend.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "cpu"
+    if compat.is_nvidia(device):
+        return "CUDA"
+    raise ValueError(
+        f"EpGroup.create: got a mesh of {device.device_kind} (platform {device.platform!r}), "
+        "expected GPUs of NVIDIA, or CPU devices: jax_smfree has no backend for others. A mesh "
+        "of CPU devices runs anywhere: Mesh(jax.devices('cpu'), ...)."
+    )
 
 
 def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
@@ -112,38 +128,17 @@ def nodes_of_ranks(mesh: Mesh, axis: str, meeting: Meeting) -> list[list[int]]:
     return [[node[device.process_index] for device in group] for group in _replicas(mesh, axis)]
 
 
-def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
-    """The part of the config that every backend is told."""
-    assert config.ranks_per_node is not None  # nodes.resolve
-    return _native.GroupConfig(
-        num_ranks=num_ranks,
-        ranks_per_node=config.ranks_per_node,
-        hierarchical=config.mode == "hierarchical",
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        max_tokens=config.max_tokens,
-        dtype=config.dtype.name,
-        recv_capacity=config.recv_capacity or 0,
-        expert_alignment=config.expert_alignment,
-        num_lanes=config.num_lanes,
-        drop_overflow=config.overflow == "drop",
-        differentiable=config.differentiable,
-        timeout_s=config.timeout_s,
-    )
-
-
 def native_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
-) -> Iterator[NativeGroup]:
-    """The native groups that have ranks in this process; collective over the meeting's processes.
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+) -> list[NativeGroup]:
+    """Those that have ranks in this process; collective over the meeting's processes.
 
     Raises:
       SmfreeError: also for what the native side reports.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    make = _cpu_groups if platform(mesh) == "cpu" else _cuda_groups
     try:
-        yield from (_cpu_groups if on_cpu else _cuda_groups)(group_id, mesh, axis, config, meeting)
+        return make(made, group_id, mesh, axis, config, meeting)
     except SmfreeError:
         raise
     except RuntimeError as error:
@@ -151,8 +146,8 @@ def native_groups(
 
 
 def _cuda_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+) -> list[NativeGroup]:
     """On the GPUs of one process; or on one GPU of every process."""
     if not _native.has_cuda:
         raise SmfreeError(
@@ -161,25 +156,28 @@ def _cuda_groups(
             "JAX_PLATFORMS=cpu."
         )
     if meeting.processes == [jax.process_index()]:
-        yield from _cuda_groups_here(group_id, mesh, axis, config)
-    else:
-        yield _cuda_group_among_processes(group_id, mesh, axis, config, meeting)
+        return _cuda_groups_here(made, group_id, mesh, axis, config)
+    return [_cuda_group_among_processes(made, group_id, mesh, axis, config, meeting)]
 
 
 def _cuda_groups_here(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig
-) -> Iterator[NativeGroup]:
-    for devices in _replicas(mesh, axis):
-        yield _native.CudaGroup(
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig
+) -> list[NativeGroup]:
+    groups: list[NativeGroup] = []
+    for replica, devices in enumerate(_replicas(mesh, axis)):
+        group = _native.CudaGroup(
             group_id=group_id,
-            config=_native_config(config, len(devices)),
+            replica=replica,
+            config=native_config(config, len(devices)),
             devices=[device.local_hardware_id for device in devices],
-            sm_push_bytes=_sm_push_bytes(config),
         )
+        made.callback(group.close)
+        groups.append(group)
+    return groups
 
 
 def _cuda_group_among_processes(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
 ) -> NativeGroup:
     me, world = jax.process_index(), list(range(jax.process_count()))
     processes = sorted(device.process_index for device in mesh.devices.flat)
@@ -191,33 +189,33 @@ def _cuda_group_among_processes(
             "another goes onto further axes of the mesh."
         )
     (mine,) = (device for device in mesh.devices.flat if device.process_index == me)
-    (devices,) = (devices for devices in _replicas(mesh, axis) if mine in devices)
-    native_config = _native_config(config, len(devices))
+    ((replica, devices),) = (
+        (replica, devices)
+        for replica, devices in enumerate(_replicas(mesh, axis))
+        if mine in devices
+    )
+    native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
     group = _native.CudaGroup.among_processes(
         group_id=group_id,
-        config=native_config,
+        replica=replica,
+        config=native,
         rank=devices.index(mine),
         device=mine.local_hardware_id,
         process_of_rank=[device.process_index for device in devices],
         memory=nvshmem.memory(
-            _native.symmetric_bytes(native_config), mine, meeting.place, config.timeout_s
+            _native.symmetric_bytes(native), mine, meeting.place, config.timeout_s
         ),
-        sm_push_bytes=_sm_push_bytes(config),
-        puts_on_device=config.puts == "device",
     )
+    made.callback(group.close)
     # All memory is zero before anybody sends.
     bootstrap.exchange(_CREATE, f"{meeting.place}/ready", "", world, me, config.timeout_s)
     return group
 
 
-def _sm_push_bytes(config: EpConfig) -> int:
-    return SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
-
-
 def _cpu_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+) -> list[NativeGroup]:
     """On CPU devices; those of a group are on one host."""
     me = jax.process_index()
     groups: dict[int, _native.CpuGroup] = {}  # by replica
@@ -232,14 +230,14 @@ def _cpu_groups(
         groups[replica] = _native.CpuGroup(
             group_id=group_id,
             replica=replica,
-            config=_native_config(config, len(devices)),
+            config=native_config(config, len(devices)),
             process_of_rank=[processes.index(p) for p in process_of_rank],
             process=processes.index(me),
             secret=meeting.secret,
         )
-        yield groups[replica]
+        made.callback(groups[replica].close)
     if not groups or len(meeting.processes) == 1:
-        return
+        return list(groups.values())
     mine = {replica: group.address() for replica, group in groups.items()}
     texts = bootstrap.exchange(
         _CREATE,
@@ -252,6 +250,7 @@ def _cpu_groups(
     addresses = dict(zip(meeting.processes, map(json.loads, texts), strict=True))
     for replica, group in groups.items():
         group.connect([addresses[process][str(replica)] for process in members[replica]])
+    return list(groups.values())
 
 
 def _check_one_host(processes: list[int], meeting: Meeting) -> None:

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, bootstrap, checks, compat, life, nodes, targets
+from jax_smfree._src import (
+    backends,
+    bootstrap,
+    checks,
+    compat,
+    life,
+    nodes,
+    placement,
+    primitives,
+    targets,
+)
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.group_key import GroupKey
@@ -54,7 +64,7 @@ class EpGroup:
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{meeting.ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self.key = GroupKey(config, self.num_ranks, self.group_id, weakref.ref(self))
+        self.key = GroupKey(mesh, axis, config, self.num_ranks, self.group_id, weakref.ref(self))
         self._meeting = meeting
         self._life = life.Life(
             f"EpGroup(axis={axis!r}, num_ranks={self.num_ranks})", config.timeout_s
@@ -66,10 +76,10 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of GPUs of one process that reach one another's memory; of GPUs of several processes
-            with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
-            devices of one host (in one process or several). A mesh of devices that one can only
-            compile for (``jax.experimental.topologies``) makes a group that only compiles.
+          mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
+            of CPU devices of one host (in one process or several). A mesh of devices that one can
+            only compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -102,6 +112,7 @@ class EpGroup:
                 f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
                 "rows are numbered by int32. Lower max_tokens or set recv_capacity."
             )
+        platform = backends.platform(mesh)
         ids = [device.id for device in mesh.devices.flat]
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         meeting = backends.meet(mesh, fingerprint, _created[fingerprint], config.timeout_s)
@@ -111,23 +122,20 @@ class EpGroup:
         )
         group = cls(mesh, axis, config, fingerprint, meeting)
         device = mesh.devices.flat[0]
-        targets.register("cpu" if device.platform == "cpu" else "CUDA")
+        targets.register(platform)
         if compat.is_compile_only(device):
             return group
-        try:
-            for native in backends.native_groups(group.group_id, mesh, axis, config, meeting):
-                group._life.natives.append(native)
-            group._life.begin(list(mesh.local_devices))
-        except BaseException:
-            group.close(timeout_s=0.0)
-            raise
+        with contextlib.ExitStack() as made:
+            natives = backends.native_groups(made, group.group_id, mesh, axis, config, meeting)
+            group._life.begin(natives, list(mesh.local_devices))
+            made.pop_all()
         weakref.finalize(group, group._life.drop).atexit = False
         return group
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
         """The axes of the mesh: what a rank sends and receives varies over all of them."""
-        return tuple(self.mesh.axis_names)
+        return self.key.mesh_axes
 
     @property
     def token_spec(self) -> PartitionSpec:
@@ -151,12 +159,17 @@ class EpGroup:
                 f"(EpConfig.num_lanes = {self.config.num_lanes})."
             )
         if compat.manual_axes():
-            checks.check_manual("EpGroup.token", self)
-            array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            checks.check_mesh("EpGroup.token", self)
+            zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            call = primitives.Call(
+                self.key, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
+            )
+            (array,) = primitives.token_p.bind(zeros, call=call)
         else:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
             sharding = NamedSharding(self.mesh, self.token_spec)
             array = jnp.zeros((shards * TOKEN_SIZE,), jnp.float32, device=sharding)
+            array = placement.placed(array, self.mesh, self.token_spec)
         return Token(array, (), self, lane, None)
 
     def check(self) -> None:
@@ -211,8 +224,8 @@ class EpGroup:
 
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
-            {**entry, "replica": replica}
-            for replica, native in enumerate(self._life.natives)
+            entry
+            for native in self._life.natives
             if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]
@@ -260,8 +273,13 @@ class EpGroup:
           ...         save(params)
         """
         checks.check_open("EpGroup.pause", self)
-        self._life.launched_ended(timeout_s)
+        ended = self._life.launched_ended(timeout_s)
         self._raise_fault()
+        if not ended:
+            raise SmfreeError(
+                "EpGroup.pause: programs that this process has launched were still under way after "
+                f"{timeout_s:.0f} s. Wait for their results first, or raise timeout_s."
+            )
         yield
         meeting, me = self._meeting, jax.process_index()
         if len(meeting.processes) > 1 and me in meeting.processes:
@@ -274,6 +292,20 @@ class EpGroup:
         fault = self._life.fault()
         if fault:
             raise SmfreeError(fault)
+
+    def __copy__(self) -> EpGroup:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> EpGroup:
+        """The group itself, also where a module that has it is copied: it stands for devices."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "EpGroup: got a group to pickle, expected data: a group stands for devices, memory and "
+            "sockets of this process. Save the arrays of a module, and make the module anew with "
+            "EpGroup.create."
+        )
 
     def __enter__(self) -> EpGroup:
         return self

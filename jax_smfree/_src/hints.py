@@ -4,6 +4,7 @@
 from jax_smfree import _native
 from jax_smfree._src import nodes
 from jax_smfree._src.config import EpConfig
+from jax_smfree._src.native_config import native_config
 
 
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -17,7 +18,7 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
       ValueError: for experts that do not divide over the ranks, or ranks that do not over the
         nodes.
     """
-    return _native.rdma_size_hint(_layout(config, num_ranks))
+    return _native.rdma_size_hint(_resolved(config, num_ranks))
 
 
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -25,32 +26,20 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
-    return _native.nvl_size_hint(_layout(config, num_ranks))
+    return _native.nvl_size_hint(_resolved(config, num_ranks))
 
 
 def buffer_bytes(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of all buffers."""
-    layout = _layout(config, num_ranks)
-    return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
+    native = _resolved(config, num_ranks)
+    return _native.nvl_size_hint(native) + _native.rdma_size_hint(native)
 
 
-def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
+def _resolved(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
     if config.num_experts % num_ranks:
         raise ValueError(
             f"size hint: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
             "num_experts a multiple of num_ranks: each rank owns the same number."
         )
     config = nodes.resolve("size hint", config, [[0] * num_ranks])
-    assert config.ranks_per_node is not None
-    return _native.LayoutConfig(
-        num_ranks=num_ranks,
-        ranks_per_node=config.ranks_per_node,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        num_lanes=config.num_lanes,
-        itemsize=config.dtype.itemsize,
-        hidden=config.hidden,
-        max_tokens=config.max_tokens,
-        differentiable=config.differentiable,
-        hierarchical=config.mode == "hierarchical",
-    )
+    return native_config(config, num_ranks)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from jax_smfree._src.errors import SmfreeError
@@ -18,10 +17,9 @@ from jax_smfree._src.group_key import GroupKey
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
 
-# {magic, number high, number low, run high, run low, instance}: floats, because the cotangent of
-# a token is a token, and float32 holds integers up to 2**24 exactly. The native handlers
-# (csrc/protocol, ffi/token.h) read and write it; Python only makes the first one, all zeros.
-TOKEN_SIZE = 6
+# csrc/protocol/token.h: floats, because the cotangent of a token is a token, and float32 holds
+# integers up to 2**24 exactly. The native handlers read and write it; Python only makes zeros.
+TOKEN_SIZE = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Token:
     A token holds its group; the structure of a token, which JAX keeps in its caches, does not.
 
     Attributes:
-      array: float32[6] per rank, the only differentiable leaf.
+      array: float32[9] per rank, the only differentiable leaf.
       routing: integer arrays that the recv of an operation in flight needs.
       group: the `EpGroup` (static).
       lane: the lane (static).
@@ -93,7 +91,7 @@ jax.tree_util.register_pytree_with_keys(Token, _children_with_keys, _token, _chi
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["places", "send_counts", "rows", "recv_counts", "relay"],
-    meta_fields=["num_tokens"],
+    meta_fields=["num_tokens", "group"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handle:
@@ -111,6 +109,7 @@ class Handle:
         row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
         -1.
       num_tokens: T (static).
+      group: the key of the `EpGroup` (static).
     """
 
     places: jax.Array
@@ -119,6 +118,7 @@ class Handle:
     recv_counts: jax.Array
     relay: jax.Array
     num_tokens: int
+    group: GroupKey
 
 
 @functools.partial(
@@ -130,13 +130,16 @@ class Handle:
 class DispatchResult:
     """What arrived at this rank, grouped by local expert: the operands of a grouped matmul.
 
+    Every leaf has a leading dimension per rank, so the result leaves and enters a ``shard_map``
+    with one spec for all of them, ``group.token_spec``.
+
     Attributes:
       x: [N, H] in the group's dtype. The rows of local expert 0, then 1, …; inside an expert by
         source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
       group_sizes: [num_experts / R] int32, rows of each local expert, each a multiple of
         ``expert_alignment``.
       weights: [N] float32, the routing weight of each row; zero on padding.
-      num_dropped: [] int32, copies of rows that did not fit into ``recv_capacity`` here.
+      num_dropped: [1] int32, copies of rows that did not fit into ``recv_capacity`` here.
       handle: the routing, for `combine_send`.
     """
 
@@ -149,8 +152,3 @@ class DispatchResult:
     def replace(self, **changes: Any) -> DispatchResult:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
-
-
-def first_token_array(shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
-    """The array of a token before the first operation."""
-    return jnp.zeros(shape, jnp.float32, **kwargs)
