@@ -66,10 +66,10 @@ Counters MemoryOf(const Group& group) {
 }  // namespace
 
 void BindCpu(nb::module_& m) {
-  m.def("compilation_begins", &cpu::CompilationBegins);
-  m.def("compilation_ends", &cpu::CompilationEnds);
   // For what waits, if only for a mutex: a handler that holds it may be waiting for Python.
   const nb::call_guard<nb::gil_scoped_release> kWithoutGil;
+  m.def("compilation_begins", &cpu::CompilationBegins);
+  m.def("compilation_ends", &cpu::CompilationEnds);
   nb::class_<Group>(m, "CpuGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),
            nb::arg("config"), nb::arg("process_of_rank"), nb::arg("process"), nb::arg("secret"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
 
-Both functions put what they make onto a stack, which closes it when a later step fails.
+What is made goes onto a stack, which closes it when a later step fails.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
     devices = list(mesh.devices.flat)
     processes = sorted({device.process_index for device in devices})
     ids = hashlib.sha256(str([device.id for device in devices]).encode()).hexdigest()[:16]
-    place = f"jax_smfree/{ids}"
+    place = f"jax_smfree/group/{ids}"
     host, secret = bootstrap.host_name(), bootstrap.new_secret()
     if compat.is_compile_only(devices[0]) or processes == [me] or me not in processes:
         return Meeting(place, processes, [host] * len(processes), ordinal, secret)
@@ -131,7 +131,7 @@ def nodes_of_ranks(mesh: Mesh, axis: str, meeting: Meeting) -> list[list[int]]:
 def native_groups(
     made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
-    """The native groups that have ranks in this process; collective over the meeting's processes.
+    """Those that have ranks in this process; collective over the meeting's processes.
 
     Raises:
       SmfreeError: also for what the native side reports.
@@ -236,19 +236,20 @@ def _cpu_groups(
             secret=meeting.secret,
         )
         made.callback(groups[replica].close)
-    if groups and len(meeting.processes) > 1:
-        mine = {replica: group.address() for replica, group in groups.items()}
-        texts = bootstrap.exchange(
-            _CREATE,
-            f"{meeting.place}/address",
-            json.dumps(mine),
-            meeting.processes,
-            me,
-            config.timeout_s,
-        )
-        addresses = dict(zip(meeting.processes, map(json.loads, texts), strict=True))
-        for replica, group in groups.items():
-            group.connect([addresses[process][str(replica)] for process in members[replica]])
+    if not groups or len(meeting.processes) == 1:
+        return list(groups.values())
+    mine = {replica: group.address() for replica, group in groups.items()}
+    texts = bootstrap.exchange(
+        _CREATE,
+        f"{meeting.place}/address",
+        json.dumps(mine),
+        meeting.processes,
+        me,
+        config.timeout_s,
+    )
+    addresses = dict(zip(meeting.processes, map(json.loads, texts), strict=True))
+    for replica, group in groups.items():
+        group.connect([addresses[process][str(replica)] for process in members[replica]])
     return list(groups.values())
 
 

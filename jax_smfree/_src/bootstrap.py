@@ -22,6 +22,8 @@ from jax_smfree._src.errors import SmfreeError
 
 # Between two looks at what else may have happened (Ctrl-C, a fault of the group).
 _LOOK_EVERY_S = 1.0
+# The store gets this long for an answer, also when the deadline has passed.
+_LEAST_S = 0.1
 # The others are more patient than the first process, so that they hear from it who is missing.
 _GRACE_S = 2.0
 
@@ -102,7 +104,7 @@ class _Store:
         """Waits for the value; ``None`` when the deadline has passed."""
         while True:
             left_s = self.deadline - time.monotonic()
-            milliseconds = max(1, int(1000 * min(left_s, _LOOK_EVERY_S)))
+            milliseconds = int(1000 * min(max(left_s, _LEAST_S), _LOOK_EVERY_S))
             try:
                 return str(self.client.blocking_key_value_get(key, milliseconds))
             except Exception as error:
@@ -146,10 +148,13 @@ def _gather(store: _Store, place: str, mine: str, processes: Sequence[int]) -> l
     store.put(f"{place}/here/{me}", "")  # for those who ask who is missing
     here, missing = [me], []
     nonces, values = [], [mine]
+    present: set[str] | None = None  # asked for once the deadline has passed
     try:
         for process in others:
-            brought = store.get(f"{place}/here/{process}")
+            come = present is None or str(process) in present
+            brought = store.get(f"{place}/here/{process}") if come else None
             if brought is None:
+                present = present or store.names_under(f"{place}/here/")
                 missing.append(process)
                 continue
             here.append(process)

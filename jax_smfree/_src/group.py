@@ -64,7 +64,7 @@ class EpGroup:
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{meeting.ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self.key = GroupKey(mesh, axis, config, self.group_id, weakref.ref(self))
+        self.key = GroupKey(mesh, axis, config, self.num_ranks, self.group_id, weakref.ref(self))
         self._meeting = meeting
         self._life = life.Life(
             f"EpGroup(axis={axis!r}, num_ranks={self.num_ranks})", config.timeout_s
@@ -126,10 +126,8 @@ class EpGroup:
         if compat.is_compile_only(device):
             return group
         with contextlib.ExitStack() as made:
-            group._life.natives += backends.native_groups(
-                made, group.group_id, mesh, axis, config, meeting
-            )
-            group._life.begin(list(mesh.local_devices))
+            natives = backends.native_groups(made, group.group_id, mesh, axis, config, meeting)
+            group._life.begin(natives, list(mesh.local_devices))
             made.pop_all()
         weakref.finalize(group, group._life.drop).atexit = False
         return group
@@ -137,7 +135,7 @@ class EpGroup:
     @property
     def mesh_axes(self) -> tuple[str, ...]:
         """The axes of the mesh: what a rank sends and receives varies over all of them."""
-        return tuple(self.mesh.axis_names)
+        return self.key.mesh_axes
 
     @property
     def token_spec(self) -> PartitionSpec:
@@ -275,8 +273,13 @@ class EpGroup:
           ...         save(params)
         """
         checks.check_open("EpGroup.pause", self)
-        self._life.launched_ended(timeout_s)
+        ended = self._life.launched_ended(timeout_s)
         self._raise_fault()
+        if not ended:
+            raise SmfreeError(
+                "EpGroup.pause: programs that this process has launched were still under way after "
+                f"{timeout_s:.0f} s. Wait for their results first, or raise timeout_s."
+            )
         yield
         meeting, me = self._meeting, jax.process_index()
         if len(meeting.processes) > 1 and me in meeting.processes:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import queue
@@ -53,10 +54,11 @@ class Life:
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name="smfree-watch", daemon=True)
 
-    def begin(self, devices: Sequence[jax.Device]) -> None:
-        """All native groups are there, on ``devices`` of this process."""
+    def begin(self, natives: Sequence[NativeGroup], devices: Sequence[jax.Device]) -> None:
+        """``natives`` are those on ``devices`` of this process."""
         if devices:
             self._fence = Fence(devices)
+        self.natives = list(natives)
         _living.add(self)
         self._thread.start()
 
@@ -94,15 +96,18 @@ class Life:
             if self._ended:
                 return
             fault, self._last_words = self.fault(), self.check()
-            for native in self.natives:
-                native.close()
-            if self._fence is not None:
-                self._fence.join(GRACE_S)
-            self._final_stats = self.stats()
-            self._ended = True
-            # Memory and descriptors go now, whoever keeps this object alive.
-            self.natives = []
-        self._events.put(_ENDED)
+            try:
+                with contextlib.ExitStack() as closing:  # all of them, also if one raises
+                    for native in self.natives:
+                        closing.callback(native.close)
+            finally:
+                self._final_stats = self.stats()
+                self._ended = True
+                # Memory and descriptors go now, whoever keeps this object alive.
+                self.natives = []
+                self._events.put(_ENDED)
+        if self._fence is not None:
+            self._fence.join(GRACE_S)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(GRACE_S)
         self._tell_fault(fault)
