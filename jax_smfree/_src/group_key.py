@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from jax.sharding import Mesh
-
 from jax_smfree._src.config import EpConfig
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ class GroupKey:
     mesh: Mesh
     axis: str
     config: EpConfig
+    num_ranks: int
     group_id: int
     group: weakref.ref[EpGroup]
 
