@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jax_smfree import _native
 from jax_smfree._src.fence import Fence
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ class Life:
     def end(self, timeout_s: float) -> None:
         """Waits so long for what was launched, then ends what still waits. Idempotent."""
         try:
-            if not self._ended:
-                self.launched_ended(timeout_s)
+            if not self._ended and self.launched_ended(timeout_s):
+                self._tell_unreceived()
         finally:  # also after Ctrl-C
             self._end()
 
@@ -148,6 +149,17 @@ class Life:
                 return
             self._fault_told_at = time.monotonic()
         _logger.error("%s failed: %s", self._name, fault)
+
+    def _tell_unreceived(self) -> None:
+        """What is in flight when all programs have ended, nobody can receive any more."""
+        for native in self.natives:
+            if isinstance(native, _native.CpuGroup) and (unreceived := native.unreceived()):
+                _logger.warning(
+                    "%s is closed, and ranks of this process have sent and never received %s. "
+                    "Receive every operation with the token that its send returned.",
+                    self._name,
+                    unreceived,
+                )
 
 
 def _first(messages: Iterable[str | None]) -> str | None:

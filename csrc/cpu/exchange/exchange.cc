@@ -258,6 +258,15 @@ Status Exchange::Fault() const {
   return fault_;
 }
 
+Unreceived Exchange::UnreceivedHere() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Unreceived unreceived;
+  for (const auto& mailbox : mailboxes_) {
+    if (mailbox) mailbox->AddUnreceived(std::nullopt, &unreceived);
+  }
+  return unreceived;
+}
+
 Stats Exchange::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Stats stats = stats_;

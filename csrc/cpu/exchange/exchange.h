@@ -44,6 +44,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   void Close();
   Status Check();
   Status Fault() const;
+  Unreceived UnreceivedHere() const;
   Stats stats() const;
   void SetChaos(const Chaos& chaos);
   int64_t memory_bytes() const;
