@@ -82,6 +82,7 @@ void BindCpu(nb::module_& m) {
       .def("close", &Group::Close, kWithoutGil)
       .def("check", [](Group& group) { return FaultOf(group.Check()); }, kWithoutGil)
       .def("fault", [](Group& group) { return FaultOf(group.Fault()); }, kWithoutGil)
+      .def("unreceived", &Group::Unreceived, kWithoutGil)
       .def("stats", &StatsOf, kWithoutGil)
       .def("memory_report", &MemoryOf, kWithoutGil)
       .def("set_chaos",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jax_smfree import _native
 from jax_smfree._src.fence import Fence
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Life:
         self._timeout_s = timeout_s
         self.natives: list[NativeGroup] = []
         self._fence: Fence | None = None
-        self._closing = threading.Lock()
+        self._closing, self._telling = threading.Lock(), threading.Lock()
         self._ended = False
         self._fault_told_at: float | None = None
         self._last_words: str | None = None
@@ -86,32 +87,36 @@ class Life:
     def end(self, timeout_s: float) -> None:
         """Waits so long for what was launched, then ends what still waits. Idempotent."""
         try:
-            if not self._ended:
-                self.launched_ended(timeout_s)
+            if not self._ended and self.launched_ended(timeout_s):
+                self._tell_unreceived()
         finally:  # also after Ctrl-C
             self._end()
 
     def _end(self) -> None:
         with self._closing:
-            if self._ended:
-                return
-            fault, self._last_words = self.fault(), self.check()
-            try:
-                with contextlib.ExitStack() as closing:  # all of them, also if one raises
-                    for native in self.natives:
-                        closing.callback(native.close)
-            finally:
-                self._final_stats = self.stats()
-                self._ended = True
-                # Memory and descriptors go now, whoever keeps this object alive.
-                self.natives = []
+            if not self._ended:
+                fault = self.fault()
+                self._close_natives()
                 self._events.put(_ENDED)
+                self._tell_fault(fault)
+        _living.discard(self)
+        # The interpreter aborts the process if it ends while a thread of its own is in C++.
         if self._fence is not None:
             self._fence.join(GRACE_S)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(GRACE_S)
-        self._tell_fault(fault)
-        _living.discard(self)
+
+    def _close_natives(self) -> None:
+        self._last_words = self.check()
+        try:
+            with contextlib.ExitStack() as closing:  # all of them, also if one raises
+                for native in self.natives:
+                    closing.callback(native.close)
+        finally:
+            self._final_stats = self.stats()
+            self._ended = True
+            # Memory and descriptors go now, whoever keeps this object alive.
+            self.natives = []
 
     def drop(self) -> None:
         """The `EpGroup` is gone. A finaliser: in any thread, in the middle of anything."""
@@ -139,9 +144,22 @@ class Life:
 
     def _tell_fault(self, fault: str | None) -> None:
         """Once for a group."""
-        if fault and self._fault_told_at is None:
+        with self._telling:
+            if not fault or self._fault_told_at is not None:
+                return
             self._fault_told_at = time.monotonic()
-            _logger.error("%s failed: %s", self._name, fault)
+        _logger.error("%s failed: %s", self._name, fault)
+
+    def _tell_unreceived(self) -> None:
+        """What is in flight when all programs have ended, nobody can receive any more."""
+        for native in self.natives:
+            if isinstance(native, _native.CpuGroup) and (unreceived := native.unreceived()):
+                _logger.warning(
+                    "%s is closed, and ranks of this process have sent and never received %s. "
+                    "Receive every operation with the token that its send returned.",
+                    self._name,
+                    unreceived,
+                )
 
 
 def _first(messages: Iterable[str | None]) -> str | None:
