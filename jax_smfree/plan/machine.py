@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,28 @@ class PhaseCost:
 
     fixed_us: float
     efficiency: float
+
+    def __post_init__(self) -> None:
+        if not (_is_finite(self.fixed_us) and _is_finite(self.efficiency) and self.efficiency > 0):
+            raise ValueError(
+                f"PhaseCost: got {self}, expected microseconds and a positive part of the rate of "
+                "a copy."
+            )
+
+
+# What reading a file of another kind raises.
+_NOT_RESULTS = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    np.linalg.LinAlgError,
+)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 _H200 = {
@@ -59,7 +82,7 @@ class Machine:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "phases" and not value > 0:
+            if field.name != "phases" and not (_is_finite(value) and value > 0):
                 raise ValueError(
                     f"Machine: got {field.name}={value!r}, expected a positive rate, in units as "
                     "its name says."
@@ -84,8 +107,9 @@ class Machine:
             rates = {"network_gb_s": cls.network_gb_s} | measured | given
             rates["nvlink_gb_s"]  # not in runs of one GPU, nor where there was no nvcc
             shapes = list(results["shapes"].values())
-            phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
-        except (KeyError, TypeError) as error:
+            with np.errstate(all="raise"):
+                phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
+        except _NOT_RESULTS as error:
             raise ValueError(
                 f"Machine: got results without {error}, expected the JSON file of a complete run "
                 "of `python -m benchmarks.gpu operations`."
