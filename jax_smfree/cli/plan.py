@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -27,6 +27,14 @@ from jax_smfree.cli.options import (
     sizes,
 )
 from jax_smfree.plan import Machine, Prediction, Routing, sweep
+
+
+class Line(NamedTuple):
+    """What is shown of a prediction, in the table and in the picture; numbers by column."""
+
+    ranks: int
+    mode: str
+    numbers: dict[str, float]
 
 
 @click.command()
@@ -80,6 +88,7 @@ def plan(
         rated = _machine(machine, {name: rate for name, rate in rates.items() if rate is not None})
         sample = Routing(shape.experts, shape.top_k, _sample(routing))
         found = sweep(config, ranks or list(_powers_of_two(shape.experts)), rated, routing=sample)
+    lines = [_line(prediction) for prediction in found]
     if as_json:
         show.as_json(
             {
@@ -89,11 +98,11 @@ def plan(
             }
         )
     else:
-        _print(f"{shape} {dtype}, {ranks_per_node} ranks per node", found)
+        _print(f"{shape} {dtype}, {ranks_per_node} ranks per node", lines)
     if plot:
         from jax_smfree.cli import plan_plot
 
-        plan_plot.save(found, plot, f"{shape} {dtype}")
+        plan_plot.save(lines, plot, f"{shape} {dtype}")
         show.wrote(plot)
 
 
@@ -120,26 +129,32 @@ def _sample(path: Path | None) -> Any:
         return sample
 
 
-def _print(title: str, found: Sequence[Prediction]) -> None:
-    head = ["ranks", "mode", "buffers\nGiB", "NVLink\nMB", "network\nMB", "phases\nms"]
-    head += ["wire\nms", "forward\nms", "GFLOP", "MLP\nwidth"]
-    show.table(
-        title,
-        head,
-        (
-            (
-                str(p.ranks),
-                p.mode,
-                f"{p.buffer_bytes / 2**30:.1f}",
-                f"{p.nvlink_bytes / 1e6:.0f}",
-                f"{p.network_bytes / 1e6:.0f}",
-                f"{p.sm_us / 1e3:.2f}",
-                f"{p.wire_us / 1e3:.2f}",
-                f"{p.forward_us / 1e3:.2f}" if p.forward_us else "",
-                f"{p.hiding_gflop:.0f}",
-                f"{p.hiding_width:.0f}",
-            )
-            for p in found
-        ),
-        text=2,
+def _line(p: Prediction) -> Line:
+    return Line(
+        p.ranks,
+        p.mode,
+        {
+            "buffers GiB": p.buffer_bytes / 2**30,
+            "NVLink MB": p.nvlink_bytes / 1e6,
+            "network MB": p.network_bytes / 1e6,
+            "phases ms": p.sm_us / 1e3,
+            "wire ms": p.wire_us / 1e3,
+            "forward ms": p.forward_us / 1e3,
+            "GFLOP": p.hiding_gflop,
+            "MLP width": p.hiding_width,
+        },
     )
+
+
+def _print(title: str, lines: Sequence[Line]) -> None:
+    names = [name.replace(" ", "\n") for name in lines[0].numbers]
+    rows = (
+        [str(line.ranks), line.mode, *(_text(*number) for number in line.numbers.items())]
+        for line in lines
+    )
+    show.table(title, ["ranks", "mode", *names], rows, text=2)
+
+
+def _text(column: str, number: float) -> str:
+    digits = {"GiB": 1, "ms": 2}.get(column.split()[-1], 0)
+    return "" if column == "forward ms" and not number else f"{number:.{digits}f}"

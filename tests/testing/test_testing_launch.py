@@ -159,7 +159,25 @@ def test_command_line(tmp_path, monkeypatch, code, expected):
     assert len(list(tmp_path.iterdir())) == (expected != 0), "logs are kept when it failed"
 
 
-def test_command_line_says_what_is_wrong():
-    command = [sys.executable, "-m", "jax_smfree.testing.launch", "--processes=0", "x.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "got processes=0" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: -- PROGRAM"),
+        (("--processes=0", "x.py"), "got processes=0"),
+        (("--processes=two", "x.py"), "invalid int value: 'two'"),
+        (("--devices-per-process=0", "x.py"), "got devices_per_process=0"),
+        (("--platform=gpu", "x.py"), "invalid choice: 'gpu'"),
+        (("--platform=cuda", "--processes=64", "x.py"), "visible GPUs, expected 64"),
+        (("--timeout=nan", "x.py"), "got timeout_s=nan"),
+        (("--timeout=-1", "x.py"), "got timeout_s=-1.0"),
+        ((f"--log-dir={__file__}", "x.py"), "expected a directory"),
+        ((f"--log-dir={__file__}/logs", "x.py"), "Not a directory"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments, message, capsys):
+    from jax_smfree.testing.launch.__main__ import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
