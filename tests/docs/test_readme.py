@@ -29,4 +29,6 @@ def test_the_example_runs() -> None:
         sharding = {"in_specs": (names["specs"], P("ep")), "out_specs": P("ep")}
         step = jax.jit(jax.shard_map(others["model"], mesh=names["mesh"], **sharding))
         expected = step(names["layers"], names["x"])
-        np.testing.assert_array_equal(names["y"], expected)
+        # bfloat16: where compilers round otherwise, a row of the second layer may go elsewhere.
+        y, expected = (np.asarray(v, np.float32) for v in (names["y"], expected))
+        assert np.isclose(y, expected, rtol=0.02, atol=0.05).mean() > 0.999
