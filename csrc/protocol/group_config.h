@@ -15,6 +15,11 @@ constexpr int64_t ItemBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; 
 
 enum class Overflow : int32_t { kError = 0, kDrop = 1 };
 
+// Of a deadline. Poll counts milliseconds in 32 bits (24 days), steady clocks nanoseconds in 63;
+// this leaves room for what is added: the time now, and the grace of whoever waits for a relay.
+constexpr double kMaxTimeoutS = 1e6;
+constexpr bool IsTimeout(double seconds) { return seconds > 0 && seconds <= kMaxTimeoutS; }
+
 struct GroupConfig {
   int32_t num_ranks = 1;
   int32_t ranks_per_node = 0;  // 0 = all ranks form one node

@@ -2,8 +2,11 @@
 """How many bytes a GPU group takes, from the code that lays the buffers out."""
 
 from jax_smfree import _native
-from jax_smfree._src import nodes
+from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
+
+# Of a rank, in bytes: an exbibyte, beyond which the arithmetic of the layout would not hold.
+_MOST_BYTES = 2**60
 
 
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -14,10 +17,10 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     headers; in direct mode ``ranks`` in the place of ``nodes``; zero for a single node.
 
     Raises:
-      ValueError: for experts that do not divide over the ranks, or ranks that do not over the
-        nodes.
+      ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
+        over the nodes; for what is no config or no number of ranks.
     """
-    return _native.rdma_size_hint(_layout(config, num_ranks))
+    return _native.rdma_size_hint(_layout("rdma_size_hint", config, num_ranks))
 
 
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -25,22 +28,31 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
-    return _native.nvl_size_hint(_layout(config, num_ranks))
+    return _native.nvl_size_hint(_layout("nvl_size_hint", config, num_ranks))
 
 
 def buffer_bytes(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of all buffers."""
-    layout = _layout(config, num_ranks)
+    layout = _layout("buffer_bytes", config, num_ranks)
     return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
 
 
-def _layout(config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
+def _layout(where: str, config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
+    arguments.instance(where, "config", config, EpConfig)
+    num_ranks = arguments.integer(where, "num_ranks", num_ranks, most=arguments.MOST_RANKS)
     if config.num_experts % num_ranks:
         raise ValueError(
-            f"size hint: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
+            f"{where}: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
             "num_experts a multiple of num_ranks: each rank owns the same number."
         )
-    config = nodes.resolve("size hint", config, [[0] * num_ranks])
+    slots = config.top_k * 8 + config.hidden * config.dtype.itemsize
+    regions = num_ranks * config.num_lanes
+    if regions * (config.max_tokens * slots + config.num_experts * 4) > _MOST_BYTES // 64:
+        raise ValueError(
+            f"{where}: got {config} for {num_ranks} ranks, expected buffers of less than an "
+            "exbibyte. Lower max_tokens, hidden or num_lanes."
+        )
+    config = nodes.resolve(where, config, [[0] * num_ranks])
     assert config.ranks_per_node is not None
     return _native.LayoutConfig(
         num_ranks=num_ranks,

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_smfree._src import arguments
+
 PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
 
@@ -25,6 +27,10 @@ class PhaseCost:
     fixed_us: float
     efficiency: float
 
+    def __post_init__(self) -> None:
+        arguments.number("PhaseCost", "fixed_us", self.fixed_us)
+        arguments.positive("PhaseCost", "efficiency", self.efficiency)
+
 
 _H200 = {
     "dispatch_send": PhaseCost(21.5, 0.722),
@@ -32,6 +38,9 @@ _H200 = {
     "combine_send": PhaseCost(15.2, 0.812),
     "combine_recv": PhaseCost(8.3, 0.91),
 }
+
+
+_RATE = "a positive rate, in units as its name says"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +67,16 @@ class Machine:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "phases" and not value > 0:
-                raise ValueError(
-                    f"Machine: got {field.name}={value!r}, expected a positive rate, in units as "
-                    "its name says."
-                )
+            if field.name != "phases":
+                value = getattr(self, field.name)
+                arguments.positive("Machine", field.name, value, _RATE)
+        arguments.instance("Machine", "phases", self.phases, Mapping)  # type: ignore[type-abstract]
+        costs = [self.phases.get(name) for name in PHASES]
+        if not all(isinstance(cost, PhaseCost) for cost in costs):
+            raise TypeError(
+                f"Machine: got phases of {sorted(map(str, self.phases))}, expected a PhaseCost "
+                f"for each of {', '.join(PHASES)}."
+            )
 
     @classmethod
     def from_results(cls, results: Mapping[str, Any], **given: float) -> Machine:
@@ -72,8 +85,14 @@ class Machine:
         The costs of a phase are those with the least relative squares over the shapes.
 
         Raises:
-          ValueError: for another file, or one in which a rate is missing and not given.
+          ValueError, TypeError: for another file, or one in which a rate is missing and not given.
         """
+        names = {field.name for field in dataclasses.fields(cls)} - {"phases"}
+        if unknown := given.keys() - names:
+            raise TypeError(
+                f"Machine.from_results: got {', '.join(sorted(unknown))}, expected some of "
+                f"{', '.join(sorted(names))}."
+            )
         try:
             measured = {
                 "hbm_gb_s": results["copy_rate"]["gb_s"],
@@ -85,7 +104,7 @@ class Machine:
             rates["nvlink_gb_s"]  # not in runs of one GPU, nor where there was no nvcc
             shapes = list(results["shapes"].values())
             phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"Machine: got results without {error}, expected the JSON file of a complete run "
                 "of benchmarks/gpu.py."

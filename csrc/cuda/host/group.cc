@@ -43,6 +43,9 @@ Status CheckOptions(const GroupOptions& options, size_t devices) {
   } else if (options.top_k > kMaxTopK) {
     wrong = "top_k " + std::to_string(options.top_k) + ", expected at most " +
             std::to_string(kMaxTopK) + " on GPUs";
+  } else if (!IsTimeout(options.timeout_s)) {
+    wrong = "timeout_s is " + std::to_string(options.timeout_s) +
+            ", expected more than 0 and at most " + std::to_string(kMaxTimeoutS);
   } else if (const int32_t experts = options.num_experts / NodesOf(options).Regions(kWire);
              !CopyCode(options.max_tokens).Fits(experts)) {
     wrong = "max_tokens " + std::to_string(options.max_tokens) + " times experts per " +
