@@ -92,12 +92,20 @@ def instance(where: str, name: str, value: Any, kind: type[T], cure: str = "") -
     return value
 
 
+def function(where: str, name: str, value: Any) -> Any:
+    """What can be called."""
+    if not callable(value):
+        raise TypeError(f"{where}: got {shown(value)} as {name}, expected a function.")
+    return value
+
+
 def dtype(where: str, name: str, value: Any) -> np.dtype[Any]:
     """What names a type of array elements: ``jnp.bfloat16``, ``"float32"``, …"""
     cause = None
     if value is not None:  # which NumPy takes for float64
         try:
-            return np.dtype(value)
+            found: np.dtype[Any] = np.dtype(value)
+            return found
         except Exception as error:  # of several kinds
             cause = error
     raise TypeError(
@@ -135,7 +143,7 @@ def array(
 
 def _is_kind(given: Any, kind: Any) -> bool:
     if isinstance(kind, type) and issubclass(kind, np.generic) and kind in _KINDS:
-        return bool(jnp.issubdtype(given, kind))
+        return bool(jnp.issubdtype(given, kind) and not jnp.issubdtype(given, jnp.complexfloating))
     return bool(given == np.dtype(kind))
 
 
@@ -153,4 +161,8 @@ def _static(value: Any) -> str:
     return ""
 
 
-_KINDS: dict[Any, str] = {jnp.floating: "floating-point numbers", jnp.integer: "integers"}
+_KINDS: dict[Any, str] = {
+    jnp.floating: "floating-point numbers",
+    jnp.integer: "integers",
+    jnp.number: "integers or floating-point numbers",
+}

@@ -3,21 +3,28 @@
 
 from typing import Any, Literal
 
-from jax_smfree._src import api, reference
+from jax_smfree._src import api, arguments, reference
+from jax_smfree._src.token import Token
 
 Implementation = Literal["smfree", "reference"]
 
 
-def enter(implementation: Implementation, token: Any) -> tuple[Any, Any]:
+def enter(where: str, implementation: Implementation, token: Any) -> tuple[Any, Any]:
     """The module that has the operations, and the token to call them with.
 
-    The reference has tokens of its own, which know the group of the given one.
+    The reference has tokens of its own, which know the group of the given one. Of the library's,
+    its own operations say what is wrong with them.
     """
+    arguments.choice(where, "implementation", implementation, ("smfree", "reference"))
+    kinds = (Token,) if implementation == "smfree" else (Token, reference.Token)
+    if not isinstance(token, kinds):
+        raise TypeError(
+            f"{where}: got {arguments.shown(token)} as the token, expected a jax_smfree Token. "
+            "Start with group.token(), and pass on the token that the last operation returned."
+        )
     if implementation == "smfree":
         return api, token
-    if implementation == "reference":
-        return reference, reference.Token((), token.group)
-    raise ValueError(f"got implementation={implementation!r}, expected 'smfree' or 'reference'.")
+    return reference, reference.Token((), token.group)
 
 
 def leave(implementation: Implementation, given: Any, used: Any) -> Any:

@@ -100,7 +100,8 @@ def load_balancing_loss(probabilities: Array, load: Array) -> Array:
     share = load / jnp.maximum(jnp.sum(load), 1)
     rows, experts = probabilities.shape
     mean = jnp.sum(probabilities.astype(jnp.float32), axis=0) / max(rows, 1)
-    return experts * jnp.sum(share * mean)
+    loss: Array = experts * jnp.sum(share * mean)
+    return loss
 
 
 def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
@@ -122,6 +123,5 @@ def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
 
 def _load(where: str, load: Array, experts: int) -> Array:
     """Counts of rows, as float32: exact up to 2**24, and the shares of larger ones are too."""
-    kind = jnp.floating if jnp.issubdtype(getattr(load, "dtype", None), jnp.floating) else None
-    counts = arguments.array(where, "load", load, (experts,), kind or jnp.integer)
+    counts = arguments.array(where, "load", load, (experts,), jnp.number)
     return counts.astype(jnp.float32)
