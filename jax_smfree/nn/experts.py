@@ -48,7 +48,12 @@ def grouped_mlp(
 
 
 def check_swiglu(
-    where: str, name: str, params: SwigluParams, leading: tuple[int, ...], hidden: int, dtype: object
+    where: str,
+    name: str,
+    params: SwigluParams,
+    leading: tuple[int, ...],
+    hidden: int,
+    dtype: object,
 ) -> None:
     """``params`` are those of an MLP, or of several, of ``hidden`` and ``dtype``."""
     arguments.instance(where, name, params, SwigluParams, "Make it with nn.init_swiglu.")
