@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compute of the experts: a SwiGLU MLP, for one matrix or for groups of rows."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jax_smfree._src import arguments
@@ -39,7 +42,7 @@ def grouped_mlp(
     """
     name = "grouped_mlp"
     x = arguments.array(name, "x", x, ("N", "H"))
-    group_sizes = arguments.array(name, "group_sizes", group_sizes, ("E / R",), jax.numpy.integer)
+    group_sizes = arguments.array(name, "group_sizes", group_sizes, ("E / R",), jnp.integer)
     check_swiglu(name, "experts", experts, group_sizes.shape, x.shape[1], x.dtype)
     arguments.function(name, "grouped_matmul", grouped_matmul)
     gate = grouped_matmul(x, experts.gate, group_sizes)
@@ -53,7 +56,7 @@ def check_swiglu(
     params: SwigluParams,
     leading: tuple[int, ...],
     hidden: int,
-    dtype: object,
+    dtype: Any,
 ) -> None:
     """``params`` are those of an MLP, or of several, of ``hidden`` and ``dtype``."""
     arguments.instance(where, name, params, SwigluParams, "Make it with nn.init_swiglu.")

@@ -12,7 +12,7 @@ Implementation = Literal["smfree", "reference"]
 def enter(where: str, implementation: Implementation, token: Any) -> tuple[Any, Any]:
     """The module that has the operations, and the token to call them with.
 
-    The reference has tokens of its own, which know the group of the given one. Of the library's,
+    The reference has tokens of its own, which know what it needs of the given one's group. Of the library's,
     its own operations say what is wrong with them.
     """
     arguments.choice(where, "implementation", implementation, ("smfree", "reference"))
@@ -24,7 +24,8 @@ def enter(where: str, implementation: Implementation, token: Any) -> tuple[Any, 
         )
     if implementation == "smfree":
         return api, token
-    return reference, reference.Token((), token.group)
+    group = reference.Group(token.group.axis, token.group.config)
+    return reference, reference.Token((), group)
 
 
 def leave(implementation: Implementation, given: Any, used: Any) -> Any:

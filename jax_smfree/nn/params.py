@@ -136,8 +136,11 @@ def _float_dtype(where: str, value: DTypeLike) -> np.dtype[Any]:
 def _check_key(where: str, key: Array) -> None:
     """A key of ``jax.random.key``, or one of ``jax.random.PRNGKey``."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and shape == () or dtype == jnp.uint32 and len(shape or ()) == 1):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        is_key = shape == ()
+    else:
+        is_key = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not is_key:
         raise TypeError(
             f"{where}: got {arguments.shown(key)} as key, expected one PRNG key: "
             "jax.random.key(seed)."

@@ -118,7 +118,8 @@ def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
     else:
         step = jnp.float32(arguments.number(name, "rate", rate))
     direction = jnp.sign(jnp.mean(load) - load)
-    return bias + (step.astype(jnp.float32) * direction).astype(bias.dtype)
+    moved: Array = bias + (step.astype(jnp.float32) * direction).astype(bias.dtype)
+    return moved
 
 
 def _load(where: str, load: Array, experts: int) -> Array:

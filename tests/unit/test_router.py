@@ -63,7 +63,7 @@ def test_one_expert_per_row_teaches_the_router():
 
 @pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
 def test_a_bias_that_chooses_impossible_experts_makes_no_nan(top_k):
-    """Logits of thousands: all but one probability is zero in float32, the bias takes the others."""
+    """Logits of thousands: most probabilities are zero in float32, and the bias takes those."""
     bias = jnp.arange(EXPERTS) * 10.0
     x, router = operands()
     routes = nn.route(x * 1e4, router, top_k, balance_bias=bias)
