@@ -10,7 +10,8 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-import jax_smfree._src.autodiff  # noqa: F401  (registers the rules of the primitives)
+import jax_smfree._src.autodiff
+import jax_smfree._src.remat  # noqa: F401  (both register rules of the primitives)
 from jax_smfree._src import checks, compat, targets
 from jax_smfree._src import primitives as p
 from jax_smfree._src.group import EpGroup

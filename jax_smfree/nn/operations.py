@@ -12,8 +12,8 @@ Implementation = Literal["smfree", "reference"]
 def enter(where: str, implementation: Implementation, token: Any) -> tuple[Any, Any]:
     """The module that has the operations, and the token to call them with.
 
-    The reference has tokens of its own, which know what it needs of the given one's group. Of the library's,
-    its own operations say what is wrong with them.
+    The reference has tokens of its own, which know what it needs of the given one's group. What is
+    wrong with a token of the library its operations say.
     """
     arguments.choice(where, "implementation", implementation, ("smfree", "reference"))
     kinds = (Token,) if implementation == "smfree" else (Token, reference.Token)
