@@ -29,41 +29,43 @@ nb::capsule Handler(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 
 namespace {
 
+constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};  // by DType
+
+std::string NameOf(DType dtype) { return kDTypeNames[static_cast<int32_t>(dtype)]; }
+
 DType DTypeOf(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBF16;
-  if (name == "float16") return DType::kF16;
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    if (name == NameOf(dtype)) return dtype;
+  }
   throw std::invalid_argument("no such dtype: " + name);
 }
 
-GroupConfig MakeGroupConfig(int32_t num_ranks, int32_t ranks_per_node, bool hierarchical,
-                            int32_t num_experts, int32_t top_k, int64_t hidden, int64_t max_tokens,
-                            const std::string& dtype, int64_t recv_capacity,
-                            int32_t expert_alignment, int32_t num_lanes, bool drop_overflow,
-                            bool differentiable, double timeout_s) {
-  GroupConfig config;
-  config.num_ranks = num_ranks;
-  config.ranks_per_node = ranks_per_node;
-  config.hierarchical = hierarchical;
-  config.num_experts = num_experts;
-  config.top_k = top_k;
-  config.num_lanes = num_lanes;
-  config.expert_alignment = expert_alignment;
-  config.hidden = hidden;
-  config.max_tokens = max_tokens;
-  config.recv_capacity = recv_capacity;
-  config.dtype = DTypeOf(dtype);
-  config.overflow = drop_overflow ? Overflow::kDrop : Overflow::kError;
-  config.differentiable = differentiable;
-  config.timeout_s = timeout_s;
-  return config;
-}
-
-LayoutConfig MakeLayoutConfig(int32_t num_ranks, int32_t ranks_per_node, int32_t num_experts,
-                              int32_t top_k, int32_t num_lanes, int32_t itemsize, int64_t hidden,
-                              int64_t max_tokens, bool differentiable, bool hierarchical) {
-  return {num_ranks, ranks_per_node, num_experts, top_k,          num_lanes,
-          itemsize,  hidden,         max_tokens,  differentiable, hierarchical};
+void BindGroupConfig(nb::module_& m) {
+  nb::class_<GroupConfig>(m, "GroupConfig")
+      .def(nb::init<>())
+      .def_rw("num_ranks", &GroupConfig::num_ranks)
+      .def_rw("ranks_per_node", &GroupConfig::ranks_per_node)
+      .def_rw("hierarchical", &GroupConfig::hierarchical)
+      .def_rw("num_experts", &GroupConfig::num_experts)
+      .def_rw("top_k", &GroupConfig::top_k)
+      .def_rw("hidden", &GroupConfig::hidden)
+      .def_rw("max_tokens", &GroupConfig::max_tokens)
+      .def_prop_rw(
+          "dtype", [](const GroupConfig& config) { return NameOf(config.dtype); },
+          [](GroupConfig& config, const std::string& name) { config.dtype = DTypeOf(name); })
+      .def_rw("recv_capacity", &GroupConfig::recv_capacity)
+      .def_rw("expert_alignment", &GroupConfig::expert_alignment)
+      .def_rw("num_lanes", &GroupConfig::num_lanes)
+      .def_prop_rw(
+          "drop_overflow",
+          [](const GroupConfig& config) { return config.overflow == Overflow::kDrop; },
+          [](GroupConfig& config, bool drop) {
+            config.overflow = drop ? Overflow::kDrop : Overflow::kError;
+          })
+      .def_rw("differentiable", &GroupConfig::differentiable)
+      .def_rw("timeout_s", &GroupConfig::timeout_s)
+      .def_rw("sm_push_bytes", &GroupConfig::sm_push_bytes)
+      .def_rw("puts_on_device", &GroupConfig::puts_on_device);
 }
 
 }  // namespace
@@ -74,12 +76,7 @@ NB_MODULE(_native, m) {
   // The registry and JAX's caches outlive the interpreter's order of destruction.
   nb::set_leak_warnings(false);
 
-  nb::class_<GroupConfig>(m, "GroupConfig")
-      .def(nb::new_(&MakeGroupConfig), nb::kw_only(), nb::arg("num_ranks"),
-           nb::arg("ranks_per_node"), nb::arg("hierarchical"), nb::arg("num_experts"),
-           nb::arg("top_k"), nb::arg("hidden"), nb::arg("max_tokens"), nb::arg("dtype"),
-           nb::arg("recv_capacity"), nb::arg("expert_alignment"), nb::arg("num_lanes"),
-           nb::arg("drop_overflow"), nb::arg("differentiable"), nb::arg("timeout_s"));
+  BindGroupConfig(m);
   BindCpu(m);
   m.def("cpu_targets", &CpuTargets);
   m.def("cpu_types", &CpuTypes);
@@ -93,13 +90,8 @@ NB_MODULE(_native, m) {
   m.attr("MAX_TIMEOUT_S") = kMaxTimeoutS;
   m.def("register_call_site", &RegisterCallSite, nb::arg("call_site"), nb::arg("name"));
 
-  nb::class_<LayoutConfig>(m, "LayoutConfig")
-      .def(nb::new_(&MakeLayoutConfig), nb::kw_only(), nb::arg("num_ranks"),
-           nb::arg("ranks_per_node"), nb::arg("num_experts"), nb::arg("top_k"),
-           nb::arg("num_lanes"), nb::arg("itemsize"), nb::arg("hidden"), nb::arg("max_tokens"),
-           nb::arg("differentiable"), nb::arg("hierarchical"));
-  m.def("rdma_size_hint", &RdmaSizeHint, nb::arg("layout_config"));
-  m.def("nvl_size_hint", &NvlSizeHint, nb::arg("layout_config"));
+  m.def("rdma_size_hint", &RdmaSizeHint, nb::arg("config"));
+  m.def("nvl_size_hint", &NvlSizeHint, nb::arg("config"));
   m.def("max_recv_rows", &MaxRecvRows, nb::arg("num_ranks"), nb::arg("tokens"), nb::arg("top_k"),
         nb::arg("local_experts"), nb::arg("expert_alignment"));
 }

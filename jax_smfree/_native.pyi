@@ -4,24 +4,22 @@
 from typing import Any
 
 class GroupConfig:
-    def __init__(
-        self,
-        *,
-        num_ranks: int,
-        ranks_per_node: int,
-        hierarchical: bool,
-        num_experts: int,
-        top_k: int,
-        hidden: int,
-        max_tokens: int,
-        dtype: str,
-        recv_capacity: int,
-        expert_alignment: int,
-        num_lanes: int,
-        drop_overflow: bool,
-        differentiable: bool,
-        timeout_s: float,
-    ) -> None: ...
+    num_ranks: int
+    ranks_per_node: int
+    hierarchical: bool
+    num_experts: int
+    top_k: int
+    hidden: int
+    max_tokens: int
+    dtype: str
+    recv_capacity: int
+    expert_alignment: int
+    num_lanes: int
+    drop_overflow: bool
+    differentiable: bool
+    timeout_s: float
+    sm_push_bytes: int
+    puts_on_device: bool
 
 class CpuGroup:
     def __init__(
@@ -54,22 +52,22 @@ class CudaGroup:
     """Only where `has_cuda`."""
 
     def __init__(
-        self, *, group_id: int, config: GroupConfig, devices: list[int], sm_push_bytes: int
+        self, *, group_id: int, replica: int, config: GroupConfig, devices: list[int]
     ) -> None: ...
     @staticmethod
     def among_processes(
         *,
         group_id: int,
+        replica: int,
         config: GroupConfig,
         rank: int,
         device: int,
         process_of_rank: list[int],
         memory: NvshmemMemory,
-        sm_push_bytes: int,
-        puts_on_device: bool,
     ) -> CudaGroup: ...
     def close(self) -> None: ...
     def check(self) -> str | None: ...
+    def fault(self) -> str | None: ...
     def stats(self) -> dict[str, int]: ...
     def memory_report(self) -> dict[str, int]: ...
     def trace(self) -> list[dict[str, Any]]: ...
@@ -77,7 +75,7 @@ class CudaGroup:
     def end_wire_trace(self) -> list[dict[str, Any]]: ...
 
 class NvshmemMemory:
-    """Only where `has_cuda`, as all that follows up to `LayoutConfig`."""
+    """Only where `has_cuda`, as all that follows up to `has_cuda` itself."""
 
     @property
     def bytes(self) -> int: ...
@@ -95,31 +93,17 @@ def symmetric_bytes(config: GroupConfig) -> int: ...
 
 puts_on_device: bool
 
-class LayoutConfig:
-    def __init__(
-        self,
-        *,
-        num_ranks: int,
-        ranks_per_node: int,
-        num_experts: int,
-        top_k: int,
-        num_lanes: int,
-        itemsize: int,
-        hidden: int,
-        max_tokens: int,
-        differentiable: bool,
-        hierarchical: bool,
-    ) -> None: ...
-
 has_cuda: bool
 MAX_TIMEOUT_S: float
 
 def cpu_targets() -> dict[str, Any]: ...
 def cpu_types() -> dict[str, tuple[Any, Any]]: ...
 def cuda_targets() -> dict[str, Any]: ...
+def compilation_begins() -> None: ...
+def compilation_ends() -> None: ...
 def register_call_site(call_site: int, name: str) -> None: ...
-def rdma_size_hint(layout_config: LayoutConfig) -> int: ...
-def nvl_size_hint(layout_config: LayoutConfig) -> int: ...
+def rdma_size_hint(config: GroupConfig) -> int: ...
+def nvl_size_hint(config: GroupConfig) -> int: ...
 def max_recv_rows(
     num_ranks: int, tokens: int, top_k: int, local_experts: int, expert_alignment: int
 ) -> int: ...

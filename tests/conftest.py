@@ -7,6 +7,9 @@ import signal
 import pytest
 
 _MARKS = {"cpu_only": "cpu", "cuda_only": "cuda"}
+_UNORDERED = (
+    "calls that no data order need buffers from a pool, which a group on GPUs does not have yet"
+)
 
 
 def pytest_addoption(parser):
@@ -39,6 +42,7 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
     for mark, backend in _MARKS.items():
         config.addinivalue_line("markers", f"{mark}: the test is about the {backend} backend")
+    config.addinivalue_line("markers", f"unordered: not on GPUs: {_UNORDERED}")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -47,6 +51,8 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker(mark) and config.getoption("--backend") != backend:
                 reason = f"about the {backend} backend: --backend {backend}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("unordered") and config.getoption("--backend") == "cuda":
+            item.add_marker(pytest.mark.skip(reason=_UNORDERED))
 
 
 @pytest.fixture

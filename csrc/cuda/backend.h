@@ -3,19 +3,23 @@
 // The CUDA backend: an expert-parallel group whose ranks are GPUs, of one process or one in each of
 // several processes, and the phases that exchange rows between them. No XLA, no Python.
 //
-// Every phase only launches kernels on the given stream: no allocation, no host synchronisation, no
-// counter on the host, so that it can be captured into a CUDA graph and replayed. Results are
-// those of the CPU backend, bit for bit (but for the sums over `hidden` in dispatch_recv_weighted).
+// Every phase only launches kernels on the given stream: no allocation, no waiting for the device,
+// no counter on the host, so that it can be captured into a CUDA graph and replayed. (Outside of
+// graphs a recv waits on the host for the launches of its peers' sends, see launch_order.h.)
+// Results are those of the CPU backend, bit for bit (but for the sums over `hidden` in
+// dispatch_recv_weighted).
 //
-// Faults of a phase that runs on the device end in NaN outputs and in Group::Check; from then on
-// the phases return the fault.
+// Faults of a phase that runs on the device end in NaN outputs and in Group::Check. The phases of
+// later runs of programs return the fault (runs.h).
 #ifndef SMFREE_CSRC_CUDA_BACKEND_H_
 #define SMFREE_CSRC_CUDA_BACKEND_H_
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "csrc/protocol/arrays.h"
@@ -45,6 +49,7 @@ struct PhaseStats {
 };
 
 struct Stats {
+  bool faulted = false;  // some rank here takes no further part
   PhaseStats phases[kPhases];
   int64_t rows_dropped = 0;
   int64_t rows_relayed = 0;  // that relays sent on, in hierarchical mode
@@ -58,11 +63,13 @@ struct Memory {
   int64_t pinned_bytes = 0;  // host: descriptors and fault records
 };
 
+// The replica is the group's own number among those of its mesh.
+//
 // One phase of one rank as it ran: device time in ns (%globaltimer), from the begin of its first
 // block to the end of its last one, and the bytes it has to move at least. `number` counts the
 // lane's operations from 0, as errors do, and as the CPU backend does.
 struct PhaseRecord {
-  int32_t rank, lane;
+  int32_t replica, rank, lane;
   Side side;
   Phase phase;
   int64_t number, begin_ns, end_ns, bytes_read, bytes_written;
@@ -70,17 +77,9 @@ struct PhaseRecord {
 
 // One chunk as the copy engine moved it, on the clock of PhaseRecord.
 struct WireRecord {
-  int32_t rank, peer, lane;
+  int32_t replica, rank, peer, lane;
   Side side;
   int64_t number, begin_ns, end_ns, bytes;
-};
-
-struct GroupOptions : GroupConfig {
-  // Messages of operations that send up to so many bytes of rows per peer are stored to the peer by
-  // the pack kernel; larger ones go by copy engine.
-  int64_t sm_push_bytes = 0;
-  // Messages to other nodes are put by the GPU, not by the mover.
-  bool puts_on_device = false;
 };
 
 class NvshmemMemory;
@@ -93,40 +92,51 @@ int64_t SymmetricBytes(const GroupConfig& config);
 // The ranks of one group, one per device of this process.
 class Group {
  public:
+  // The group is `replica` among those of one id, which its mesh makes along other axes.
   // `devices[r]` is the CUDA ordinal of rank r. Allocates everything that the phases will need, and
   // loads all kernels.
-  static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, const GroupOptions& options,
+  static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, int32_t replica,
+                                                 const GroupConfig& config,
                                                  const std::vector<int32_t>& devices);
   // The same for the one rank of this process, on `device`; that of rank r is in process
-  // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(options) or more, and no
+  // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(config) or more, and no
   // group of any process uses it. No rank may send before all have come back from here.
   static StatusOr<std::shared_ptr<Group>> CreateAmongProcesses(
-      int64_t group_id, const GroupOptions& options, int32_t rank, int32_t device,
+      int64_t group_id, int32_t replica, const GroupConfig& config, int32_t rank, int32_t device,
       const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory);
   ~Group();  // closes
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
   // Lets what is under way end, for half a second; ends what waits then with an error; and gives
-  // all memory back. Idempotent.
-  void Close();
-  // The first fault of the group, which stays; or else an overflow since the last Check.
+  // all memory back. Returns some seconds later in any case, and says what has not ended: that goes
+  // on by itself, and its memory is given back when it ends. Idempotent.
+  Status Close();
+  // The first fault of the group, which stays, also when it is closed; or else an overflow since
+  // the last Check.
   Status Check();
-  Stats stats() const;
+  // The first fault only.
+  Status Fault() const;
+  // When the group is closed, what was counted by then.
+  StatusOr<Stats> stats() const;
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
-  std::vector<PhaseRecord> Trace() const;
+  StatusOr<std::vector<PhaseRecord>> Trace() const;
   // From now on the movers note the times of their copies, up to 1024 of each rank, which costs
   // them some microseconds per copy; until EndWireTrace, which waits for these copies and returns
   // them.
   Status StartWireTrace();
-  std::vector<WireRecord> EndWireTrace();
+  StatusOr<std::vector<WireRecord>> EndWireTrace();
 
  private:
   friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
-  explicit Group(std::unique_ptr<GroupState> state);
-  static std::shared_ptr<Group> Register(std::unique_ptr<GroupState> state);
-  std::unique_ptr<GroupState> state_;
+  explicit Group(std::shared_ptr<GroupState> state);
+  static StatusOr<std::shared_ptr<Group>> Make(std::shared_ptr<GroupState> state,
+                                               std::function<Status()> allocate);
+  static std::shared_ptr<Group> Register(std::shared_ptr<GroupState> state);
+  std::shared_ptr<Group> Unregister();
+  std::mutex close_mutex_;
+  const std::shared_ptr<GroupState> state_;  // with whoever waits for the devices
 };
 
 // The rank of that group on `device`, or nullptr. It lives while the group does: hold the pointer.
@@ -135,6 +145,7 @@ const GroupConfig& ConfigOf(const Rank& rank);
 
 // What every phase needs beside its arrays. All pointers are to device memory.
 struct Call {
+  int64_t run = 0;  // of the program: one number on all ranks of the process
   int32_t lane = 0;
   int32_t derivation = 0;
   uint32_t call_site = 0;

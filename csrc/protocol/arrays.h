@@ -49,7 +49,7 @@ struct DispatchRecvArrays {
   void* x = nullptr;               // out [N,H]
   float* weights = nullptr;        // out [N]
   int32_t* group_sizes = nullptr;  // out [El]
-  int32_t* num_dropped = nullptr;  // out []
+  int32_t* num_dropped = nullptr;  // out [1]
   int32_t* rows = nullptr;         // out [R,T,K]
   int32_t* recv_counts = nullptr;  // out [R]
   int32_t* relay = nullptr;        // out [M,T,Q]

@@ -48,15 +48,25 @@ std::string DescribeDerivation(int32_t derivation) {
   return text;
 }
 
+namespace {
+
+std::string DescribeCallAndLane(const Identity& identity) {
+  const Instance instance = identity.instance;
+  return CallSiteName(identity.call_site) +
+         (instance.program != 0 ? ", call " + std::to_string(instance.ordinal) + " of that line"
+                                : "") +
+         "; lane " + std::to_string(identity.lane) + ", " + DescribeDerivation(identity.derivation);
+}
+
+}  // namespace
+
 std::string DescribePlace(const Identity& identity) {
-  return CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) + ", " +
-         DescribeDerivation(identity.derivation) + ", number " + std::to_string(identity.number);
+  return DescribeCallAndLane(identity) + ", number " + std::to_string(identity.number);
 }
 
 std::string DescribeOperation(const Identity& identity) {
   return std::string(Name(identity.operation)) + " number " + std::to_string(identity.number) +
-         " (" + CallSiteName(identity.call_site) + "; lane " + std::to_string(identity.lane) +
-         ", " + DescribeDerivation(identity.derivation) + ")";
+         " (" + DescribeCallAndLane(identity) + ")";
 }
 
 std::string DescribeCall(const char* phase, int32_t rank, const Identity& identity) {

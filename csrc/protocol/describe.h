@@ -19,7 +19,8 @@ void RegisterCallSite(uint32_t call_site, std::string name);
 // "transpose" or "replay of transpose".
 std::string DescribeDerivation(int32_t derivation);
 
-// "model.py:31 in moe; lane 0, forward, number 12"
+// "model.py:31 in moe; lane 0, forward, number 12"; "model.py:31 in moe, call 2 of that line; …" where
+// the program has several that are alike.
 std::string DescribePlace(const Identity& identity);
 
 // "combine number 11 (model.py:35 in moe; lane 0, forward)"

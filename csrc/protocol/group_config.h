@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What all ranks of a group agree on before anything is sent.
+// What all ranks of a group agree on before anything is sent: EpConfig in C++. A field of it is
+// written down here and bound in ffi/module.cc, and nowhere else.
 #ifndef SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
 #define SMFREE_CSRC_PROTOCOL_GROUP_CONFIG_H_
 
 #include <cstdint>
 
-#include "csrc/protocol/layout.h"
+#include "csrc/protocol/nodes.h"
 
 namespace smfree {
 
@@ -35,14 +36,12 @@ struct GroupConfig {
   Overflow overflow = Overflow::kError;
   bool differentiable = true;
   double timeout_s = 60.0;
+  // GPUs only. Operations that send up to so many bytes of rows per peer are stored to the peer by
+  // the pack kernel; larger ones go by copy engine.
+  int64_t sm_push_bytes = 0;
+  // GPUs only. Messages to other nodes are put by the GPU, not by the mover.
+  bool puts_on_device = false;
 };
-
-// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
-constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
-  if (config.recv_capacity > 0) return config.recv_capacity;
-  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
-                     config.expert_alignment);
-}
 
 constexpr Nodes NodesOf(const GroupConfig& config) {
   return {config.num_ranks, config.ranks_per_node > 0 ? config.ranks_per_node : config.num_ranks,

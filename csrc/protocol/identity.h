@@ -17,45 +17,69 @@ constexpr const char* Name(Operation operation) {
   return operation == Operation::kDispatch ? "dispatch" : "combine";
 }
 
+// Which call of a compiled program an operation comes from, among those that are alike in group,
+// lane, derivation, call site and operation (a layer that is called twice). The same in all
+// processes; see csrc/cpu/exchange/compiled_calls.h. CPU only.
+struct Instance {
+  uint32_t ordinal = 0;
+  uint32_t program = 0;  // 0 if there is one such call only, else a hash of the program's calls
+};
+constexpr bool operator==(const Instance& a, const Instance& b) {
+  return a.ordinal == b.ordinal && a.program == b.program;
+}
+constexpr bool operator!=(const Instance& a, const Instance& b) { return !(a == b); }
+
 struct Identity {
-  int64_t run_id = 0;    // launch of the program: equal on all ranks and processes of the launch
-  int64_t number = 0;    // the operation's number on its lane, from the token
-  int64_t instance = 0;  // HLO instance of the send; process-local, so 0 if the group spans several
+  int64_t run_id = 0;     // launch of the program: equal on all ranks and processes of the launch
+  int64_t number = 0;     // the operation's number in its sequence, from the token
+  uint64_t sequence = 0;  // what one token is threaded through: named by where that token began
+  Instance instance;      // of the send
   int32_t lane = 0;
   int32_t derivation = 0;  // 0 = the program as written; base-4 digits, one appended per transform:
                            // 1 tangent, 2 transpose, 3 replay
   uint32_t call_site = 0;  // hash of the user's source line
   Operation operation = Operation::kDispatch;  // set by the phase itself
 };
-static_assert(std::is_trivially_copyable_v<Identity> && sizeof(Identity) == 40);
+static_assert(std::is_trivially_copyable_v<Identity> && sizeof(Identity) == 48);
 
-// One sequence of operations: within it a rank's messages to a peer arrive in the order of sending.
-struct StreamKey {
+constexpr Identity WithOperation(Identity identity, Operation operation) {
+  identity.operation = operation;
+  return identity;
+}
+
+// A place in a sequence of operations. A token is used once, so all ranks make one call there; only
+// a token that is kept and used again (by a custom_vjp that recomputes) has several calls of one
+// line at a place, which their instances tell apart. Messages of one place from one rank to
+// another arrive in the order of sending: a loop may come by again.
+struct Place {
   int64_t run_id;
+  uint64_t sequence;
+  int64_t number;
   int32_t lane;
   int32_t derivation;
 
-  explicit StreamKey(const Identity& identity)
-      : run_id(identity.run_id), lane(identity.lane), derivation(identity.derivation) {}
-  friend bool operator<(const StreamKey& a, const StreamKey& b) {
-    return std::tie(a.run_id, a.lane, a.derivation) < std::tie(b.run_id, b.lane, b.derivation);
+  explicit Place(const Identity& identity)
+      : run_id(identity.run_id),
+        sequence(identity.sequence),
+        number(identity.number),
+        lane(identity.lane),
+        derivation(identity.derivation) {}
+  friend bool operator<(const Place& a, const Place& b) {
+    const auto tied = [](const Place& p) {
+      return std::tie(p.run_id, p.sequence, p.number, p.lane, p.derivation);
+    };
+    return tied(a) < tied(b);
   }
 };
 
-// The same operation of the same stream. Both identities must be of one stream.
-constexpr bool SameOperation(const Identity& a, const Identity& b) {
-  return a.number == b.number && a.instance == b.instance && a.call_site == b.call_site &&
-         a.operation == b.operation;
+// The same line of the user's program.
+constexpr bool SameCall(const Identity& a, const Identity& b) {
+  return a.call_site == b.call_site && a.operation == b.operation;
 }
 
-// A stream that holds a replay (a rematerialised forward pass) has no order of its own: XLA CPU may
-// run the replays of several layers side by side. In all other streams one operation follows the
-// other, and a message out of turn is a fault.
-constexpr bool IsReplay(int32_t derivation) {
-  for (; derivation > 0; derivation /= 4) {
-    if (derivation % 4 == 3) return true;
-  }
-  return false;
+// The same operation of the same place. Both identities must be of one place, but for the number.
+constexpr bool SameOperation(const Identity& a, const Identity& b) {
+  return a.number == b.number && a.instance == b.instance && SameCall(a, b);
 }
 
 }  // namespace smfree

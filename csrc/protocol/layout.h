@@ -38,6 +38,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "csrc/protocol/group_config.h"
 #include "csrc/protocol/host_device.h"
 #include "csrc/protocol/lanes.h"
 #include "csrc/protocol/nodes.h"
@@ -81,21 +82,6 @@ struct MessageLayout {
         bytes(rows_offset + AlignUp(rows * row_bytes, kAlignment)) {}
 };
 
-// What the layout follows from; equal on all ranks. The caller has checked: everything positive,
-// num_experts a multiple of num_ranks, num_ranks a multiple of ranks_per_node.
-struct LayoutConfig {
-  int32_t num_ranks;
-  int32_t ranks_per_node;  // num_ranks: a single node
-  int32_t num_experts;
-  int32_t top_k;
-  int32_t num_lanes;
-  int32_t itemsize;      // bytes per element of a row
-  int64_t hidden;        // elements of a row
-  int64_t max_tokens;    // rows that a rank sends at most in one operation
-  bool differentiable;   // lanes have all three sides
-  bool hierarchical;
-};
-
 struct Layout {
   int64_t row_bytes;             // stride of a row in a message
   int64_t header_bytes;
@@ -107,9 +93,11 @@ struct Layout {
   int32_t num_nodes;
   int32_t top_k;
 
-  SMFREE_HD static constexpr Layout Make(const LayoutConfig& config) {
+  // The caller has checked the config: sizes are positive, num_experts is a multiple of num_ranks,
+  // num_ranks a multiple of ranks_per_node.
+  static constexpr Layout Make(const GroupConfig& config) {
     Layout layout{};
-    const Nodes nodes{config.num_ranks, config.ranks_per_node, config.hierarchical};
+    const Nodes nodes = NodesOf(config);
     layout.num_nodes = nodes.count();
     layout.top_k = config.top_k;
     layout.set_count = LaneCount(config.num_lanes, config.differentiable) * kParities;
@@ -119,7 +107,7 @@ struct Layout {
     // A wire message names the counts of all experts behind it: a rank's, or a node's.
     const int64_t experts_behind = config.num_experts / layout.peers[kWire];
     layout.header_bytes = kHeaderIdentityBytes + AlignUp(experts_behind * kCountBytes, kAlignment);
-    layout.row_bytes = AlignUp(config.hidden * config.itemsize, kRowAlignment);
+    layout.row_bytes = AlignUp(config.hidden * ItemBytes(config.dtype), kRowAlignment);
     const MessageLayout largest(config.max_tokens, config.top_k, config.top_k, layout.row_bytes);
     layout.region_bytes = layout.header_bytes + largest.bytes;
 
@@ -182,10 +170,10 @@ static_assert(sizeof(Layout) == 72 && alignof(Layout) == 8);
 static_assert(std::is_trivially_copyable_v<Layout>);
 
 // Bytes that a rank's group will take, by link, before it is made.
-SMFREE_HD constexpr int64_t RdmaSizeHint(const LayoutConfig& config) {
+constexpr int64_t RdmaSizeHint(const GroupConfig& config) {
   return Layout::Make(config).RdmaBytes();
 }
-SMFREE_HD constexpr int64_t NvlSizeHint(const LayoutConfig& config) {
+constexpr int64_t NvlSizeHint(const GroupConfig& config) {
   return Layout::Make(config).NvlBytes();
 }
 
@@ -198,6 +186,13 @@ SMFREE_HD constexpr int64_t MaxRecvRows(int32_t num_ranks, int64_t tokens, int32
       num_ranks * tokens * static_cast<int64_t>(top_k < local_experts ? top_k : local_experts);
   const int64_t groups = copies < local_experts ? copies : local_experts;  // that are not empty
   return AlignUp(copies + groups * (expert_alignment - 1), expert_alignment);
+}
+
+// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
+constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
+  if (config.recv_capacity > 0) return config.recv_capacity;
+  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
+                     config.expert_alignment);
 }
 
 }  // namespace smfree

@@ -10,39 +10,45 @@
 #include <cstdint>
 
 #include "csrc/protocol/host_device.h"
+#include "csrc/protocol/identity.h"
 
 namespace smfree {
 
 struct Token {
-  static constexpr int64_t kSize = 6;
-  static constexpr int64_t kLimit = int64_t{1} << 48;
+  static constexpr int64_t kSize = 9;
+  static constexpr int64_t kExact = int64_t{1} << 24;  // float32 holds all integers up to this
+  static constexpr int64_t kLimit = kExact * kExact;
 
-  float magic = 0;       // 1; 0: a fresh token, or a cotangent that nothing was added to
-  int64_t number = 0;    // in flight: the operation's; ready: CPU, the next one; GPU, the last one
-  int64_t run_id = 0;    // in flight, CPU: of the program that ran the send
-  int64_t instance = 0;  // in flight, CPU: HLO instance of the send
+  float magic = 0;        // 1; 0: a fresh token, or a cotangent that nothing was added to
+  int64_t number = 0;     // in flight: the operation's; ready: CPU, the next one; GPU, the last one
+  int64_t run_id = 0;     // in flight, CPU: of the program that ran the send
+  Instance instance;      // in flight, CPU: of the send
+  uint64_t sequence = 0;  // CPU; 0: of the next send
 
   SMFREE_HD static Token Read(const float* array) {
-    return Token{array[0], Join(array + 1), Join(array + 3), static_cast<int64_t>(array[5])};
+    return Token{array[0], Join(array + 1), Join(array + 3),
+                 Instance{static_cast<uint32_t>(array[5]), static_cast<uint32_t>(array[6])},
+                 static_cast<uint64_t>(Join(array + 7))};
   }
   SMFREE_HD void Write(float* array) const {
     array[0] = magic;
     Split(number, array + 1);
     Split(run_id, array + 3);
-    array[5] = static_cast<float>(instance);
+    array[5] = static_cast<float>(instance.ordinal);
+    array[6] = static_cast<float>(instance.program);
+    Split(static_cast<int64_t>(sequence), array + 7);
   }
 
   SMFREE_HD bool zero() const { return magic == 0.0f; }
   SMFREE_HD bool used_once() const { return magic == 0.0f || magic == 1.0f; }
 
  private:
-  static constexpr int64_t kHalf = int64_t{1} << 24;
   SMFREE_HD static int64_t Join(const float* halves) {
-    return static_cast<int64_t>(halves[0]) * kHalf + static_cast<int64_t>(halves[1]);
+    return static_cast<int64_t>(halves[0]) * kExact + static_cast<int64_t>(halves[1]);
   }
   SMFREE_HD static void Split(int64_t value, float* halves) {
-    halves[0] = static_cast<float>(value / kHalf);
-    halves[1] = static_cast<float>(value % kHalf);
+    halves[0] = static_cast<float>(value / kExact);
+    halves[1] = static_cast<float>(value % kExact);
   }
 };
 

@@ -16,7 +16,7 @@
 namespace smfree::wire {
 
 constexpr uint32_t kMagic = 0x46724d53;  // "SMrF"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 // Describes a message: whose it is, and what its MessageLayout (layout.h) follows from.
 struct MessageHeader {
@@ -49,14 +49,12 @@ struct HelloPacket {
   uint32_t magic;
   uint32_t version;
   int32_t process;
-  int64_t group_id;
+  int64_t group_id;  // follows from mesh, axis and configuration: equal ids, equal configurations
   int32_t replica;
   int32_t cookie_bytes;
   char cookie[kMaxCookieBytes];
-  // The group's configuration, which must be the same everywhere.
-  int32_t num_ranks, ranks_per_node, hierarchical, num_experts, top_k, num_lanes;
-  int32_t expert_alignment, dtype, overflow, num_local;
-  int64_t hidden, max_tokens, recv_capacity;
+  int32_t num_local;
+  int32_t unused;
 };
 
 struct SegmentPacket {
@@ -88,7 +86,7 @@ struct GoodbyePacket {
   PacketKind kind;
 };
 
-static_assert(sizeof(MessageHeader) == 80 && sizeof(MessagePacket) == 104);
+static_assert(sizeof(MessageHeader) == 88 && sizeof(MessagePacket) == 112);
 static_assert(std::is_trivially_copyable_v<HelloPacket> &&
               std::is_trivially_copyable_v<MessagePacket>);
 

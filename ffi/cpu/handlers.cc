@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CPU handlers.
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -10,6 +9,8 @@
 #include <utility>
 
 #include "csrc/cpu/backend.h"
+#include "csrc/cpu/exchange/compiled_calls.h"
+#include "csrc/protocol/describe.h"
 #include "csrc/protocol/token.h"
 #include "ffi/combine_recv.h"
 #include "ffi/combine_send.h"
@@ -20,19 +21,48 @@
 namespace smfree {
 namespace {
 
-// One object per custom call in a compiled program, shared by the devices of the process. It tells
-// two calls apart that are alike in everything else (a jitted layer that is called twice).
-struct SendInstance {
+// The state of a custom call that makes an operation or a token.
+struct CallState {
   static inline ffi::TypeId id = {};
   static const ffi::TypeInfo info;
-  int64_t number;
+  cpu::CompiledCall call;
 };
-const ffi::TypeInfo SendInstance::info = ffi::MakeTypeInfo<SendInstance>();
+const ffi::TypeInfo CallState::info = ffi::MakeTypeInfo<CallState>();
 
-ffi::ErrorOr<std::unique_ptr<SendInstance>> NewSendInstance() {
-  static std::atomic<int64_t> count{0};
-  // The token carries it as a float32.
-  return std::make_unique<SendInstance>(SendInstance{++count % (int64_t{1} << 24)});
+// The stage of a handler at which XLA creates the call.
+template <cpu::CallAttributes::Makes makes>
+ffi::ErrorOr<std::unique_ptr<CallState>> NewCall(Attributes attributes) {
+  return std::unique_ptr<CallState>(new CallState{cpu::CompiledCall(
+      {attributes.group, static_cast<int32_t>(attributes.lane),
+       static_cast<int32_t>(attributes.derivation), static_cast<uint32_t>(attributes.call_site),
+       makes})});
+}
+
+int64_t Number(ffi::RunId run_id) { return run_id.run_id % Token::kLimit; }
+
+// A token that begins a sequence, which is named by this call of the program.
+nb::dict BeginningTokens() {
+  constexpr auto begin = [](CallState* state, ffi::RunId run_id, TokenArg, TokenRet token_out,
+                            Attributes) {
+    Token token;
+    token.magic = 1;
+    token.sequence = state->call.Sequence(Number(run_id));
+    token.Write(token_out->typed_data());
+    return ffi::Error::Success();
+  };
+  constexpr auto new_call = NewCall<cpu::CallAttributes::Makes::kToken>;
+  XLA_FFI_DEFINE_HANDLER(instantiate, new_call, ffi::Ffi::BindInstantiate().Attrs<Attributes>());
+  XLA_FFI_DEFINE_HANDLER(execute, begin,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::State<CallState>>()
+                             .Ctx<ffi::RunId>()
+                             .Arg<TokenArg>()
+                             .Ret<TokenArg>()
+                             .Attrs<Attributes>());
+  nb::dict stages;
+  stages["instantiate"] = Handler(instantiate);
+  stages["execute"] = Handler(execute);
+  return stages;
 }
 
 // An operation of an open group: `token` is the one that came in.
@@ -51,41 +81,48 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
   begun.group = cpu::FindGroup(attributes.group, replica);
   if (begun.group == nullptr) return NoSuchGroup();
   begun.token = Token::Read(token.typed_data());
-  if (!begun.token.used_once()) return Status(FaultKind::kTwoInFlight, kTokenUsedTwice);
-  Status status = CheckRows(begun.group->config(), operands.rows);
-  if (!status.ok()) return status;
   begun.call.rank = rank;
   begun.call.tokens = operands.tokens;
   begun.call.identity.lane = static_cast<int32_t>(attributes.lane);
   begun.call.identity.derivation = static_cast<int32_t>(attributes.derivation);
   begun.call.identity.call_site = static_cast<uint32_t>(attributes.call_site);
   begun.call.identity.number = begun.token.number;
+  begun.call.identity.sequence = begun.token.sequence;
+  if (!begun.token.used_once()) {
+    return Status(FaultKind::kTwoInFlight,
+                  DescribePlace(begun.call.identity) + ": " + kTokenUsedTwice);
+  }
+  const Status status = CheckRows(begun.group->config(), operands.rows);
+  if (!status.ok()) return status;
   return begun;
 }
 
 // The handler, by stage, that runs the send `phase` on the arrays of `operands_of`.
-template <auto phase, auto operands_of>
+template <cpu::CallAttributes::Makes makes, auto phase, auto operands_of>
 nb::dict Sending() {
-  constexpr auto send = [](SendInstance* instance, ffi::RunId run_id, TokenArg token,
+  constexpr auto send = [](CallState* state, ffi::RunId run_id, TokenArg token,
                            PositionArg position, TokenRet token_out, Attributes attributes,
                            auto... buffers) {
     const auto operands = operands_of(buffers...);
     auto begun = Begin(token, position, attributes, operands);
     if (!begun.ok()) return ToError(begun.status());
-    auto& [group, call, _] = begun.value();
-    call.identity.run_id = run_id.run_id % Token::kLimit;
-    call.identity.instance = instance->number;
+    auto& [group, call, incoming] = begun.value();
+    Identity& identity = call.identity;
+    identity.run_id = Number(run_id);
+    identity.instance = state->call.instance();
+    if (identity.sequence == 0) identity.sequence = state->call.Sequence(identity.run_id);
     const Status status = phase(*group, call, operands.arrays);
     if (status.ok()) {  // the token is in flight
-      Token{1.0f, call.identity.number, call.identity.run_id, call.identity.instance}.Write(
+      Token{1.0f, identity.number, identity.run_id, identity.instance, identity.sequence}.Write(
           token_out->typed_data());
     }
     return ToError(status);
   };
-  XLA_FFI_DEFINE_HANDLER(new_instance, NewSendInstance, ffi::Ffi::BindInstantiate());
+  constexpr auto new_call = NewCall<makes>;
+  XLA_FFI_DEFINE_HANDLER(instantiate, new_call, ffi::Ffi::BindInstantiate().Attrs<Attributes>());
   XLA_FFI_DEFINE_HANDLER(handler, send,
                          BindOperands(ffi::Ffi::Bind()
-                                          .Ctx<ffi::State<SendInstance>>()
+                                          .Ctx<ffi::State<CallState>>()
                                           .Ctx<ffi::RunId>()
                                           .Arg<TokenArg>()
                                           .Arg<PositionArg>()
@@ -93,7 +130,7 @@ nb::dict Sending() {
                                           .Attrs<Attributes>(),
                                       operands_of));
   nb::dict stages;
-  stages["instantiate"] = Handler(new_instance);
+  stages["instantiate"] = Handler(instantiate);
   stages["execute"] = Handler(handler);
   return stages;
 }
@@ -135,7 +172,8 @@ nb::capsule Receiving() {
     auto& [group, call, incoming] = begun.value();
     call.identity.run_id = incoming.run_id;
     call.identity.instance = incoming.instance;
-    Token{1.0f, (incoming.number + 1) % Token::kLimit, 0, 0}.Write(token_out->typed_data());
+    Token{1.0f, (incoming.number + 1) % Token::kLimit, 0, {}, incoming.sequence}.Write(
+        token_out->typed_data());
     // A cotangent for which nothing was sent is zero; only cotangents take a known routing.
     constexpr bool kMayBeZero = !std::is_same_v<decltype(operands.arrays), DispatchRecvArrays>;
     if (kMayBeZero && incoming.zero()) {
@@ -158,13 +196,17 @@ nb::capsule Receiving() {
 }  // namespace
 
 nb::dict CpuTargets() {
+  using Makes = cpu::CallAttributes::Makes;
   nb::dict targets;
-  targets["smfree_dispatch_send"] = Sending<cpu::DispatchSend, DispatchSendOperands>();
+  targets["smfree_token"] = BeginningTokens();
+  targets["smfree_dispatch_send"] =
+      Sending<Makes::kDispatch, cpu::DispatchSend, DispatchSendOperands>();
   targets["smfree_dispatch_send_cached"] =
-      Sending<cpu::DispatchSendCached, DispatchSendCachedOperands>();
-  targets["smfree_combine_send"] = Sending<cpu::CombineSend, CombineSendOperands>();
+      Sending<Makes::kDispatch, cpu::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_combine_send"] =
+      Sending<Makes::kCombine, cpu::CombineSend, CombineSendOperands>();
   targets["smfree_combine_send_weighted"] =
-      Sending<cpu::CombineSend, CombineSendWeightedOperands>();
+      Sending<Makes::kCombine, cpu::CombineSend, CombineSendWeightedOperands>();
   targets["smfree_dispatch_recv"] = Receiving<cpu::DispatchRecv, DispatchRecvOperands>();
   targets["smfree_dispatch_recv_cached"] =
       Receiving<cpu::DispatchRecvCached, DispatchRecvCachedOperands>();
@@ -176,8 +218,7 @@ nb::dict CpuTargets() {
 
 nb::dict CpuTypes() {
   nb::dict types;
-  types["SmfreeSendInstance"] =
-      nb::make_tuple(nb::capsule(&SendInstance::id), nb::capsule(&SendInstance::info));
+  types["SmfreeCall"] = nb::make_tuple(nb::capsule(&CallState::id), nb::capsule(&CallState::info));
   return types;
 }
 

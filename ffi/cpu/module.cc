@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "csrc/cpu/backend.h"
+#include "csrc/cpu/exchange/compiled_calls.h"
 
 namespace smfree {
 namespace {
@@ -65,6 +66,8 @@ Counters MemoryOf(const Group& group) {
 }  // namespace
 
 void BindCpu(nb::module_& m) {
+  m.def("compilation_begins", &cpu::CompilationBegins);
+  m.def("compilation_ends", &cpu::CompilationEnds);
   nb::class_<Group>(m, "CpuGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),
            nb::arg("config"), nb::arg("process_of_rank"), nb::arg("process"), nb::arg("secret"))

@@ -16,8 +16,8 @@ namespace {
 // The handler that runs `phase` on the arrays of `operands_of`. It only launches kernels, the same
 // ones each time: XLA may capture them into a CUDA graph and replay it.
 template <auto phase, auto operands_of>
-nb::capsule Launching() {
-  constexpr auto launch = [](cudaStream_t stream, int32_t device, TokenArg token,
+nb::capsule HandlerOf() {
+  constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
                              auto... buffers) {
     const auto operands = operands_of(buffers...);
@@ -27,6 +27,7 @@ nb::capsule Launching() {
       return ToError(status);
     }
     cuda::Call call;
+    call.run = run.run_id;
     call.lane = static_cast<int32_t>(attributes.lane);
     call.derivation = static_cast<int32_t>(attributes.derivation);
     call.call_site = static_cast<uint32_t>(attributes.call_site);
@@ -40,6 +41,7 @@ nb::capsule Launching() {
                          BindOperands(ffi::Ffi::Bind()
                                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                           .Ctx<ffi::DeviceOrdinal>()
+                                          .Ctx<ffi::RunId>()
                                           .Arg<TokenArg>()
                                           .Arg<PositionArg>()
                                           .Ret<TokenArg>()
@@ -53,18 +55,18 @@ nb::capsule Launching() {
 
 nb::dict CudaTargets() {
   nb::dict targets;
-  targets["smfree_dispatch_send"] = Launching<cuda::DispatchSend, DispatchSendOperands>();
+  targets["smfree_dispatch_send"] = HandlerOf<cuda::DispatchSend, DispatchSendOperands>();
   targets["smfree_dispatch_send_cached"] =
-      Launching<cuda::DispatchSendCached, DispatchSendCachedOperands>();
-  targets["smfree_dispatch_recv"] = Launching<cuda::DispatchRecv, DispatchRecvOperands>();
+      HandlerOf<cuda::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_dispatch_recv"] = HandlerOf<cuda::DispatchRecv, DispatchRecvOperands>();
   targets["smfree_dispatch_recv_cached"] =
-      Launching<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
+      HandlerOf<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
   targets["smfree_dispatch_recv_weighted"] =
-      Launching<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
-  targets["smfree_combine_send"] = Launching<cuda::CombineSend, CombineSendOperands>();
+      HandlerOf<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
+  targets["smfree_combine_send"] = HandlerOf<cuda::CombineSend, CombineSendOperands>();
   targets["smfree_combine_send_weighted"] =
-      Launching<cuda::CombineSend, CombineSendWeightedOperands>();
-  targets["smfree_combine_recv"] = Launching<cuda::CombineRecv, CombineRecvOperands>();
+      HandlerOf<cuda::CombineSend, CombineSendWeightedOperands>();
+  targets["smfree_combine_recv"] = HandlerOf<cuda::CombineRecv, CombineRecvOperands>();
   return targets;
 }
 

@@ -27,21 +27,21 @@ using cuda::Group;
 using cuda::Nvshmem;
 using cuda::NvshmemMemory;
 
-std::shared_ptr<Group> NewGroup(int64_t group_id, const GroupConfig& config,
-                                const std::vector<int32_t>& devices, int64_t sm_push_bytes) {
-  auto group = Group::Create(group_id, {config, sm_push_bytes}, devices);
+std::shared_ptr<Group> NewGroup(int64_t group_id, int32_t replica, const GroupConfig& config,
+                                const std::vector<int32_t>& devices) {
+  const nb::gil_scoped_release release;
+  auto group = Group::Create(group_id, replica, config, devices);
   ThrowIfFailed(group.status());
   return group.value();
 }
 
-std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, const GroupConfig& config,
-                                              int32_t rank, int32_t device,
+std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, int32_t replica,
+                                              const GroupConfig& config, int32_t rank,
+                                              int32_t device,
                                               const std::vector<int32_t>& process_of_rank,
-                                              std::shared_ptr<NvshmemMemory> memory,
-                                              int64_t sm_push_bytes, bool puts_on_device) {
-  auto group =
-      Group::CreateAmongProcesses(group_id, {config, sm_push_bytes, puts_on_device}, rank, device,
-                                  process_of_rank, std::move(memory));
+                                              std::shared_ptr<NvshmemMemory> memory) {
+  auto group = Group::CreateAmongProcesses(group_id, replica, config, rank, device,
+                                           process_of_rank, std::move(memory));
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -79,8 +79,30 @@ std::string BusIdOf(int32_t device) {
   return id.value();
 }
 
+// What `call()` returns, or an error. Others may run Python while it waits.
+template <typename Call>
+auto ValueOf(const Call& call) {
+  const nb::gil_scoped_release release;
+  auto result = call();
+  ThrowIfFailed(result.status());
+  return std::move(result.value());
+}
+
+void Close(Group& group) {
+  Status left;
+  {
+    const nb::gil_scoped_release release;
+    left = group.Close();
+  }
+  if (left.ok()) return;
+  const std::string text = "EpGroup.close: " + left.message();
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), /*stack_level=*/1) < 0) {
+    throw nb::python_error();
+  }
+}
+
 Counters StatsOf(const Group& group) {
-  const cuda::Stats stats = group.stats();
+  const cuda::Stats stats = ValueOf([&] { return group.stats(); });
   const auto internode_bytes = [&](Operation operation) {
     return stats.internode_bytes[static_cast<int32_t>(operation)];
   };
@@ -111,8 +133,9 @@ Counters MemoryOf(const Group& group) {
 
 nb::list TraceOf(const Group& group) {
   nb::list trace;
-  for (const cuda::PhaseRecord& record : group.Trace()) {
+  for (const cuda::PhaseRecord& record : ValueOf([&] { return group.Trace(); })) {
     nb::dict entry;
+    entry["replica"] = record.replica;
     entry["rank"] = record.rank;
     entry["lane"] = record.lane;
     entry["mirrored"] = record.side == Side::kMirrored;
@@ -130,8 +153,9 @@ nb::list TraceOf(const Group& group) {
 
 nb::list EndWireTrace(Group& group) {
   nb::list trace;
-  for (const cuda::WireRecord& record : group.EndWireTrace()) {
+  for (const cuda::WireRecord& record : ValueOf([&] { return group.EndWireTrace(); })) {
     nb::dict entry;
+    entry["replica"] = record.replica;
     entry["rank"] = record.rank;
     entry["peer"] = record.peer;
     entry["lane"] = record.lane;
@@ -162,19 +186,22 @@ void BindCuda(nb::module_& m) {
   m.def("sees_gpu", &cuda::IsVisible, nb::arg("bus_id"));
   m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
-      .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("config"),
-           nb::arg("devices"), nb::arg("sm_push_bytes"))
+      .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),
+           nb::arg("config"), nb::arg("devices"))
       .def_static("among_processes", &NewGroupAmongProcesses, nb::kw_only(), nb::arg("group_id"),
-                  nb::arg("config"), nb::arg("rank"), nb::arg("device"),
-                  nb::arg("process_of_rank"), nb::arg("memory"), nb::arg("sm_push_bytes"),
-                  nb::arg("puts_on_device"),
+                  nb::arg("replica"), nb::arg("config"), nb::arg("rank"), nb::arg("device"),
+                  nb::arg("process_of_rank"), nb::arg("memory"),
                   nb::call_guard<nb::gil_scoped_release>())
-      .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
-      .def("check", [](Group& group) { return FaultOf(group.Check()); })
+      .def("close", &Close)
+      .def("check", [](Group& group) { return FaultOf(group.Check()); },
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("fault", [](const Group& group) { return FaultOf(group.Fault()); },
+           nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &StatsOf)
       .def("memory_report", &MemoryOf)
       .def("trace", &TraceOf)
-      .def("start_wire_trace", [](Group& group) { ThrowIfFailed(group.StartWireTrace()); })
+      .def("start_wire_trace", [](Group& group) { ThrowIfFailed(group.StartWireTrace()); },
+           nb::call_guard<nb::gil_scoped_release>())
       .def("end_wire_trace", &EndWireTrace);
 }
 

@@ -22,18 +22,22 @@ class _Default(enum.Enum):
     FROM_DISPATCH = enum.auto()
 
 
-def _call(token: Token, site: str, num_tokens: int, *, carries_slots: bool) -> p.Call:
-    return p.Call(token.group, token.lane, site, num_tokens, carries_slots)
+def _call(
+    token: Token, site: str, num_tokens: int, *, carries_slots: bool, varying: frozenset[str]
+) -> p.Call:
+    return p.Call(token.group, token.lane, site, num_tokens, carries_slots, varying)
 
 
-def _position(group: EpGroup) -> jax.Array:
-    replica = jnp.int32(0)
-    for axis in group.mesh_axes:
-        if axis != group.axis:
-            size = group.mesh.shape[axis]
-            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
-    rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
-    return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
+def _token_array(token: Token) -> jax.Array:
+    """Varying over all axes: replicas may run different branches of a ``cond``."""
+    array: jax.Array = compat.varying(token.array, token.group.mesh_axes)
+    return array
+
+
+def _axes_of(array: jax.Array, group: EpGroup, operands: Any) -> frozenset[str]:
+    """The axes that rows sent from ``operands`` vary over; the token's ``array`` does over all."""
+    given = (compat.varying_axes(v) for v in jax.tree.leaves(operands))
+    return compat.varying_axes(array) & frozenset({group.axis}).union(*given)
 
 
 def dispatch_send(
@@ -46,15 +50,16 @@ def dispatch_send(
     float32, ``None`` means ones. A row goes once to each rank, whatever the number of its experts
     there.
 
-    Sharding: inside ``jax.shard_map``, manual over all axes of the group's mesh. Values that do not
-    vary over these axes are taken as varying.
+    Sharding: inside ``jax.shard_map`` over the group's mesh, manual over all of its axes. What
+    comes out of an operation varies over the axes of what went in and the group's, and no others.
 
     Differentiation: gradients reach ``x`` and ``topk_weights``. In the backward pass this is the
     recv phase of a combine.
 
     Raises:
       ValueError, TypeError: while tracing, for a token that is in flight, wrong shapes or dtypes,
-        a closed group, a call outside of ``shard_map``.
+        a closed group, a call outside of ``shard_map``, a ``shard_map`` over another mesh than the
+        group's. Other devices than the group's are refused when the program is lowered.
       SmfreeError: at run time, for an index outside of [-1, num_experts), the same expert twice in
         a row, a rank that runs another program, a missed deadline.
 
@@ -72,11 +77,12 @@ def dispatch_send(
         name, "topk_weights", topk_weights, shape, jnp.float32, "[T, top_k] = "
     )
     site = targets.call_site()
+    array, operands = _token_array(token), (x, topk_idx, topk_weights)
+    axes = _axes_of(array, group, operands)
     array, places, send_counts = p.dispatch_send_p.bind(
-        token.array,
-        _position(group),
-        *(compat.varying(v, group.mesh_axes) for v in (x, topk_idx, topk_weights)),
-        call=_call(token, site, x.shape[0], carries_slots=True),
+        array,
+        *(compat.varying(v, axes) for v in operands),
+        call=_call(token, site, x.shape[0], carries_slots=True, varying=axes),
     )
     state = InFlight("dispatch", site, x.shape[0])
     return Token(array, (places, send_counts), group, token.lane, state)
@@ -95,14 +101,15 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
       ``d.x`` and ``d.weights`` with NaN and raises in ``group.check()``.
     """
     group = checks.check_token("dispatch_recv", token, "dispatch")
+    checks.check_not_received("dispatch_recv", token)
     assert token.state is not None
+    tokens, (places, send_counts) = token.state.num_tokens, token.routing
+    axes = compat.varying_axes(places)
     array, x, weights, group_sizes, num_dropped, rows, recv_counts, relay = p.dispatch_recv_p.bind(
-        token.array,
-        _position(group),
-        call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=True),
+        _token_array(token),
+        call=_call(token, token.state.call_site, tokens, carries_slots=True, varying=axes),
     )
-    places, send_counts = token.routing
-    handle = Handle(places, send_counts, rows, recv_counts, relay, token.state.num_tokens)
+    handle = Handle(places, send_counts, rows, recv_counts, relay, tokens, group)
     d = DispatchResult(x, group_sizes, weights, num_dropped, handle)
     return d, Token(array, (), group, token.lane, None)
 
@@ -132,25 +139,22 @@ def combine_send(
     n = d.x.shape[0]
     shape = (n, group.config.hidden)
     y = checks.check_array(name, "y", y, shape, group.config.dtype, "[N, hidden], as d.x, ")
-    handle = d.handle
-    routing = (handle.rows, handle.recv_counts, handle.relay)
-    site = targets.call_site()
-    call = _call(token, site, handle.num_tokens, carries_slots=False)
-    position = _position(group)
     if isinstance(weights, _Default):
         weights = d.weights
     if weights is None:
-        none = compat.varying(jnp.zeros((0,), jnp.float32), group.mesh_axes)
-        y = compat.varying(y, group.mesh_axes)
-        (array,) = p.combine_send_p.bind(token.array, position, y, none, *routing, call=call)
+        send, weights = p.combine_send_p, jnp.zeros((0,), jnp.float32)
     else:
+        send = p.combine_send_weighted_p
         weights = checks.check_array(name, "weights", weights, (n,), jnp.float32, "[N] = ")
-        operands = [compat.varying(v, group.mesh_axes) for v in (y, weights)]
-        (array,) = p.combine_send_weighted_p.bind(
-            token.array, position, *operands, *routing, call=call
-        )
-    state = InFlight("combine", site, handle.num_tokens)
-    return Token(array, (handle.places, handle.send_counts), group, token.lane, state)
+    array, handle, site = _token_array(token), d.handle, targets.call_site()
+    axes = _axes_of(array, group, (y, weights, handle))
+    y, weights, *routing = (
+        compat.varying(v, axes) for v in (y, weights, handle.rows, handle.recv_counts, handle.relay)
+    )
+    call = _call(token, site, handle.num_tokens, carries_slots=False, varying=axes)
+    (array,) = send.bind(array, y, weights, *routing, call=call)
+    of_recv = tuple(compat.varying(v, axes) for v in (handle.places, handle.send_counts))
+    return Token(array, of_recv, group, token.lane, InFlight("combine", site, handle.num_tokens))
 
 
 def combine_recv(token: Token) -> tuple[jax.Array, Token]:
@@ -165,12 +169,14 @@ def combine_recv(token: Token) -> tuple[jax.Array, Token]:
     Raises: as `dispatch_send`.
     """
     group = checks.check_token("combine_recv", token, "combine")
+    checks.check_not_received("combine_recv", token)
     assert token.state is not None
+    site, tokens = token.state.call_site, token.state.num_tokens
+    axes = compat.varying_axes(token.routing[0])
     array, out, _ = p.combine_recv_p.bind(
-        token.array,
-        _position(group),
+        _token_array(token),
         *token.routing,
-        call=_call(token, token.state.call_site, token.state.num_tokens, carries_slots=False),
+        call=_call(token, site, tokens, carries_slots=False, varying=axes),
     )
     return out, Token(array, (), group, token.lane, None)
 

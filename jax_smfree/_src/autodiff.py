@@ -16,6 +16,7 @@ compute that the forward communication overlapped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,31 +79,27 @@ def _differentiable(primitive: Primitive, tangent: Any) -> None:
 def _linear(primitive: Primitive, num_linear: int, transpose_of: Primitive) -> None:
     """Tangent and transpose of a primitive that is linear in the token and some of its operands.
 
-    Operands are (token, position, *linear, *routing), results (token, *linear). The transpose takes
-    (token, position, *cotangents of the results, *routing) and returns the token's cotangent and
-    the others in order. Without slots a half has an operand of width 0 in their place.
+    Operands are (token, *linear, *routing), results (token, *linear). The transpose takes (token,
+    *cotangents of the results, *routing) and returns the token's cotangent and the others in
+    order. Without slots a half has an operand of width 0 in their place.
     """
 
     def tangent(
         out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
     ) -> Any:
-        linear = [0, *range(2, 2 + num_linear)]
-        if all(_is_zero(tangents[i]) for i in linear):
+        linear, routing = tangents[: 1 + num_linear], primals[1 + num_linear :]
+        if all(_is_zero(t) for t in linear):
             return _zeros_of(out)
-        operands = list(primals)
-        for i in linear:
-            operands[i] = ad.instantiate_zeros(tangents[i])
+        operands = [*map(ad.instantiate_zeros, linear), *routing]
         return primitive.bind(*operands, call=_tangent_call(call))
 
     def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
         if all(_is_zero(c) for c in cotangents):
             return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
         token, *values = [ad.instantiate_zeros(c) for c in cotangents]
-        position, routing = operands[1], operands[2 + num_linear :]
-        token, *values = transpose_of.bind(
-            token, position, *values, *routing, call=call.derived(TRANSPOSE)
-        )
-        bars = [token, None, *values, *[None] * len(routing)]
+        routing = operands[1 + num_linear :]
+        token, *values = transpose_of.bind(token, *values, *routing, call=call.derived(TRANSPOSE))
+        bars = [token, *values, *[None] * len(routing)]
         return [
             b if ad.is_undefined_primal(o) else None for b, o in zip(bars, operands, strict=True)
         ]
@@ -123,13 +120,12 @@ _linear(combine_send_p, 2, dispatch_recv_cached_p)
 def _dispatch_send_tangent(
     out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> Any:
-    token, _, x, _, weights = tangents
+    token, x, _, weights = tangents
     if all(_is_zero(t) for t in (token, x, weights)):
         return _zeros_of(out)
     _, places, send_counts = out
     (token_dot,) = dispatch_send_cached_p.bind(
         ad.instantiate_zeros(token),
-        primals[1],
         ad.instantiate_zeros(x),
         ad.instantiate_zeros(weights),
         places,
@@ -145,9 +141,7 @@ def _dispatch_recv_tangent(
     if _is_zero(tangents[0]):
         return _zeros_of(out)
     routing = out[5:]
-    tangents_out = dispatch_recv_cached_p.bind(
-        tangents[0], primals[1], *routing, call=_tangent_call(call)
-    )
+    tangents_out = dispatch_recv_cached_p.bind(tangents[0], *routing, call=_tangent_call(call))
     return [*tangents_out, *_zeros_of(out[3:])]
 
 
@@ -162,26 +156,20 @@ def _weigh(y: Any, weights: Any) -> Any:
     return (y.astype(jnp.float32) * weights[:, None]).astype(y.dtype)
 
 
-def _no_values(token: Any) -> Any:
-    return compat.varying(jnp.zeros((0,), jnp.float32), compat.varying_axes(token))
-
-
 def _combine_tangent(
-    token: Any, position: Any, y_dot: Any, weights_dot: Any, y: Any, weights: Any, *routing: Any,
-    call: Call,
+    token: Any, y_dot: Any, weights_dot: Any, y: Any, weights: Any, *routing: Any, call: Call
 ) -> Any:  # fmt: skip
     """Sends the tangent of ``weights * y``, in operations that differentiate themselves."""
     product = (
         y_dot.astype(jnp.float32) * weights[:, None] + y.astype(jnp.float32) * weights_dot[:, None]
     ).astype(y.dtype)
-    return combine_send_p.bind(token, position, product, _no_values(token), *routing, call=call)
+    no_values = compat.varying(jnp.zeros((0,), jnp.float32), call.varying)
+    return combine_send_p.bind(token, product, no_values, *routing, call=call)
 
 
-def _recv_weighted(
-    token: Any, position: Any, y: Any, weights: Any, *routing: Any, call: Call
-) -> Any:
+def _recv_weighted(token: Any, y: Any, weights: Any, *routing: Any, call: Call) -> Any:
     """The meaning of dispatch_recv_weighted, in operations that differentiate themselves."""
-    token, received, _ = dispatch_recv_cached_p.bind(token, position, *routing, call=call)
+    token, received, _ = dispatch_recv_cached_p.bind(token, *routing, call=call)
     values = jnp.sum(y.astype(jnp.float32) * received.astype(jnp.float32), axis=1)
     return [token, _weigh(received, weights), values]
 
@@ -196,29 +184,29 @@ mlir.register_lowering(combine_tangent_p, mlir.lower_fun(_combine_tangent, multi
 def _combine_send_weighted_tangent(
     out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> Any:
-    token, _, y_dot, weights_dot, *_ = tangents
+    token, y_dot, weights_dot, *_ = tangents
     if all(_is_zero(t) for t in (token, y_dot, weights_dot)):
         return _zeros_of(out)
-    _, position, y, weights, *routing = primals
+    _, y, weights, *routing = primals
     dots = [ad.instantiate_zeros(t) for t in (y_dot, weights_dot)]
     return combine_tangent_p.bind(
-        ad.instantiate_zeros(token), position, *dots, y, weights, *routing,
+        ad.instantiate_zeros(token), *dots, y, weights, *routing,
         call=_tangent_call(call),
     )  # fmt: skip
 
 
 def _combine_tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
-    token, position, y_dot, weights_dot, y, weights, *routing = operands
+    token, y_dot, weights_dot, y, weights, *routing = operands
     (token_bar,) = cotangents
     linear = (token, y_dot, weights_dot)
     if _is_zero(token_bar):
         bars = [ad.Zero(v.aval) if ad.is_undefined_primal(v) else None for v in linear]
     else:
         bars = dispatch_recv_weighted_p.bind(
-            token_bar, position, y, weights, *routing, call=call.derived(TRANSPOSE)
+            token_bar, y, weights, *routing, call=call.derived(TRANSPOSE)
         )
         bars = [b if ad.is_undefined_primal(v) else None for b, v in zip(bars, linear, strict=True)]
-    return [bars[0], None, bars[1], bars[2], None, None, *[None] * len(routing)]
+    return [*bars, None, None, *[None] * len(routing)]
 
 
 def _differentiable_by(meaning: Any, primitive: Primitive) -> None:
@@ -269,15 +257,32 @@ compat.set_dce_rule(tie_p, _tie_dce)
 # ---- vmap ----------------------------------------------------------------------------------------
 
 
-def _refuse_vmap(primitive: Primitive) -> Any:
-    def batch(*_: Any, **params: Any) -> Any:
-        raise NotImplementedError(
-            f"jax_smfree: {primitive} cannot be vmapped: the number of messages would depend on "
-            "the batch. Reshape the batch into the rows, x[B, T, H] to x[B * T, H], or loop over "
-            "it with jax.lax.scan and the token in the carry."
-        )
+def batch_of_one(primitive: Primitive) -> Any:
+    """A batch of one entry per rank is that entry: ``jax.vmap(..., spmd_axis_name=...)``."""
 
-    return batch
+    def rule(
+        axes: frozenset[str], operands: Sequence[Any], dims: Sequence[int | None], *,
+        call: Call, **params: Any,
+    ) -> Any:  # fmt: skip
+        size = max(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
+        if size != 1:
+            raise NotImplementedError(
+                f"jax_smfree: the operation at {call.call_site} is vmapped over a batch of {size} "
+                "entries per rank, expected 1: the number of messages would depend on the batch. "
+                "Reshape the batch into the rows, x[B, T, H] to x[B * T, H]; or loop over it with "
+                "jax.lax.scan and the token in the carry; or split it over an axis of the mesh, "
+                "one entry per shard: jax.vmap(jax.shard_map(...), spmd_axis_name=axis)."
+            )
+        entries = [
+            o if d is None else jax.lax.squeeze(o, [d]) for o, d in zip(operands, dims, strict=True)
+        ]
+        if call.varying:  # under check_vma=True
+            entries = [compat.varying_too(entry, axes) for entry in entries]
+            call = dataclasses.replace(call, varying=call.varying | axes)
+        out = primitive.bind(*entries, call=call, **params)
+        return [jax.lax.expand_dims(o, [0]) for o in out], [0] * len(out)
+
+    return rule
 
 
 DATA_PRIMITIVES = (
@@ -292,4 +297,4 @@ DATA_PRIMITIVES = (
     combine_recv_p,
 )
 for _primitive in DATA_PRIMITIVES:
-    batching.primitive_batchers[_primitive] = _refuse_vmap(_primitive)
+    compat.set_batch_rule(_primitive, batch_of_one(_primitive))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
 
-Both functions are generators, so that what was made is known, and can be closed, when one fails.
+Both functions put what they make onto a stack, which closes it when a later step fails.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import jax
@@ -19,15 +19,31 @@ from jax_smfree import _native
 from jax_smfree._src import bootstrap, compat, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.native_config import native_config
 
 NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
-# The default of EpConfig.sm_push_bytes: see docs/performance.md.
-SM_PUSH_BYTES = 2 << 20
-
 _met: collections.Counter[str] = collections.Counter()
+
+
+def platform(mesh: Mesh) -> str:
+    """``"cpu"`` or ``"CUDA"``, as `targets.register` has them.
+
+    Raises:
+      ValueError: for devices without a backend.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "cpu"
+    if compat.is_nvidia(device):
+        return "CUDA"
+    raise ValueError(
+        f"EpGroup.create: got a mesh of {device.device_kind} (platform {device.platform!r}), "
+        "expected GPUs of NVIDIA, or CPU devices: jax_smfree has no backend for others. A mesh "
+        "of CPU devices runs anywhere: Mesh(jax.devices('cpu'), ...)."
+    )
 
 
 def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
@@ -63,30 +79,9 @@ def _hosts(devices: list[jax.Device], processes: list[int], timeout_s: float) ->
     return bootstrap.exchange(key, mine, processes, jax.process_index(), timeout_s)
 
 
-def _native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
-    """The part of the config that every backend is told."""
-    assert config.ranks_per_node is not None  # nodes.resolve
-    return _native.GroupConfig(
-        num_ranks=num_ranks,
-        ranks_per_node=config.ranks_per_node,
-        hierarchical=config.mode == "hierarchical",
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        max_tokens=config.max_tokens,
-        dtype=config.dtype.name,
-        recv_capacity=config.recv_capacity or 0,
-        expert_alignment=config.expert_alignment,
-        num_lanes=config.num_lanes,
-        drop_overflow=config.overflow == "drop",
-        differentiable=config.differentiable,
-        timeout_s=config.timeout_s,
-    )
-
-
 def cuda_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> list[NativeGroup]:
     """On the GPUs of one process; or on one GPU of every process, collective over them."""
     if not _native.has_cuda:
         raise SmfreeError(
@@ -98,27 +93,30 @@ def cuda_groups(
     here = [device for device in mesh.devices.flat if device.process_index == me]
     try:
         if len(here) == mesh.size:
-            yield from _cuda_groups_here(group_id, mesh, axis, config)
-        else:
-            yield _cuda_group_among_processes(group_id, mesh, axis, config, fingerprint)
+            return _cuda_groups_here(made, group_id, mesh, axis, config)
+        return [_cuda_group_among_processes(made, group_id, mesh, axis, config, fingerprint)]
     except RuntimeError as error:
         raise SmfreeError(f"EpGroup.create: {error}") from error
 
 
 def _cuda_groups_here(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig
-) -> Iterator[NativeGroup]:
-    for devices in _replicas(mesh, axis):
-        yield _native.CudaGroup(
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig
+) -> list[NativeGroup]:
+    groups: list[NativeGroup] = []
+    for replica, devices in enumerate(_replicas(mesh, axis)):
+        group = _native.CudaGroup(
             group_id=group_id,
-            config=_native_config(config, len(devices)),
+            replica=replica,
+            config=native_config(config, len(devices)),
             devices=[device.local_hardware_id for device in devices],
-            sm_push_bytes=_sm_push_bytes(config),
         )
+        made.callback(group.close)
+        groups.append(group)
+    return groups
 
 
 def _cuda_group_among_processes(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
 ) -> NativeGroup:
     me, world = jax.process_index(), list(range(jax.process_count()))
     processes = sorted(device.process_index for device in mesh.devices.flat)
@@ -130,35 +128,36 @@ def _cuda_group_among_processes(
             "another goes onto further axes of the mesh."
         )
     (mine,) = (device for device in mesh.devices.flat if device.process_index == me)
-    (devices,) = (devices for devices in _replicas(mesh, axis) if mine in devices)
+    ((replica, devices),) = (
+        (replica, devices)
+        for replica, devices in enumerate(_replicas(mesh, axis))
+        if mine in devices
+    )
     key = _meeting_place(list(mesh.devices.flat))
     _agree(key, fingerprint, world, me, config.timeout_s)
-    native_config = _native_config(config, len(devices))
+    native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
     group = _native.CudaGroup.among_processes(
         group_id=group_id,
-        config=native_config,
+        replica=replica,
+        config=native,
         rank=devices.index(mine),
         device=mine.local_hardware_id,
         process_of_rank=[device.process_index for device in devices],
-        memory=nvshmem.memory(_native.symmetric_bytes(native_config), mine, key, config.timeout_s),
-        sm_push_bytes=_sm_push_bytes(config),
-        puts_on_device=config.puts == "device",
+        memory=nvshmem.memory(_native.symmetric_bytes(native), mine, key, config.timeout_s),
     )
+    made.callback(group.close)
     # All memory is zero before anybody sends.
     bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)
     return group
 
 
-def _sm_push_bytes(config: EpConfig) -> int:
-    return SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes
-
-
 def cpu_groups(
-    group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
-) -> Iterator[NativeGroup]:
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+) -> list[NativeGroup]:
     """On CPU devices of this host; collective over their processes."""
     me = jax.process_index()
+    groups: list[NativeGroup] = []
     for replica, devices in enumerate(_replicas(mesh, axis)):
         process_of_rank = [device.process_index for device in devices]
         if me not in process_of_rank:
@@ -171,18 +170,20 @@ def cpu_groups(
         group = _native.CpuGroup(
             group_id=group_id,
             replica=replica,
-            config=_native_config(config, len(devices)),
+            config=native_config(config, len(devices)),
             process_of_rank=[processes.index(p) for p in process_of_rank],
             process=processes.index(me),
             secret=secret,
         )
-        yield group
+        made.callback(group.close)
+        groups.append(group)
         if len(processes) > 1:
             group.connect(
                 bootstrap.exchange(
                     f"{key}/address", group.address(), processes, me, config.timeout_s
                 )
             )
+    return groups
 
 
 def _meeting_place(devices: list[jax.Device]) -> str:

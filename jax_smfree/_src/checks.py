@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import get_opaque_trace_state
+from jax.sharding import Mesh
 
 from jax_smfree._src import compat
 from jax_smfree._src.token import DispatchResult, Token
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
+    from jax_smfree._src.primitives import Call
+
+# In which trace a token was received. One function may be traced twice, and each branch of a
+# ``cond`` may receive a token from outside of it.
+_received_in: weakref.WeakKeyDictionary[Token, Any] = weakref.WeakKeyDictionary()
 
 
 def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
@@ -36,14 +45,36 @@ def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
             "received yet)."
         )
     check_open(name, token.group)
-    check_manual(name, token.group)
-    if token.array.ndim != 1 or token.array.shape != (token.group.token_size,):
+    check_mesh(name, token.group)
+    _check_token_arrays(name, token)
+    return token.group
+
+
+def _check_token_arrays(name: str, token: Token) -> None:
+    if token.array.shape != (token.group.token_size,):
         raise ValueError(
             f"{name}: got a token of shape {token.array.shape}, expected "
             f"({token.group.token_size},) per rank. A token that crosses a shard_map boundary "
-            "needs group.token_spec as its spec; a token cannot be vmapped or stacked."
+            "needs group.token_spec as its spec; tokens cannot be stacked."
         )
-    return token.group
+    for array, dtype in [(token.array, jnp.float32), *((r, jnp.int32) for r in token.routing)]:
+        if array.dtype != dtype:
+            raise TypeError(
+                f"{name}: got a token with an array of {array.dtype} that was of "
+                f"{jnp.dtype(dtype).name}: it was cast, but holds no values that could be. Leave "
+                "tokens out where a jax.tree.map casts parameters or activations."
+            )
+
+
+def check_not_received(name: str, token: Token) -> None:
+    """``token`` was not received before, as far as one can see while tracing; now it is."""
+    trace = get_opaque_trace_state()
+    if _received_in.get(token) == trace:
+        raise ValueError(
+            f"{name}: got a token {token.state}, which was received already; an operation is "
+            "received once. Go on with the token that the first recv returned."
+        )
+    _received_in[token] = trace
 
 
 def check_open(name: str, group: EpGroup) -> None:
@@ -55,9 +86,17 @@ def check_open(name: str, group: EpGroup) -> None:
         )
 
 
-def check_manual(name: str, group: EpGroup) -> None:
-    """The call stands in a ``shard_map`` that is manual over all of the group's mesh."""
-    manual = compat.manual_axes()
+def check_mesh(name: str, group: EpGroup) -> None:
+    """The call stands in a ``shard_map`` over the group's mesh, manual over all of its axes."""
+    manual, got, expected = compat.manual_axes(), compat.mesh_shape(), dict(group.mesh.shape)
+    if manual and got != expected:
+        further = [axis for axis in got if axis not in expected]
+        raise ValueError(
+            f"{name}: got a shard_map over a mesh of {got}, expected the mesh of the group, "
+            f"{expected}{f': rows must not cross the copies along {further}' if further else ''}. "
+            "Make the group on the mesh of the shard_map, EpGroup.create(mesh, ...): each "
+            "coordinate of the further axes then is a group of its own."
+        )
     missing = [a for a in group.mesh_axes if a not in manual]
     if missing:
         where = f"a shard_map over {sorted(manual)}" if manual else "no shard_map"
@@ -65,6 +104,25 @@ def check_manual(name: str, group: EpGroup) -> None:
             f"{name}: got {where}, expected one with the mesh axes {missing} manual. Call it "
             f"inside jax.shard_map(..., mesh=mesh) over all axes {list(group.mesh_axes)} of the "
             "group's mesh."
+        )
+
+
+def check_devices(call: Call, mesh: Mesh | None) -> None:
+    """The devices that ``call`` is compiled for are the group's, each at its place.
+
+    Which ones they are is known when a program is lowered, and not while it is traced.
+    """
+    if mesh is None:
+        return
+    axes, group = call.group.mesh_axes, call.group
+    order = [mesh.axis_names.index(axis) for axis in axes]
+    got, expected = np.transpose(mesh.devices, order), group.mesh.devices
+    if (got != expected).any():
+        raise ValueError(
+            f"jax_smfree: the operation at {call.call_site} is compiled for the devices "
+            f"{[d.id for d in got.flat]} along the axes {list(axes)}, expected those of its group "
+            f"in their order, {[d.id for d in expected.flat]}. Make the group on the mesh that the "
+            "shard_map is over."
         )
 
 
@@ -111,12 +169,44 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
             f"{name}: got a {type(d).__name__} as d, expected the DispatchResult that "
             "dispatch_recv returned."
         )
-    tokens = d.handle.num_tokens
-    expected = ((group.num_ranks, tokens, group.config.top_k), group.relay_shape(tokens))
-    got = (d.handle.rows.shape, d.handle.relay.shape)
-    if got != expected:
+    handle = d.handle
+    if handle.group is not group:
+        differences = _differences(handle.group, group)
         raise ValueError(
-            f"{name}: got a handle of shapes {got} (rows, relay), expected {expected}: it belongs "
-            "to another group."
+            f"{name}: got a d of another group than the token's: {differences}. What a group "
+            "dispatched it also combines: pass a token of the group of d."
         )
+    tokens, ranks, top_k = handle.num_tokens, group.num_ranks, group.config.top_k
+    rows = group.config.num_recv_rows(tokens, ranks)
+    if d.x.shape[:1] != (rows,):
+        raise ValueError(
+            f"{name}: got a d with d.x{list(d.x.shape)}, expected the {rows} rows that "
+            "dispatch_recv returned: the handle knows each by its place. To leave some out, set "
+            "their weights to zero."
+        )
+    for field, shape in {
+        "places": (tokens, min(top_k, ranks)),
+        "send_counts": (ranks,),
+        "rows": (ranks, tokens, top_k),
+        "recv_counts": (ranks,),
+        "relay": group.relay_shape(tokens),
+    }.items():
+        value = getattr(handle, field)
+        if (value.shape, value.dtype) != (shape, jnp.int32):
+            raise ValueError(
+                f"{name}: got d.handle.{field} of {value.dtype}{list(value.shape)}, expected "
+                f"int32{list(shape)}, as dispatch_recv returned it. Leave handles out where a "
+                "jax.tree.map casts or slices."
+            )
     return d
+
+
+def _differences(got: EpGroup, expected: EpGroup) -> str:
+    """In what two groups differ, in the words of `EpGroup.create`."""
+
+    def made_of(group: EpGroup) -> dict[str, Any]:
+        return {"axis": group.axis, "mesh": dict(group.mesh.shape), **vars(group.config)}
+
+    here, there = made_of(expected), made_of(got)
+    differ = [f"{n}={there[n]!r} instead of {here[n]!r}" for n in here if here[n] != there[n]]
+    return ", ".join(differ) or "one made by another EpGroup.create with the same sizes"

@@ -2,15 +2,17 @@
 """All that differs between JAX versions or is not public. No other file touches ``jax._src``."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax._src import dispatch, distributed
+import jax.monitoring
+from jax._src import core, dispatch, distributed
 from jax._src.interpreters import partial_eval as pe
 from jax._src.interpreters import remat
 from jax.extend.core import Primitive
-from jax.sharding import PartitionSpec
+from jax.interpreters import batching
+from jax.sharding import Mesh, PartitionSpec
 
 ShapedArray = jax.core.ShapedArray
 
@@ -20,26 +22,72 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def aval_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
-    """An abstract value with the mesh and the varying axes of ``like``."""
+def mesh_shape() -> dict[str, int]:
+    """Axes and sizes of the mesh around the call, in a ``jax.shard_map`` of all of its mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def lowering_mesh(ctx: Any) -> Mesh | None:
+    """The mesh of devices that a primitive is lowered for, where the ``jax.shard_map`` knows it."""
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def is_nvidia(device: Any) -> bool:
+    """Whether ``device`` is a GPU of NVIDIA; JAX says ``"gpu"`` of others too."""
+    version = device.client.platform_version.lower()  # without "cuda" where one only compiles
+    return device.platform == "gpu" and ("cuda" in version or "nvidia" in version)
+
+
+def aval_like(like: Any, shape: Sequence[int], dtype: Any, axes: frozenset[str]) -> Any:
+    """An abstract value on the mesh of ``like`` that varies over the manual ``axes``."""
     sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-    return like.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
+    varying = type(like.mat)(varying=axes)
+    return like.update(
+        shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding,
+        manual_axis_type=varying,
+    )  # fmt: skip
 
 
-def varying_axes(value: Any) -> tuple[str, ...]:
+def varying_axes(value: Any) -> frozenset[str]:
     """The manual axes that ``value`` varies over; always none under ``check_vma=False``."""
-    return tuple(jax.typeof(value).mat.varying)
+    return frozenset(jax.typeof(value).mat.varying)
 
 
-def varying(value: Any, axes: tuple[str, ...]) -> Any:
-    """``value``, marked as varying over the manual ``axes`` (matters under ``check_vma=True``)."""
-    missing = tuple(a for a in axes if a not in varying_axes(value))
+def varying(value: Any, axes: Iterable[str]) -> Any:
+    """``value``, marked as varying over the manual ``axes`` (matters under ``check_vma=True``).
+
+    Inside of ``jax.vmap(..., spmd_axis_name=axis)`` types do not tell whether a value varies over
+    that axis; there a batching rule marks it, `varying_too`.
+    """
+    return varying_too(value, frozenset(axes) - core.get_axis_env().spmd_axis_names)
+
+
+def varying_too(value: Any, axes: frozenset[str]) -> Any:
+    """`varying`, of all ``axes``."""
+    # In one order in all processes: the transpose is a psum over them.
+    missing = tuple(sorted(axes - varying_axes(value)))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def impl(primitive: Primitive) -> None:
     """Lets ``primitive`` run eagerly, by compiling it alone."""
     primitive.def_impl(functools.partial(dispatch.apply_primitive, primitive))
+
+
+def set_batch_rule(primitive: Primitive, batch: Callable[..., Any]) -> None:
+    """``batch(spmd_axes, operands, dims, **params)`` returns ``(outputs, dims)``.
+
+    ``spmd_axes`` are the mesh axes that the ``jax.vmap`` splits its batch over.
+    """
+
+    def rule(axis_data: Any, operands: Any, dims: Any, **params: Any) -> Any:
+        if all(dim is None for dim in dims):
+            out = primitive.bind(*operands, **params)
+            return out, [None] * len(out)
+        return batch(frozenset(axis_data.spmd_name or ()), operands, dims, **params)
+
+    batching.fancy_primitive_batchers[primitive] = rule
 
 
 def set_dce_rule(primitive: Primitive, keep: Callable[[Sequence[bool], Any], Any]) -> None:
@@ -73,6 +121,21 @@ def set_remat3_rule(
 def is_saved(policy_result: Any) -> bool:
     """Whether a ``jax.checkpoint`` policy's answer means that the value is kept (or offloaded)."""
     return policy_result is not False and not isinstance(policy_result, pe.RecomputeType)
+
+
+def on_compilation(begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Calls ``begins`` and ``ends`` around every compilation, on the thread that waits for it."""
+
+    def begin(event: str, _: Any, **__: Any) -> None:
+        if event == dispatch.BACKEND_COMPILE_EVENT:
+            begins()
+
+    def end(event: str, _: float, **__: Any) -> None:
+        if event == dispatch.BACKEND_COMPILE_EVENT:
+            ends()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
 
 
 def is_compile_only(device: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import hashlib
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, nodes, targets
+from jax_smfree._src import backends, checks, compat, nodes, placement, primitives, targets
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -53,8 +54,8 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of GPUs of one process that reach one another's memory; of GPUs of several processes
-            with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
+          mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
             devices of one host (in one process or several). A mesh of devices that one can only
             compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
@@ -89,25 +90,22 @@ class EpGroup:
                 f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
                 "rows are numbered by int32. Lower max_tokens or set recv_capacity."
             )
+        platform = backends.platform(mesh)
         ids = [device.id for device in mesh.devices.flat]
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         ordinal = _created[fingerprint]
         _created[fingerprint] += 1
         device = mesh.devices.flat[0]
-        platform = "cpu" if device.platform == "cpu" else "CUDA"
         hardware = backends.nodes_of_ranks(mesh, axis, config.timeout_s)
         config = nodes.resolve("EpGroup.create", config, hardware)
         group = cls(mesh, axis, config, fingerprint, ordinal)
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
-        try:
-            make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
-            for native in make(group.group_id, mesh, axis, config, fingerprint):
-                group._native.append(native)
-        except BaseException:
-            group.close()
-            raise
+        make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
+        with contextlib.ExitStack() as made:
+            group._native = make(made, group.group_id, mesh, axis, config, fingerprint)
+            made.pop_all()
         _open.add(group)
         return group
 
@@ -149,12 +147,17 @@ class EpGroup:
                 f"(EpConfig.num_lanes = {self.config.num_lanes})."
             )
         if compat.manual_axes():
-            checks.check_manual("EpGroup.token", self)
-            array = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            checks.check_mesh("EpGroup.token", self)
+            zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
+            call = primitives.Call(
+                self, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
+            )
+            (array,) = primitives.token_p.bind(zeros, call=call)
         else:
             shards = int(np.prod([self.mesh.shape[a] for a in self.mesh_axes]))
             sharding = NamedSharding(self.mesh, self.token_spec)
             array = jnp.zeros((shards * TOKEN_SIZE,), jnp.float32, device=sharding)
+            array = placement.placed(array, self.mesh, self.token_spec)
         return Token(array, (), self, lane, None)
 
     def check(self) -> None:
@@ -210,8 +213,8 @@ class EpGroup:
 
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
-            {**entry, "replica": replica}
-            for replica, native in enumerate(self._native)
+            entry
+            for native in self._native
             if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]
@@ -241,6 +244,20 @@ class EpGroup:
         # Compiled programs keep this object alive; memory and descriptors go now, counters stay.
         self._final_stats = self.stats()
         self._native.clear()
+
+    def __copy__(self) -> EpGroup:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> EpGroup:
+        """The group itself, also where a module that has it is copied: it stands for devices."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "EpGroup: got a group to pickle, expected data: a group stands for devices, memory and "
+            "sockets of this process. Save the arrays of a module, and make the module anew with "
+            "EpGroup.create."
+        )
 
     def __enter__(self) -> EpGroup:
         return self

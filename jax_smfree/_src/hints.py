@@ -4,6 +4,7 @@
 from jax_smfree import _native
 from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
+from jax_smfree._src.native_config import native_config
 
 # Of a rank, in bytes: an exbibyte, beyond which the arithmetic of the layout would not hold.
 _MOST_BYTES = 2**60
@@ -20,7 +21,7 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
       ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
         over the nodes; for what is no config or no number of ranks.
     """
-    return _native.rdma_size_hint(_layout("rdma_size_hint", config, num_ranks))
+    return _native.rdma_size_hint(_resolved("rdma_size_hint", config, num_ranks))
 
 
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -28,16 +29,16 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
-    return _native.nvl_size_hint(_layout("nvl_size_hint", config, num_ranks))
+    return _native.nvl_size_hint(_resolved("nvl_size_hint", config, num_ranks))
 
 
 def buffer_bytes(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of all buffers."""
-    layout = _layout("buffer_bytes", config, num_ranks)
-    return _native.nvl_size_hint(layout) + _native.rdma_size_hint(layout)
+    native = _resolved("buffer_bytes", config, num_ranks)
+    return _native.nvl_size_hint(native) + _native.rdma_size_hint(native)
 
 
-def _layout(where: str, config: EpConfig, num_ranks: int) -> _native.LayoutConfig:
+def _resolved(where: str, config: EpConfig, num_ranks: int) -> _native.GroupConfig:
     arguments.instance(where, "config", config, EpConfig)
     num_ranks = arguments.integer(where, "num_ranks", num_ranks, most=arguments.MOST_RANKS)
     if config.num_experts % num_ranks:
@@ -52,17 +53,4 @@ def _layout(where: str, config: EpConfig, num_ranks: int) -> _native.LayoutConfi
             f"{where}: got {config} for {num_ranks} ranks, expected buffers of less than an "
             "exbibyte. Lower max_tokens, hidden or num_lanes."
         )
-    config = nodes.resolve(where, config, [[0] * num_ranks])
-    assert config.ranks_per_node is not None
-    return _native.LayoutConfig(
-        num_ranks=num_ranks,
-        ranks_per_node=config.ranks_per_node,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        num_lanes=config.num_lanes,
-        itemsize=config.dtype.itemsize,
-        hidden=config.hidden,
-        max_tokens=config.max_tokens,
-        differentiable=config.differentiable,
-        hierarchical=config.mode == "hierarchical",
-    )
+    return native_config(nodes.resolve(where, config, [[0] * num_ranks]), num_ranks)

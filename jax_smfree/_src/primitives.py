@@ -2,24 +2,25 @@
 """The JAX primitives: one per phase, each of which lowers to one FFI custom call.
 
 Sizes, per rank: T rows sent, H hidden, K top_k, R ranks, N rows of ``d.x``; S is K when the
-operation carries a float for every slot of a row, else 0. ``position`` is int32[2], the rank and
-which group along the other mesh axes. See ``token.Handle`` for places, send_counts, rows,
-recv_counts and relay.
+operation carries a float for every slot of a row, else 0. See ``token.Handle`` for places,
+send_counts, rows, recv_counts and relay. The custom call has one operand more, the second:
+``position``, int32[2], the rank and which group along the other mesh axes.
 
 =======================  =====================================================================
-dispatch_send            token, position, x[T,H], topk_idx[T,K], topk_weights[T,K]
+token                    zeros -> token, the beginning of a sequence of operations
+dispatch_send            token, x[T,H], topk_idx[T,K], topk_weights[T,K]
                          -> token, places, send_counts
-dispatch_recv            token, position
+dispatch_recv            token
                          -> token, x[N,H], weights[N], group_sizes, num_dropped, rows,
                             recv_counts, relay
-dispatch_send_cached     token, position, x[T,H], slots[T,S], places, send_counts -> token
-dispatch_recv_cached     token, position, rows, recv_counts, relay
+dispatch_send_cached     token, x[T,H], slots[T,S], places, send_counts -> token
+dispatch_recv_cached     token, rows, recv_counts, relay
                          -> token, x[N,H], values[N or 0]
-dispatch_recv_weighted   token, position, y[N,H], weights[N], rows, recv_counts, relay
+dispatch_recv_weighted   token, y[N,H], weights[N], rows, recv_counts, relay
                          -> token, x[N,H] = weights * received, values[N] = <y, received>
-combine_send             token, position, y[N,H], values[N or 0], rows, recv_counts, relay -> token
-combine_send_weighted    token, position, y[N,H], weights[N], rows, recv_counts, relay -> token
-combine_recv             token, position, places, send_counts -> token, out[T,H], slots[T,S]
+combine_send             token, y[N,H], values[N or 0], rows, recv_counts, relay -> token
+combine_send_weighted    token, y[N,H], weights[N], rows, recv_counts, relay -> token
+combine_recv             token, places, send_counts -> token, out[T,H], slots[T,S]
 =======================  =====================================================================
 
 The cached forms take the routing from a handle. They have no JAX effect, so that ``checkpoint``,
@@ -40,7 +41,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from jax_smfree._src import compat, targets
+from jax_smfree._src import checks, compat, targets
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -58,6 +59,8 @@ class Call:
       group, lane, call_site: as in the token.
       num_tokens: T.
       carries_slots: S = K, else 0.
+      varying: the mesh axes that the rows vary over, and all that comes out but the token, which
+        varies over all of them; none under ``check_vma=False``.
       derivation: base-4 digits TANGENT, TRANSPOSE, REPLAY; 0 for an operation as written.
     """
 
@@ -66,6 +69,7 @@ class Call:
     call_site: str
     num_tokens: int
     carries_slots: bool
+    varying: frozenset[str]
     derivation: int = 0
 
     def derived(self, *steps: int) -> Call:
@@ -106,94 +110,120 @@ class Call:
         }
 
 
-def _out(token: Any, shape: Sequence[int], dtype: Any) -> Any:
-    return compat.aval_like(token, shape, jnp.dtype(dtype))
-
-
-def _dispatch_send(token: Any, position: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
-    config, ranks = call.group.config, call.group.num_ranks
-    places = (call.num_tokens, min(config.top_k, ranks))
-    return [token, _out(token, places, jnp.int32), _out(token, (ranks,), jnp.int32)]
-
-
-def _dispatch_recv(token: Any, position: Any, *, call: Call) -> Any:
-    config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
+def _results(token: Any, call: Call, *results: tuple[Sequence[int], Any]) -> list[Any]:
+    """The token as it came, and arrays of these shapes and dtypes."""
     return [
         token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (n,), jnp.float32),
-        _out(token, (config.num_experts // ranks,), jnp.int32),
-        _out(token, (), jnp.int32),
-        _out(token, (ranks, call.num_tokens, config.top_k), jnp.int32),
-        _out(token, (ranks,), jnp.int32),
-        _out(token, call.group.relay_shape(call.num_tokens), jnp.int32),
+        *(compat.aval_like(token, shape, jnp.dtype(d), call.varying) for shape, d in results),
     ]
 
 
-def _send(token: Any, *_: Any, call: Call) -> Any:
+def _dispatch_send(token: Any, x: Any, idx: Any, weights: Any, *, call: Call) -> Any:
+    config, ranks = call.group.config, call.group.num_ranks
+    places = (call.num_tokens, min(config.top_k, ranks))
+    return _results(token, call, (places, jnp.int32), ((ranks,), jnp.int32))
+
+
+def _dispatch_recv(token: Any, *, call: Call) -> Any:
+    config, ranks, n = call.group.config, call.group.num_ranks, call.num_rows
+    return _results(
+        token,
+        call,
+        ((n, config.hidden), config.dtype),
+        ((n,), jnp.float32),
+        ((config.num_experts // ranks,), jnp.int32),
+        ((1,), jnp.int32),
+        ((ranks, call.num_tokens, config.top_k), jnp.int32),
+        ((ranks,), jnp.int32),
+        (call.group.relay_shape(call.num_tokens), jnp.int32),
+    )
+
+
+def _only_token(token: Any, *_: Any, call: Call) -> Any:
     return [token]
 
 
 def _dispatch_recv_cached(token: Any, *_: Any, call: Call) -> Any:
     config, n = call.group.config, call.num_rows
     values = n if call.carries_slots else 0
-    return [
-        token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (values,), jnp.float32),
-    ]
+    return _results(token, call, ((n, config.hidden), config.dtype), ((values,), jnp.float32))
 
 
 def _dispatch_recv_weighted(token: Any, *_: Any, call: Call) -> Any:
     config, n = call.group.config, call.num_rows
-    return [
-        token,
-        _out(token, (n, config.hidden), config.dtype),
-        _out(token, (n,), jnp.float32),
-    ]
+    return _results(token, call, ((n, config.hidden), config.dtype), ((n,), jnp.float32))
 
 
 def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
     config, t = call.group.config, call.num_tokens
-    return [
-        token,
-        _out(token, (t, config.hidden), config.dtype),
-        _out(token, (t, call.slot_width), jnp.float32),
-    ]
+    return _results(
+        token, call, ((t, config.hidden), config.dtype), ((t, call.slot_width), jnp.float32)
+    )
+
+
+def _position(group: EpGroup) -> jax.Array:
+    """Varies over all axes of the mesh, so it is none of the operands that are differentiated."""
+    replica = jnp.int32(0)
+    for axis in group.mesh_axes:
+        if axis != group.axis:
+            size = group.mesh.shape[axis]
+            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
+    rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
+    return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
 
 
 def _barrier(values: Sequence[Any]) -> list[Any]:
     return list(hlo.OptimizationBarrierOp(list(values)).results)
 
 
-def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
-    """A primitive that lowers to the custom call ``smfree_<name>`` on every platform.
-
-    The barrier on the results keeps XLA:GPU from fusing a call into the update of a scan's
+def _custom_call(name: str, ctx: Any, *operands: Any, call: Call) -> list[Any]:
+    """The barrier on the results keeps XLA:GPU from fusing a call into the update of a scan's
     residuals, which would clone the call (jax 0.11). Without one on the operands a send may be
     fused with a slice that it reads, which saves a copy.
     """
+    rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
+    return _barrier(rule(ctx, *operands, **call.attributes()))
+
+
+def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
+    """A primitive that lowers to the custom call ``smfree_<name>`` on every platform."""
     primitive = Primitive(f"smfree_{name}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
     compat.impl(primitive)
+    lower_position: Any = mlir.lower_fun(_position, multiple_results=False)
 
-    def lower(ctx: Any, *operands: Any, call: Call) -> Any:
-        rule: Any = jax.ffi.ffi_lowering(f"smfree_{name}", has_side_effect=True)
-        return _barrier(rule(ctx, *operands, **call.attributes()))
+    def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
+        checks.check_devices(call, compat.lowering_mesh(ctx))
+        token_aval, *avals = ctx.avals_in
+        (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
+        ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])
+        return _custom_call(name, ctx, token, position, *operands, call=call)
 
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 
 
+# On the CPU it makes what begins with one token a sequence of its own, in which ranks that disagree
+# are found out at once. A GPU's operations are in the sequence of their lane.
+token_p = Primitive("smfree_token")
+token_p.multiple_results = True
+token_p.def_abstract_eval(_only_token)
+compat.impl(token_p)
+mlir.register_lowering(
+    token_p,
+    lambda ctx, zeros, *, call: _custom_call("token", ctx, zeros, call=call),
+    platform="cpu",
+)
+mlir.register_lowering(token_p, lambda ctx, zeros, *, call: [zeros], platform="cuda")
 dispatch_send_p = _primitive("dispatch_send", _dispatch_send)
 dispatch_recv_p = _primitive("dispatch_recv", _dispatch_recv)
-dispatch_send_cached_p = _primitive("dispatch_send_cached", _send)
+dispatch_send_cached_p = _primitive("dispatch_send_cached", _only_token)
 dispatch_recv_cached_p = _primitive("dispatch_recv_cached", _dispatch_recv_cached)
 dispatch_recv_weighted_p = _primitive("dispatch_recv_weighted", _dispatch_recv_weighted)
-combine_send_p = _primitive("combine_send", _send)
-combine_send_weighted_p = _primitive("combine_send_weighted", _send)
+combine_send_p = _primitive("combine_send", _only_token)
+combine_send_weighted_p = _primitive("combine_send_weighted", _only_token)
 combine_recv_p = _primitive("combine_recv", _combine_recv)
 
 RECV_PRIMITIVES = frozenset(

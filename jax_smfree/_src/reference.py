@@ -56,7 +56,7 @@ class DispatchResult:
     x: Array  # [N, H], rows past sum(group_sizes) are zero
     group_sizes: Array  # int32 [E / R], multiples of expert_alignment
     weights: Array  # float32 [N], zero on padding
-    num_dropped: Array  # int32 []
+    num_dropped: Array  # int32 [1]
     handle: Handle
 
 
@@ -97,7 +97,7 @@ def dispatch(
         x=received.astype(x.dtype),
         group_sizes=layout.group_sizes,
         weights=weights,
-        num_dropped=layout.num_dropped,
+        num_dropped=layout.num_dropped[None],
         handle=Handle(layout.rows, axis, _ranks_per_sum(config)),
     )
 

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
 from jax.interpreters import partial_eval as pe
 
 from jax_smfree._src import compat
-from jax_smfree._src.autodiff import DATA_PRIMITIVES, TANGENTS
+from jax_smfree._src.autodiff import DATA_PRIMITIVES, TANGENTS, batch_of_one
 from jax_smfree._src.primitives import RECV_PRIMITIVES, REPLAY, Call, tie_p
 
 
@@ -112,20 +112,11 @@ def _replay_dce(used: Sequence[bool], eqn: Any) -> Any:
     return used_inputs, eqn.replace(primitive=tie_p, invars=left[0], outvars=left[1], params={})
 
 
-def _replay_batch(values: Sequence[Any], dims: Sequence[int | None], **params: Any) -> Any:
-    """The operation itself, vmapped before, has seen to it that a batch has one entry."""
-    entries = [
-        v if d is None else jax.lax.squeeze(v, [d]) for v, d in zip(values, dims, strict=True)
-    ]
-    out = replay_p.bind(*entries, **params)
-    return [jax.lax.expand_dims(o, [0]) for o in out], [0] * len(out)
-
-
 replay_p.def_abstract_eval(_replay_abstract)
 compat.impl(replay_p)
 mlir.register_lowering(replay_p, mlir.lower_fun(_replay, multiple_results=True))
 ad.primitive_jvps[replay_p] = _replay_jvp
-batching.primitive_batchers[replay_p] = _replay_batch
+compat.set_batch_rule(replay_p, batch_of_one(replay_p))
 compat.set_dce_rule(replay_p, _replay_dce)
 
 

@@ -10,6 +10,7 @@ import zlib
 import jax
 
 from jax_smfree import _native
+from jax_smfree._src import compat
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _SKIPPED = (_PACKAGE, os.path.dirname(os.path.abspath(jax.__file__)) + os.sep)
@@ -36,12 +37,18 @@ def register(platform: str) -> None:
         handlers, types = _native.cuda_targets(), {}
     else:
         handlers, types = _native.cpu_targets(), _native.cpu_types()
+        _follow_compilations()
     for name, (type_id, type_info) in types.items():
         jax.ffi.register_ffi_type(
             name, {"type_id": type_id, "type_info": type_info}, platform=platform
         )
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+@functools.cache
+def _follow_compilations() -> None:
+    compat.on_compilation(_native.compilation_begins, _native.compilation_ends)
 
 
 def call_site() -> str:

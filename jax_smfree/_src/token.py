@@ -8,15 +8,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
 
-# {magic, number high, number low, run high, run low, instance}: floats, because the cotangent of
-# a token is a token, and float32 holds integers up to 2**24 exactly. The native handlers
-# (csrc/protocol, ffi/token.h) read and write it; Python only makes the first one, all zeros.
-TOKEN_SIZE = 6
+# csrc/protocol/token.h: floats, because the cotangent of a token is a token, and float32 holds
+# integers up to 2**24 exactly. The native handlers read and write it; Python only makes zeros.
+TOKEN_SIZE = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Token:
     """Orders the operations of one lane. Opaque: use it once, and go on with the one returned.
 
     Attributes:
-      array: float32[6] per rank, the only differentiable leaf.
+      array: float32[9] per rank, the only differentiable leaf.
       routing: integer arrays that the recv of an operation in flight needs.
       group: the `EpGroup` (static).
       lane: the lane (static).
@@ -64,7 +62,7 @@ class Token:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["places", "send_counts", "rows", "recv_counts", "relay"],
-    meta_fields=["num_tokens"],
+    meta_fields=["num_tokens", "group"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handle:
@@ -82,6 +80,7 @@ class Handle:
         row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
         -1.
       num_tokens: T (static).
+      group: the `EpGroup` (static).
     """
 
     places: jax.Array
@@ -90,6 +89,7 @@ class Handle:
     recv_counts: jax.Array
     relay: jax.Array
     num_tokens: int
+    group: EpGroup
 
 
 @functools.partial(
@@ -101,13 +101,16 @@ class Handle:
 class DispatchResult:
     """What arrived at this rank, grouped by local expert: the operands of a grouped matmul.
 
+    Every leaf has a leading dimension per rank, so the result leaves and enters a ``shard_map``
+    with one spec for all of them, ``group.token_spec``.
+
     Attributes:
       x: [N, H] in the group's dtype. The rows of local expert 0, then 1, …; inside an expert by
         source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
       group_sizes: [num_experts / R] int32, rows of each local expert, each a multiple of
         ``expert_alignment``.
       weights: [N] float32, the routing weight of each row; zero on padding.
-      num_dropped: [] int32, copies of rows that did not fit into ``recv_capacity`` here.
+      num_dropped: [1] int32, copies of rows that did not fit into ``recv_capacity`` here.
       handle: the routing, for `combine_send`.
     """
 
@@ -120,8 +123,3 @@ class DispatchResult:
     def replace(self, **changes: Any) -> DispatchResult:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
-
-
-def first_token_array(shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
-    """The array of a token before the first operation."""
-    return jnp.zeros(shape, jnp.float32, **kwargs)

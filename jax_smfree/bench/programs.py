@@ -82,8 +82,8 @@ class Library:
             compiled(f, mesh)
             for f in (
                 smfree.dispatch_send,
-                self._dispatch_recv,
-                self._combine_send,
+                smfree.dispatch_recv,
+                smfree.combine_send,
                 smfree.combine_recv,
             )
         ]
@@ -93,14 +93,6 @@ class Library:
         d, token = smfree.dispatch(self.group.token(), x, topk_idx, topk_weights)
         out, _ = smfree.combine(token, d, lax.optimization_barrier(d.x))
         return out
-
-    # A scalar per rank cannot cross a shard_map boundary, hence the reshapes.
-    def _dispatch_recv(self, token: smfree.Token) -> Any:
-        d, token = smfree.dispatch_recv(token)
-        return d.replace(num_dropped=d.num_dropped[None]), token
-
-    def _combine_send(self, token: smfree.Token, d: smfree.DispatchResult, y: Array) -> Any:
-        return smfree.combine_send(token, d.replace(num_dropped=d.num_dropped[0]), y)
 
     def results(self, *inputs: Array) -> tuple[Array, Array, Array]:
         """Grouped rows, sizes of the groups, and the round trip's result."""

@@ -28,7 +28,7 @@ _MAX_RANKS = 2048
 @click.option("--ranks-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--lanes", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--inference", is_flag=True, help="A group with differentiable=False.")
-@click.option("--machine", type=EXISTING_FILE, help="Rates that benchmarks/gpu.py measured (JSON).")
+@click.option("--machine", type=EXISTING_FILE, help="Rates that benchmarks.gpu measured (JSON).")
 @click.option("--nvlink-gb-s", type=float, help="Per GPU and direction.")
 @click.option("--network-gb-s", type=float, help="Per GPU and direction.")
 @click.option("--hbm-gb-s", type=float, help="Read plus written.")

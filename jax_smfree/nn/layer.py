@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixture-of-experts layer."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.tree_util import SequenceKey
 
 from jax_smfree._src import arguments, compat
 from jax_smfree.nn import operations, router
@@ -15,9 +15,7 @@ from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MoeAux:
+class MoeAux(NamedTuple):
     """What a layer tells beside its output, of the rows of this rank (no communication)."""
 
     load_balancing_loss: Array  # float32 []
@@ -28,7 +26,16 @@ class MoeAux:
     def of(cls, routes: router.Routes, num_dropped: Array) -> "MoeAux":
         load = router.expert_load(routes.topk_idx, num_experts=routes.probabilities.shape[1])
         loss = router.load_balancing_loss(routes.probabilities, load)
-        return cls(loss, load, num_dropped)
+        return cls(loss, load, num_dropped[0])
+
+
+# Positions as keys: flax.nnx.tabulate takes no other pytree inside of a tuple.
+jax.tree_util.register_pytree_with_keys(
+    MoeAux,
+    lambda aux: ([(SequenceKey(i), value) for i, value in enumerate(aux)], None),
+    lambda _, values: MoeAux(*values),
+    lambda aux: (tuple(aux), None),
+)
 
 
 def moe_layer(

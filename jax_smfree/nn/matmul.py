@@ -40,7 +40,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     num_sms = _sms_of_hopper()
     if num_sms is None or not _suits_kernels(x, w) or _kernels() is None:
         return jax.lax.ragged_dot(x, w, group_sizes)
-    axes = tuple({*compat.varying_axes(x), *compat.varying_axes(w)})
+    axes = compat.varying_axes(x) | compat.varying_axes(w)
     x, w, group_sizes = (compat.varying(v, axes) for v in (x, w, group_sizes))
     return _on_hopper(x, w, group_sizes, num_sms)
 

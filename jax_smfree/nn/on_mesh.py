@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MoE layer on global arrays, outside of ``jax.shard_map``: what modules are made of."""
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_smfree._src.group import EpGroup
+from jax_smfree._src.placement import placed
 from jax_smfree.nn.layer import MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.params import MoeParams, init_moe, moe_specs
@@ -22,6 +25,9 @@ def init_moe_on_mesh(
 ) -> MoeParams:
     """`init_moe` with the sizes and the dtype of the group, on its mesh as `moe_specs` says.
 
+    Under ``jax.jit`` and ``jax.vmap`` too, which puts the axis of the layers first. Every device
+    makes what it holds, so that a layer may be larger than a device.
+
     Args:
       key: a PRNG key.
       group: its config has H, E and the dtype.
@@ -29,28 +35,41 @@ def init_moe_on_mesh(
       shared_width: F of the shared expert; 0 leaves it out.
     """
     config = group.config
-    params = init_moe(
-        key,
+    init = _init_on_mesh(
+        group.mesh,
+        group.axis,
         hidden=config.hidden,
         num_experts=config.num_experts,
         expert_width=expert_width,
         shared_width=shared_width,
         dtype=config.dtype,
     )
+    return init(key)
 
-    def put(value: Array, spec: P) -> Array:
-        placed: Array = jax.device_put(value, NamedSharding(group.mesh, spec))
-        return placed
 
-    on_mesh: MoeParams = jax.tree.map(put, params, moe_specs(params, group.axis))
+@functools.lru_cache(maxsize=64)
+def _init_on_mesh(mesh: Mesh, axis: str, **sizes: Any) -> Callable[[Array], MoeParams]:
+    """`init_moe` as one program, which the layers of a model share."""
+
+    def init(key: Array) -> MoeParams:
+        params = init_moe(key, **sizes)
+        return _placed(params, mesh, moe_specs(params, axis))
+
+    specs = moe_specs(jax.eval_shape(lambda: init(jax.random.key(0))), axis)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    compiled: Callable[[Array], MoeParams] = jax.jit(init, out_shardings=shardings)
+    return compiled
+
+
+def _placed(params: MoeParams, mesh: Mesh, specs: MoeParams) -> MoeParams:
+    on_mesh: MoeParams = jax.tree.map(lambda v, spec: placed(v, mesh, spec), params, specs)
     return on_mesh
 
 
 def init_balance_bias_on_mesh(group: EpGroup) -> Array:
     """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices."""
-    zeros = jnp.zeros(group.config.num_experts, jnp.float32)
-    bias: Array = jax.device_put(zeros, NamedSharding(group.mesh, P()))
-    return bias
+    everywhere = NamedSharding(group.mesh, P())
+    return jnp.zeros(group.config.num_experts, jnp.float32, device=everywhere)
 
 
 def moe_layer_on_mesh(
@@ -65,8 +84,9 @@ def moe_layer_on_mesh(
 
     Shapes: ``x`` [R * T, H] -> [R * T, H], rows split over all axes of the group's mesh; T at most
     ``config.max_tokens``.
-    Sharding: ``params`` as by `init_moe_on_mesh`. Call it under ``jax.jit``, outside of
-    ``jax.shard_map``; layers of one model must be ordered by their data, as in a stack.
+    Sharding: ``params`` as by `init_moe_on_mesh`. On a mesh with explicit axes the output is of the
+    sharding of ``x``. Call it under ``jax.jit``, outside of ``jax.shard_map``; layers of one model
+    must be ordered by their data, as in a stack.
     Differentiation: of ``params`` and ``x``; gradients move under the backward pass of the shared
     expert.
 
@@ -92,15 +112,14 @@ def moe_layer_on_mesh(
             num_dropped=jax.lax.psum(aux.num_dropped, axes),
         )
 
-    rows = P(axes)
+    mesh, rows, specs = group.mesh, P(axes), moe_specs(params, group.axis)
     sharded = jax.shard_map(
-        on_each_rank,
-        mesh=group.mesh,
-        in_specs=(moe_specs(params, group.axis), P(), rows),
-        out_specs=(rows, P()),
+        on_each_rank, mesh=mesh, in_specs=(specs, P(), rows), out_specs=(rows, P())
     )
-    out, aux = sharded(params, balance_bias, x)
-    return out, aux
+    if balance_bias is not None:
+        balance_bias = placed(balance_bias, mesh, P())
+    out, aux = sharded(_placed(params, mesh, specs), balance_bias, placed(x, mesh, rows))
+    return placed(out, mesh, jax.typeof(x).sharding.spec), aux
 
 
 def bias_of_balanced(bias: _Bias | None) -> _Bias:

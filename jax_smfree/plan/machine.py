@@ -80,7 +80,7 @@ class Machine:
 
     @classmethod
     def from_results(cls, results: Mapping[str, Any], **given: float) -> Machine:
-        """From what ``benchmarks/gpu.py`` wrote; ``given`` rates count instead of measured ones.
+        """From what ``python -m benchmarks.gpu operations`` wrote; ``given`` rates come first.
 
         The costs of a phase are those with the least relative squares over the shapes.
 
@@ -107,7 +107,7 @@ class Machine:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"Machine: got results without {error}, expected the JSON file of a complete run "
-                "of benchmarks/gpu.py."
+                "of `python -m benchmarks.gpu operations`."
             ) from error
         return cls(**rates, phases=phases)
 

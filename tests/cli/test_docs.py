@@ -41,3 +41,11 @@ def test_the_reference_has_every_public_name(module):
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, re.MULTILINE))
     assert set(importlib.import_module(f"jax_smfree.{module}").__all__) <= shown
+
+
+def test_architecture_names_files():
+    """The walk of a row leads through files that are there."""
+    page = (DOCS / "architecture.md").read_text()
+    named = re.findall(r"`((?:jax_smfree|ffi|csrc)/[\w/.]+\.\w+)`", page)
+    assert len(named) > 30
+    assert [path for path in named if not (DOCS.parent / path).is_file()] == []

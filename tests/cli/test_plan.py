@@ -177,7 +177,11 @@ def test_json_with_given_and_measured_rates(run, tmp_path):
         (("--ranks", "3"), 1, "num_experts a multiple of num_ranks"),
         (("--ranks", "12", "--shape", "8x8:1of12"), 1, "expected a divisor of 12"),
         (("--hbm-gb-s", "-1"), 1, "got hbm_gb_s=-1.0, expected a positive rate"),
-        (("--machine", PATH.with_name("cpu-amd-epyc-2.json")), 1, "complete run of benchmarks"),
+        (
+            ("--machine", PATH.with_name("cpu-amd-epyc-2.json")),
+            1,
+            "complete run of `python -m benchmarks",
+        ),
     ],
 )
 def test_errors_say_the_cure(run, options, exit_code, message):

@@ -160,26 +160,50 @@ TEST(TwoLanesInFlightTogether) {
   group->Close();
 }
 
-// Replays may overtake each other: a receive then finds its message behind another one.
-TEST(ReplaysAreTakenByIdentity) {
-  const GroupConfig config = Config(2, 4, 2);
-  World first = MakeWorld(config, 30, Routing::kUniform, 14);
-  World second = MakeWorld(config, 30, Routing::kUniform, 15);
-  World want_first = first, want_second = second;
-  ReferenceDispatch(config, want_first);
-  ReferenceDispatch(config, want_second);
-  const auto group = MakeLocalGroup(config);
-  RunRanks(2, [&](int32_t rank) {
-    constexpr int32_t kReplay = 3;
-    Identity a = MakeIdentity(5, 0, kReplay), b = MakeIdentity(6, 0, kReplay);
-    CHECK_OK(Send(*group, rank, rank == 0 ? a : b, rank == 0 ? first[0] : second[1]));
-    CHECK_OK(Send(*group, rank, rank == 0 ? b : a, rank == 0 ? second[0] : first[1]));
-    CHECK_OK(Await([&](Done d) { Receive(*group, rank, a, first[rank], std::move(d)); }));
-    CHECK_OK(Await([&](Done d) { Receive(*group, rank, b, second[rank], std::move(d)); }));
-    CheckDispatched(first[rank], want_first[rank]);
-    CheckDispatched(second[rank], want_second[rank]);
-  });
-  group->Close();
+// Calls that no data order, in another order on each rank: by instance, by the token they began
+// with, by derivation.
+TEST(UnorderedCallsAreTakenByIdentity) {
+  std::vector<Identity> identities(7, MakeIdentity(5));
+  identities[1].instance = {1, 9};
+  identities[2].instance = {2, 9};
+  identities[0].instance = {0, 9};
+  identities[3].sequence = 3;
+  identities[4].sequence = 4;
+  identities[4].call_site = 1;
+  identities[5].derivation = 3;
+  identities[6].number = 6;
+  for (const int32_t ranks_per_node : {4, 2}) {
+    const GroupConfig config = InNodes(Config(4, 8, 2), ranks_per_node);
+    std::vector<World> got, want;
+    for (unsigned i = 0; i < identities.size(); ++i) {
+      got.push_back(MakeWorld(config, 30, Routing::kUniform, 14 + i));
+      want.push_back(got.back());
+      ReferenceDispatch(config, want.back());
+    }
+    const auto group = MakeLocalGroup(config);
+    RunRanks(4, [&](int32_t rank) {
+      std::vector<size_t> order{0, 1, 2, 3, 4, 5, 6};
+      std::mt19937 random(rank);
+      for (int round = 0; round < 20; ++round) {  // a loop: the same identities again and again
+        std::shuffle(order.begin(), order.end(), random);
+        for (const size_t i : order) CHECK_OK(Send(*group, rank, identities[i], got[i][rank]));
+        std::shuffle(order.begin(), order.end(), random);
+        std::vector<std::future<Status>> received(order.size());
+        for (const size_t i : order) {
+          received[i] = Start([&](Done done) {
+            Receive(*group, rank, identities[i], got[i][rank], std::move(done));
+          });
+        }
+        for (const size_t i : order) {
+          CHECK_OK(received[i].get());
+          CheckDispatched(got[i][rank], want[i][rank]);
+        }
+      }
+    });
+    CHECK_OK(group->Check());
+    CHECK_EQ(group->stats().messages_in_flight, 0);
+    group->Close();
+  }
 }
 
 }  // namespace

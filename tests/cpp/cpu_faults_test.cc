@@ -28,31 +28,29 @@ TEST(TwoInFlightOnOneLane) {
   RegisterCallSite(1, "model.py:31 in moe");
   RegisterCallSite(2, "model.py:44 in moe");
   Setup setup(SmallConfig(2));
-  CHECK_OK(setup.SendOn(1, At(7, 1)));
-  auto waiting = setup.ReceiveOn(1, At(7, 1));
-  CHECK_OK(setup.SendOn(0, At(7, 1, 1)));  // another lane is fine
   CHECK_OK(setup.SendOn(0, At(6, 1)));
+  CHECK_OK(setup.SendOn(0, At(6, 2, 1)));  // another lane is fine
+  Identity elsewhere = At(6, 2);
+  elsewhere.sequence = 5;
+  CHECK_OK(setup.SendOn(0, elsewhere));  // and so is another token
   const std::vector<std::string> words = {"two operations in flight on one lane",
                                           "rank 0 in dispatch_send (model.py:44 in moe; lane 0, "
-                                          "forward, number 8)",
+                                          "forward, number 6)",
                                           "dispatch number 6 (model.py:31 in moe"};
-  // The message of number 6 reached rank 1, which waits for 7: whichever is found first.
-  CHECK(!setup.SendOn(0, At(8, 2)).ok());
-  CHECK_EQ(waiting.get().kind(), FaultKind::kScheduleMismatch);
-
-  Setup other(SmallConfig(2));
-  CHECK_OK(other.SendOn(0, At(6, 1)));
-  CheckFault(other.SendOn(0, At(8, 2)), FaultKind::kTwoInFlight, words);
-  CheckFault(other.ReceiveOn(0, At(6, 1)).get(), FaultKind::kTwoInFlight, words);
-  CheckFault(other.group->Check(), FaultKind::kTwoInFlight, words);
-  CheckFault(other.group->Check(), FaultKind::kTwoInFlight, words);  // stays
+  CheckFault(setup.SendOn(0, At(6, 2)), FaultKind::kTwoInFlight, words);
+  CheckFault(setup.ReceiveOn(0, At(6, 1)).get(), FaultKind::kTwoInFlight, words);
+  CheckFault(setup.group->Check(), FaultKind::kTwoInFlight, words);
+  CheckFault(setup.group->Check(), FaultKind::kTwoInFlight, words);  // stays
 }
 
-TEST(ReplaysMayBeInFlightTogetherButNotTheSameTwice) {
+TEST(TheSameOperationTwiceInFlight) {
   Setup setup(SmallConfig(1));
-  CHECK_OK(setup.SendOn(0, MakeIdentity(1, 0, 3)));
-  CHECK_OK(setup.SendOn(0, MakeIdentity(2, 0, 3)));
-  CHECK_EQ(setup.SendOn(0, MakeIdentity(1, 0, 3)).kind(), FaultKind::kTwoInFlight);
+  CHECK_OK(setup.SendOn(0, At(1, 1)));
+  CHECK_OK(setup.SendOn(0, At(2, 1)));
+  CHECK_OK(setup.ReceiveOn(0, At(1, 1)).get());
+  CHECK_OK(setup.SendOn(0, At(1, 1)));  // a loop that comes by again
+  CheckFault(setup.SendOn(0, At(1, 1)), FaultKind::kTwoInFlight,
+             {"two operations in flight on one lane", "number 1) begins"});
 }
 
 TEST(ScheduleMismatchNamesBothSides) {
@@ -76,12 +74,23 @@ TEST(AnotherInstanceOfTheSameCall) {
   std::mt19937 random(2);
   FillInputs(SmallConfig(2), setup.arrays[1], Routing::kUniform, random, 1);
   Identity here = MakeIdentity(0), there = MakeIdentity(0);
-  here.instance = 4;
-  there.instance = 5;
+  here.instance.ordinal = 4;
+  there.instance.ordinal = 5;
   auto waiting = setup.ReceiveOn(0, here);
   CHECK_OK(setup.SendOn(1, there));
   CheckFault(waiting.get(), FaultKind::kScheduleMismatch,
              {"another call of that line", "of 9 rows per rank instead of 10"});
+}
+
+// Processes that have grouped the calls of their programs differently.
+TEST(AnotherProgram) {
+  Setup setup(SmallConfig(2));
+  Identity here = MakeIdentity(0), there = MakeIdentity(0);
+  here.instance = {1, 77};
+  there.instance = {1, 78};
+  auto waiting = setup.ReceiveOn(0, here);
+  CHECK_OK(setup.SendOn(1, there));
+  CheckFault(waiting.get(), FaultKind::kScheduleMismatch, {"a call of that line in another program"});
 }
 
 TEST(OtherShapesAreAScheduleMismatch) {
@@ -182,7 +191,8 @@ TEST(DeadlineNamesWhoWaitsForWhom) {
   const std::vector<std::string> words = {
       "waited 0.2 s in dispatch_recv (model.py:31 in moe; lane 0, forward, number 12) for rank 2: "
       "nothing arrived; last from rank 2: dispatch number 4 (model.py:31 in moe; lane 1, forward)",
-      "unread from it: dispatch number 4", "timeout_s"};
+      "unread from it: dispatch number 4", "which nothing here waits for (schedule mismatch)",
+      "timeout_s"};
   for (auto& status : waiting) CheckFault(status.get(), FaultKind::kDeadline, words);
   CHECK(steady_clock::now() - start < milliseconds(2000));
   CheckFault(setup.SendOn(2, At(12, 1)), FaultKind::kDeadline, words);

@@ -234,13 +234,13 @@ TEST(AReceiveThatIsPendingAtExitIsEnded) {
   CHECK(steady_clock::now() - start < milliseconds(10'000));
 }
 
-TEST(AnotherConfigurationIsRefused) {
+TEST(AnotherGroupIsRefused) {
   CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
     GroupConfig config = Config(2);
     config.timeout_s = 2;
-    if (member.process == 1) config.hidden = 32;
-    CheckFault(member.Join(config), FaultKind::kInvalidArgument,
-               {"has made another group: hidden is", member.process == 0 ? "24 here" : "32 here"});
+    CheckFault(member.Join(config, "secret", 7 + member.process), FaultKind::kInvalidArgument,
+               {"has made another group: the group's id is",
+                member.process == 0 ? "7 here" : "8 here"});
   }));
 }
 

@@ -42,8 +42,9 @@ struct Member {
     num_processes = process_of_rank.back() + 1;
   }
 
-  Status Join(const GroupConfig& config, const std::string& cookie = "secret") {
-    auto created = Group::Create(1, 0, config, process_of_rank, process, cookie);
+  Status Join(const GroupConfig& config, const std::string& cookie = "secret",
+              int64_t group_id = 1) {
+    auto created = Group::Create(group_id, 0, config, process_of_rank, process, cookie);
     if (!created.ok()) return created.status();
     group = created.value();
     std::strcpy(shared.address[process], group->address().c_str());

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/cpu/backend.h"
+#include "csrc/protocol/layout.h"
 #include "tests/cpp/check.h"
 
 // A failed status shows its text.

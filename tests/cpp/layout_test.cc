@@ -17,14 +17,14 @@ static_assert(sizeof(wire::MessageHeader) <= kHeaderIdentityBytes);
 
 namespace {
 
-LayoutConfig FourRanks() {
-  LayoutConfig config{};
+GroupConfig FourRanks() {
+  GroupConfig config{};
   config.num_ranks = 4;
   config.ranks_per_node = 4;
   config.num_experts = 256;
   config.top_k = 8;
   config.num_lanes = 1;
-  config.itemsize = 2;
+  config.dtype = DType::kBF16;
   config.hidden = 7168;
   config.max_tokens = 8192;
   config.differentiable = false;
@@ -34,7 +34,7 @@ LayoutConfig FourRanks() {
 
 // Checks that all signals and regions are aligned, disjoint, and fill the memory exactly but for
 // the padding of the signal blocks.
-void CheckMemory(const LayoutConfig& config) {
+void CheckMemory(const GroupConfig& config) {
   const Layout layout = Layout::Make(config);
   std::vector<std::pair<int64_t, int64_t>> ranges;  // [begin, end)
   ranges.push_back({layout.FaultWordOffset(), layout.FaultWordOffset() + kAlignment});
@@ -79,14 +79,14 @@ TEST(RegionsAreDisjointAndFillTheMemory) {
     return values.begin()[random() % values.size()];
   };
   for (int round = 0; round < 300; ++round) {
-    LayoutConfig config{};
+    GroupConfig config{};
     config.num_ranks = one_of({1, 2, 3, 4, 6, 8});
     do config.ranks_per_node = one_of({1, 2, 3, 4, 6, 8});
     while (config.num_ranks % config.ranks_per_node != 0);
     config.num_experts = config.num_ranks * one_of({1, 2, 7, 33});
     config.top_k = one_of({1, 2, 8});
     config.num_lanes = one_of({1, 2, 3});
-    config.itemsize = one_of({2, 4});
+    config.dtype = one_of({2, 4}) == 2 ? DType::kBF16 : DType::kF32;
     config.hidden = one_of({1, 7, 8, 100, 1024});
     config.max_tokens = one_of({1, 3, 128, 1000});
     config.differentiable = one_of({0, 1}) != 0;
@@ -119,11 +119,15 @@ TEST(MessagePartsAreAlignedAndFitTheRegion) {
 }
 
 TEST(RowsArePaddedToTheirAlignment) {
-  LayoutConfig config = FourRanks();
-  for (auto [hidden, itemsize, row_bytes] :
-       {std::tuple{1, 2, 16}, {7, 4, 32}, {8, 2, 16}, {9, 2, 32}, {7168, 2, 14336}}) {
+  GroupConfig config = FourRanks();
+  for (auto [hidden, dtype, row_bytes] :
+       {std::tuple{1, DType::kBF16, 16},
+        {7, DType::kF32, 32},
+        {8, DType::kF16, 16},
+        {9, DType::kBF16, 32},
+        {7168, DType::kBF16, 14336}}) {
     config.hidden = hidden;
-    config.itemsize = itemsize;
+    config.dtype = dtype;
     CHECK_EQ(Layout::Make(config).row_bytes, row_bytes);
   }
 }
@@ -139,7 +143,7 @@ TEST(BytesOfFourRanks) {
   const int64_t lane_bytes = 2 * (128 + 4 * 2 * layout.region_bytes);
   CHECK_EQ(layout.TotalBytes(), 128 + lane_bytes);
 
-  LayoutConfig config = FourRanks();
+  GroupConfig config = FourRanks();
   config.differentiable = true;
   CHECK_EQ(Layout::Make(config).TotalBytes(), 128 + kSides * lane_bytes);
   config.num_lanes = 3;
@@ -147,13 +151,13 @@ TEST(BytesOfFourRanks) {
 }
 
 TEST(SizeHintsByLink) {
-  LayoutConfig config = FourRanks();
+  GroupConfig config = FourRanks();
   const int64_t sets = kParities;
   const auto extra_bytes = [&] {  // of a region, beside its rows
     const Layout layout = Layout::Make(config);
     return layout.region_bytes - config.max_tokens * layout.row_bytes;
   };
-  const int64_t rows_bytes = config.max_tokens * config.hidden * config.itemsize;
+  const int64_t rows_bytes = config.max_tokens * config.hidden * ItemBytes(config.dtype);
 
   // One node: everything is served by NVLink.
   CHECK_EQ(RdmaSizeHint(config), 0);

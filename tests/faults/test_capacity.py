@@ -19,7 +19,7 @@ ROWS = 6
 def dispatch_and_combine(token, *arrays):
     d, token = smfree.dispatch(token, *arrays)
     out, _ = smfree.combine(token, d, jnp.ones_like(d.x))
-    return jax.tree.map(lambda a: a[None], (d.x, d.weights, d.num_dropped, out))
+    return jax.tree.map(lambda a: a[None], (d.x, d.weights, d.num_dropped[0], out))
 
 
 def problem_with_overflow_on(rank):

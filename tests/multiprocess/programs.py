@@ -212,10 +212,10 @@ def takes_another_branch(what: str) -> None:
         return usual(token, *(a[:3] for a in arrays))
 
     def other_line(token, *arrays):
-        return smfree.dispatch(token, *arrays)[0].num_dropped[None]
+        return smfree.dispatch(token, *arrays)[0].num_dropped
 
     def usual(token, *arrays):
-        return smfree.dispatch(token, *arrays)[0].num_dropped[None]
+        return smfree.dispatch(token, *arrays)[0].num_dropped
 
     def local(token, *arrays):
         other = {"line": other_line, "rows": fewer_rows}[what]

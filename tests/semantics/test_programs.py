@@ -14,7 +14,7 @@ import pytest
 
 import jax_smfree as smfree
 from jax_smfree.testing import chaos, launch
-from support import as_many, backend, block, ep_mesh, make_problem
+from support import as_many, backend, block, ep_mesh, make_problem, mesh_of
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 
@@ -48,6 +48,28 @@ def setting(groups):
 
 def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["ep", "data,ep", "explicit"])
+def test_a_result_crosses_shard_maps(groups, kind):
+    """What a dispatch returns leaves one shard_map and enters another, with one spec for all."""
+    mesh = mesh_of(kind)
+    group, problem = groups(mesh, **CONFIG), make_problem(mesh)
+    spec, arrays = group.token_spec, problem.arrays[:3]
+
+    def program(f):
+        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    def dispatch(*arrays):
+        return smfree.dispatch(group.token(), *arrays)[0]
+
+    def combine(d):
+        return smfree.combine(group.token(), d, d.x)[0]
+
+    d = program(dispatch)(*arrays)
+    assert d.num_dropped.shape == (mesh.size,)
+    together = program(lambda *arrays: combine(dispatch(*arrays)))(*arrays)
+    np.testing.assert_array_equal(program(combine)(d), together)
 
 
 def test_donated_inputs(setting):

@@ -40,6 +40,11 @@ def dispatched(group, x, idx, weights):
     return smfree.dispatch(group.token(), x, idx, weights)
 
 
+def cast(tree, of=jnp.float32):
+    """What a ``jax.tree.map`` over the parameters does that meets a token by mistake."""
+    return jax.tree.map(lambda v: v.astype(jnp.bfloat16) if v.dtype == of else v, tree)
+
+
 MISUSES = {
     "send in flight": (
         lambda g, *a: smfree.dispatch_send(sent(g, *a), *a),
@@ -85,6 +90,36 @@ MISUSES = {
     "combine weights": (
         lambda g, *a: (lambda d, t: smfree.combine_send(t, d, d.x, a[2]))(*dispatched(g, *a)),
         ValueError, r"weights\[6, 2\], expected \[N\]",
+    ),
+    "token cast": (
+        lambda g, *a: smfree.dispatch_send(cast(g.token()), *a), TypeError,
+        r"token with an array of bfloat16 that was of float32: it was cast.*jax\.tree\.map",
+    ),
+    "token in flight cast": (
+        lambda g, *a: smfree.dispatch_recv(cast(sent(g, *a), jnp.int32)),
+        TypeError, r"array of bfloat16 that was of int32",
+    ),
+    "result cast": (
+        lambda g, *a: (lambda d, t: smfree.combine_send(t, cast(d, jnp.int32), d.x))(
+            *dispatched(g, *a)
+        ),
+        ValueError, r"d\.handle\.places of bfloat16\[6, 2\], expected int32\[6, 2\].*tree\.map",
+    ),
+    "received twice": (
+        lambda g, *a: (lambda t: (smfree.dispatch_recv(t), smfree.dispatch_recv(t)))(sent(g, *a)),
+        ValueError, r"in flight: dispatch_send at .*received already.*first recv returned",
+    ),
+    "combine received twice": (
+        lambda g, *a: (lambda t: (smfree.combine_recv(t), smfree.combine_recv(t)))(
+            (lambda d, t: smfree.combine_send(t, d, d.x))(*dispatched(g, *a))
+        ),
+        ValueError, "combine_recv: .*received already",
+    ),
+    "fewer rows": (
+        lambda g, *a: (lambda d, t: smfree.combine_send(t, d.replace(x=d.x[:7]), d.x[:7]))(
+            *dispatched(g, *a)
+        ),
+        ValueError, r"d\.x\[7, 16\], expected the \d+ rows .*weights to zero",
     ),
     "no result": (
         lambda g, *a: smfree.combine_send(dispatched(g, *a)[1], a[0], a[0]),
@@ -169,16 +204,20 @@ def test_typestate_crosses_jit_and_scan(groups):
         jax.eval_shape(smap, *problem.arrays[:3])
 
 
-@pytest.mark.cpu_only
-def test_handle_of_a_group_in_the_other_mode(groups):
-    mesh = ep_mesh(4)
-    direct, hierarchical = groups(mesh, **CONFIG), groups(mesh, **CONFIG, ranks_per_node=2)
-    problem = make_problem(mesh)
+def test_a_function_that_is_traced_twice_receives_twice(groups):
+    """So do both branches of a ``cond``: no misuse."""
+    mesh = ep_mesh(as_many(4))
+    group, problem = groups(mesh, **CONFIG), make_problem(mesh)
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=problem.specs[:3], out_specs=problem.rows)
-    def step(x, idx, weights):
-        d, _ = smfree.dispatch(direct.token(), x, idx, weights)
-        return smfree.combine(hierarchical.token(), d, d.x)[0]
+    def body(x, idx, weights):
+        token = sent(group, x, idx, weights)
 
-    with pytest.raises(ValueError, match=r"combine_send: got a handle of shapes .* another group"):
-        jax.eval_shape(step, *problem.arrays[:3])
+        def receive():
+            return smfree.dispatch_recv(token)[0].x
+
+        jax.eval_shape(receive)
+        everywhere = jax.lax.psum(x[0, 0], "ep") > 0
+        return jax.lax.cond(everywhere, receive, lambda: -receive())
+
+    smap = jax.shard_map(body, mesh=mesh, in_specs=problem.specs[:3], out_specs=P("ep"))
+    jax.block_until_ready(jax.jit(smap)(*problem.arrays[:3]))

@@ -90,19 +90,7 @@ Status Exchange::Connect(const std::vector<std::string>& addresses) {
   hello.replica = replica_;
   hello.cookie_bytes = static_cast<int32_t>(cookie_.size());
   std::memcpy(hello.cookie, cookie_.data(), cookie_.size());
-  hello.num_ranks = config_.num_ranks;
-  hello.ranks_per_node = nodes_.ranks_per_node;
-  hello.hierarchical = nodes_.hierarchical;
-  hello.num_experts = config_.num_experts;
-  hello.top_k = config_.top_k;
-  hello.num_lanes = config_.num_lanes;
-  hello.expert_alignment = config_.expert_alignment;
-  hello.dtype = static_cast<int32_t>(config_.dtype);
-  hello.overflow = static_cast<int32_t>(config_.overflow);
   hello.num_local = ranks_of_process[static_cast<size_t>(my_process_)];
-  hello.hidden = config_.hidden;
-  hello.max_tokens = config_.max_tokens;
-  hello.recv_capacity = config_.recv_capacity;
 
   auto sockets = Greet(listener_, addresses, hello, ranks_of_process,
                        Clock::now() + SecondsToDuration(config_.timeout_s));

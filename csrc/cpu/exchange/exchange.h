@@ -59,8 +59,6 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   // The stride of rows in messages.
   int64_t row_bytes() const { return row_bytes_; }
 
-  // The identity as it travels.
-  Identity Complete(Identity identity, Operation operation) const;
   // Whether `call` fits the group and a send may begin; then the operation is in flight.
   // `arguments` is what the phase found about its other arguments.
   Status BeginSend(const char* phase, const Call& call, const Identity& identity,

@@ -15,13 +15,6 @@ bool Exchange::IsLocal(int32_t rank) const {
          process_of_rank_[static_cast<size_t>(rank)] == my_process_;
 }
 
-Identity Exchange::Complete(Identity identity, Operation operation) const {
-  identity.operation = operation;
-  // Another process numbers the instances of its own compilation.
-  if (num_processes_ > 1) identity.instance = 0;
-  return identity;
-}
-
 Status Exchange::CheckCall(const char* phase, int32_t rank, int64_t tokens,
                            const Identity& identity, const Status& arguments) const {
   std::string wrong;
@@ -91,8 +84,8 @@ void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Bl
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     NoteSent(header);
-    // As long as any message is held back, the others queue up behind it, so that a stream stays in
-    // order when chaos ends.
+    // As long as any message is held back, the others queue up behind it, so that those of a place
+    // stay in order when chaos ends.
     if (chaos_.enabled() || held_back_ > 0) {
       ++held_back_;
       Mover::Get().At(chaos_.DueTime(header),

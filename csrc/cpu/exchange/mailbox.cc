@@ -11,6 +11,8 @@
 namespace smfree::cpu {
 namespace {
 
+constexpr int64_t kMaxDescribed = 4;  // ranks, and messages of a rank
+
 Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
                 const std::string& why) {
   return Status(
@@ -44,74 +46,89 @@ Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found
   return Status();
 }
 
-}  // namespace
-
-bool Mailbox::Stream::empty() const {
-  const auto is_read = [](const auto& fifo) { return fifo.empty(); };
-  const auto all_read = [&](const auto& leg) {
-    return std::all_of(leg.begin(), leg.end(), is_read);
-  };
-  return waiting.empty() && in_flight.empty() &&
-         std::all_of(std::begin(arrived), std::end(arrived), all_read);
+// Whether a message at the place of `expected` may be of another call of the same line.
+bool MayBeAnotherCall(const Expectation& expected, const wire::MessageHeader& found) {
+  return SameCall(found.identity, expected.identity) && found.tokens == expected.tokens &&
+         found.identity.instance.program == expected.identity.instance.program;
 }
 
-Mailbox::Stream& Mailbox::At(const Identity& identity) {
-  Stream& stream = streams_[StreamKey(identity)];
-  for (const Leg leg : {kWire, kNode}) {
-    stream.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
+std::string DescribeOtherCall(const Expectation& expected, const wire::MessageHeader& found) {
+  if (!SameCall(found.identity, expected.identity)) return DescribeOperation(found.identity);
+  if (found.tokens == expected.tokens) return "a call of that line in another program";
+  return "another call of that line (another branch of a cond, or a jitted function that is called "
+         "twice), of " +
+         std::to_string(found.tokens) + " rows per rank instead of " +
+         std::to_string(expected.tokens) + ",";
+}
+
+}  // namespace
+
+Mailbox::Traffic& Mailbox::At(const Identity& identity) {
+  const Place place(identity);
+  const auto found = places_.find(place);
+  if (found != places_.end()) return found->second;
+  if (!spare_.empty()) {
+    spare_.key() = place;
+    return places_.insert(std::move(spare_)).position->second;
   }
-  return stream;
+  Traffic& traffic = places_[place];
+  for (const Leg leg : {kWire, kNode}) {
+    traffic.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
+  }
+  return traffic;
+}
+
+void Mailbox::Leave(const Identity& identity) {
+  const auto it = places_.find(Place(identity));
+  if (it->second.empty()) spare_ = places_.extract(it);
 }
 
 Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
-  Stream& stream = At(identity);
-  const bool replay = IsReplay(identity.derivation);
-  for (const Identity& other : stream.in_flight) {
-    if (replay && !SameOperation(other, identity)) continue;
+  Traffic& traffic = At(identity);
+  for (const Identity& other : traffic.in_flight) {
+    if (SameCall(other, identity) && other.instance != identity.instance) continue;
     return Status(FaultKind::kTwoInFlight,
                   "two operations in flight on one lane: " + DescribeCall(phase, rank_, identity) +
                       " begins, and " + DescribeOperation(other) +
-                      " was not received here yet. Cure: receive it first, with the token that its "
-                      "send returned, or use another lane.");
+                      ", which began with the same token, was not received here yet. Cure: receive "
+                      "it first and go on with the token that its recv returned, or begin each "
+                      "with a fresh group.token().");
   }
-  stream.in_flight.push_back(identity);
+  traffic.in_flight.push_back(identity);
   return Status();
 }
 
-StatusOr<Mailbox::Match> Mailbox::TakeFrom(Stream& stream, int32_t region, Receive& receive) const {
+StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
+                                           Receive& receive) const {
   const Expectation& expected = receive.expected;
-  auto& fifo = stream.arrived[expected.leg][static_cast<size_t>(region)];
+  auto& fifo = traffic.arrived[expected.leg][static_cast<size_t>(region)];
   Message& slot = receive.messages[static_cast<size_t>(region)];
   if (fifo.empty() || slot.data != nullptr) return Match::kNone;
   const auto found = std::find_if(fifo.begin(), fifo.end(), [&](const Message& message) {
     return SameOperation(message.header.identity, expected.identity);
   });
-  if (found != fifo.begin() && !IsReplay(expected.identity.derivation)) {
-    const wire::MessageHeader& head = fifo.front().header;
-    const std::string wanted = DescribeOperation(expected.identity);
-    std::string got = DescribeOperation(head.identity);
-    if (got == wanted) {  // the instances differ
-      got =
-          "another call of that line (another branch of a cond, or a jitted function that is "
-          "called twice), of " +
-          std::to_string(head.tokens) + " rows per rank instead of " +
-          std::to_string(expected.tokens) + ",";
-    }
-    return Mismatch(expected, head, "expected " + wanted + " and got " + got);
+  if (found == fifo.end()) {
+    const auto other = std::find_if(fifo.begin(), fifo.end(), [&](const Message& message) {
+      return !MayBeAnotherCall(expected, message.header);
+    });
+    if (other == fifo.end()) return Match::kNone;
+    return Mismatch(expected, other->header,
+                    "expected " + DescribeOperation(expected.identity) + " and got " +
+                        DescribeOtherCall(expected, other->header));
   }
-  if (found == fifo.end()) return Match::kNone;
   Status shapes = CheckShapes(expected, found->header);
   if (!shapes.ok()) return shapes;
   slot = std::move(*found);
   fifo.erase(found);
+  --traffic.unread;
   --receive.missing;
   return Match::kTaken;
 }
 
-void Mailbox::Complete(Stream& stream, const Receive& receive) const {
+void Mailbox::Complete(Traffic& traffic, const Receive& receive) const {
   const Expectation& expected = receive.expected;
   if (expected.leg != nodes_.LastLeg(expected.identity.operation)) return;
-  auto& sent = stream.in_flight;
+  auto& sent = traffic.in_flight;
   const auto it = std::find_if(sent.begin(), sent.end(), [&](const Identity& identity) {
     return SameOperation(identity, expected.identity);
   });
@@ -122,18 +139,19 @@ Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
   const wire::MessageHeader header = message.header;
   const Identity& identity = header.identity;
   last_from_[static_cast<size_t>(header.source)] = header;
-  Stream& stream = At(identity);
-  stream.arrived[header.leg][static_cast<size_t>(header.region)].push_back(std::move(message));
-  for (auto it = stream.waiting.begin(); it != stream.waiting.end(); ++it) {
+  Traffic& traffic = At(identity);
+  traffic.arrived[header.leg][static_cast<size_t>(header.region)].push_back(std::move(message));
+  ++traffic.unread;
+  for (auto it = traffic.waiting.begin(); it != traffic.waiting.end(); ++it) {
     if ((*it)->expected.leg != header.leg) continue;
-    const auto match = TakeFrom(stream, header.region, **it);
+    const auto match = TakeFrom(traffic, header.region, **it);
     if (!match.ok()) return match.status();
     if (match.value() == Match::kNone) continue;
     if ((*it)->missing == 0) {
       *complete = *it;
-      stream.waiting.erase(it);
-      Complete(stream, **complete);
-      if (stream.empty()) streams_.erase(StreamKey(identity));
+      traffic.waiting.erase(it);
+      Complete(traffic, **complete);
+      Leave(identity);
     }
     break;
   }
@@ -142,27 +160,27 @@ Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
 
 Status Mailbox::Expect(const ReceivePtr& receive, bool* complete) {
   const Identity& identity = receive->expected.identity;
-  Stream& stream = At(identity);
+  Traffic& traffic = At(identity);
   const int32_t regions = nodes_.Regions(receive->expected.leg);
   receive->messages.resize(static_cast<size_t>(regions));
   receive->missing = regions;
   for (int32_t region = 0; region < regions; ++region) {
-    const auto match = TakeFrom(stream, region, *receive);
+    const auto match = TakeFrom(traffic, region, *receive);
     if (!match.ok()) return match.status();
   }
   *complete = receive->missing == 0;
   if (!*complete) {
-    stream.waiting.push_back(receive);
+    traffic.waiting.push_back(receive);
   } else {
-    Complete(stream, *receive);
-    if (stream.empty()) streams_.erase(StreamKey(identity));
+    Complete(traffic, *receive);
+    Leave(identity);
   }
   return Status();
 }
 
 bool Mailbox::IsWaiting(const ReceivePtr& receive) const {
-  const auto it = streams_.find(StreamKey(receive->expected.identity));
-  if (it == streams_.end()) return false;
+  const auto it = places_.find(Place(receive->expected.identity));
+  if (it == places_.end()) return false;
   const auto& waiting = it->second.waiting;
   return std::find(waiting.begin(), waiting.end(), receive) != waiting.end();
 }
@@ -178,14 +196,20 @@ std::vector<int32_t> Mailbox::Missing(const Receive& receive) const {
 }
 
 std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) const {
-  // What lies unread from that source, in whatever stream: most often the operation that the peer
+  // What lies unread from that source, at whatever place: most often the operation that the peer
   // took instead of the expected one.
   std::string unread;
+  int64_t count = 0;
+  bool of_this_run = false;
   ForEachUnread([&](const Message& message) {
     if (message.header.source != source) return;
-    unread += (unread.empty() ? "; unread from it: " : ", ") +
-              DescribeOperation(message.header.identity);
+    const Identity& identity = message.header.identity;
+    of_this_run |= identity.run_id == receive.expected.identity.run_id;
+    if (++count > kMaxDescribed) return;
+    unread += (unread.empty() ? "; unread from it: " : ", ") + DescribeOperation(identity);
   });
+  if (count > kMaxDescribed) unread += " and " + std::to_string(count - kMaxDescribed) + " more";
+  if (of_this_run) unread += ", which nothing here waits for (schedule mismatch)";
   const auto& last = last_from_[static_cast<size_t>(source)];
   std::string text = "rank " + std::to_string(source) + ": nothing arrived; ";
   text +=
@@ -196,17 +220,17 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
 }
 
 std::string Mailbox::DescribeWait(const Receive& receive) const {
-  constexpr size_t kMaxDescribed = 4;
   const std::vector<int32_t> missing = Missing(receive);
   char waited[32];
   std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
   std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
                      receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
                      ") " + (receive.expected.leg == kNode ? "inside its node " : "") + "for ";
-  for (size_t i = 0; i < missing.size() && i < kMaxDescribed; ++i) {
+  const size_t described = std::min<size_t>(missing.size(), kMaxDescribed);
+  for (size_t i = 0; i < described; ++i) {
     text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }
-  if (missing.size() > kMaxDescribed) {
+  if (missing.size() > described) {
     text += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
   }
   return text;
@@ -214,22 +238,22 @@ std::string Mailbox::DescribeWait(const Receive& receive) const {
 
 Mailbox::Contents Mailbox::TakeAll() {
   Contents contents;
-  for (auto& [key, stream] : streams_) {
-    for (ReceivePtr& receive : stream.waiting) contents.receives.push_back(std::move(receive));
-    for (auto& leg : stream.arrived) {
+  for (auto& [place, traffic] : places_) {
+    for (ReceivePtr& receive : traffic.waiting) contents.receives.push_back(std::move(receive));
+    for (auto& leg : traffic.arrived) {
       for (auto& fifo : leg) {
         std::move(fifo.begin(), fifo.end(), std::back_inserter(contents.messages));
       }
     }
   }
-  streams_.clear();
+  places_.clear();
   return contents;
 }
 
 std::vector<ReceivePtr> Mailbox::Waiting() const {
   std::vector<ReceivePtr> waiting;
-  for (const auto& [key, stream] : streams_) {
-    waiting.insert(waiting.end(), stream.waiting.begin(), stream.waiting.end());
+  for (const auto& [place, traffic] : places_) {
+    waiting.insert(waiting.end(), traffic.waiting.begin(), traffic.waiting.end());
   }
   return waiting;
 }
@@ -241,8 +265,8 @@ int64_t Mailbox::messages() const {
 }
 
 void Mailbox::ForEachUnread(const std::function<void(const Message&)>& body) const {
-  for (const auto& [key, stream] : streams_) {
-    for (const auto& leg : stream.arrived) {
+  for (const auto& [place, traffic] : places_) {
+    for (const auto& leg : traffic.arrived) {
       for (const auto& fifo : leg) std::for_each(fifo.begin(), fifo.end(), body);
     }
   }

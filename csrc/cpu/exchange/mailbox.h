@@ -4,12 +4,12 @@
 // received yet; and the rules that decide which message a receive takes. It has no lock and no
 // threads: the Exchange guards all mailboxes of a process with one mutex.
 //
-// Rules, per stream (run, lane, derivation):
-//   * A send may begin if the rank has received its previous operation. In a replay stream, only
-//     the same operation twice is refused.
-//   * A receive takes from each region of its leg (nodes.h) the first message of its operation. In
-//     a stream that is no replay this must be the first message of all; another one in its place is
-//     a mismatch.
+// A receive takes from each region of its leg (nodes.h) the first message of its identity. So
+// operations of different places, and of different instances at one place (identity.h), do not
+// depend on each other, in whatever order ranks run them. Two things are refused:
+//   * a send while the same operation, or one of another line, is in flight at its place;
+//   * a message of another line, or with other shapes, than what is waited for at its place: ranks
+//     disagree. It is found at once, where one token was threaded through what they did so far.
 #ifndef SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
 #define SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
 
@@ -82,25 +82,29 @@ class Mailbox {
   int64_t messages() const;
 
  private:
-  struct Stream {
+  struct Traffic {  // of one place
     std::vector<std::vector<Message>> arrived[kLegs];  // FIFO by region; short: erasing is cheap
+    int32_t unread = 0;                                // messages in them
     std::vector<ReceivePtr> waiting;
     std::vector<Identity> in_flight;  // sent by this rank and not received here
 
-    bool empty() const;
+    bool empty() const { return unread == 0 && waiting.empty() && in_flight.empty(); }
   };
   enum class Match { kNone, kTaken };
 
-  Stream& At(const Identity& identity);
-  StatusOr<Match> TakeFrom(Stream& stream, int32_t region, Receive& receive) const;
+  Traffic& At(const Identity& identity);
+  // Forgets the identity's place if nothing goes on there.
+  void Leave(const Identity& identity);
+  StatusOr<Match> TakeFrom(Traffic& traffic, int32_t region, Receive& receive) const;
   // All of `receive` is there; on its operation's last leg the operation is in flight no more.
-  void Complete(Stream& stream, const Receive& receive) const;
+  void Complete(Traffic& traffic, const Receive& receive) const;
   void ForEachUnread(const std::function<void(const Message&)>& body) const;
   std::string DescribeMissing(const Receive& receive, int32_t source) const;
 
   const int32_t rank_;
   const Nodes nodes_;
-  std::map<StreamKey, Stream> streams_;
+  std::map<Place, Traffic> places_;
+  std::map<Place, Traffic>::node_type spare_;  // a place that was left, for its memory
   std::vector<std::optional<wire::MessageHeader>> last_from_;  // the last arrival of each source
 };
 

@@ -25,7 +25,7 @@ void CombineRecv(Group& group, const Call& call, const CombineRecvArrays& arrays
   Expectation expected;
   expected.phase = "combine_recv";
   expected.rank = call.rank;
-  expected.identity = exchange.Complete(call.identity, Operation::kCombine);
+  expected.identity = WithOperation(call.identity, Operation::kCombine);
   expected.tokens = call.tokens;
   expected.slots = arrays.slots ? config.top_k : 0;
   const Status checked = CheckPlaces(config, call.tokens, arrays.places, arrays.send_counts);

@@ -172,7 +172,7 @@ void DispatchRecv(Group& group, const Call& call, const DispatchRecvArrays& arra
   Expectation expected;
   expected.phase = kPhase;
   expected.rank = call.rank;
-  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.identity = WithOperation(call.identity, Operation::kDispatch);
   expected.tokens = call.tokens;
   expected.experts = expected.slots = exchange.config().top_k;
   ReceiveDispatch(
@@ -190,7 +190,7 @@ void DispatchRecvCached(Group& group, const Call& call, const DispatchRecvCached
   Expectation expected;
   expected.phase = weighted ? "dispatch_recv_weighted" : "dispatch_recv_cached";
   expected.rank = call.rank;
-  expected.identity = exchange.Complete(call.identity, Operation::kDispatch);
+  expected.identity = WithOperation(call.identity, Operation::kDispatch);
   expected.tokens = call.tokens;
   expected.slots = arrays.values && !weighted ? exchange.config().top_k : 0;
   expected.counts.assign(arrays.recv_counts, arrays.recv_counts + exchange.config().num_ranks);

@@ -148,7 +148,7 @@ void RelayCombine(Exchange& exchange, const char* phase, const Call& call, int32
   Expectation expected;
   expected.phase = phase;
   expected.rank = call.rank;
-  expected.identity = exchange.Complete(call.identity, Operation::kCombine);
+  expected.identity = WithOperation(call.identity, Operation::kCombine);
   expected.tokens = call.tokens;
   expected.slots = slots;
   expected.leg = kNode;

@@ -78,19 +78,7 @@ Status CheckHello(const wire::HelloPacket& mine, const wire::HelloPacket& theirs
       {"the version of the wire protocol", mine.version, theirs.version},
       {"the group's id", mine.group_id, theirs.group_id},
       {"the group's replica", mine.replica, theirs.replica},
-      {"num_ranks", mine.num_ranks, theirs.num_ranks},
-      {"ranks_per_node", mine.ranks_per_node, theirs.ranks_per_node},
-      {"hierarchical", mine.hierarchical, theirs.hierarchical},
       {"the number of its local ranks", ranks_of_process[p], theirs.num_local},
-      {"num_experts", mine.num_experts, theirs.num_experts},
-      {"top_k", mine.top_k, theirs.top_k},
-      {"num_lanes", mine.num_lanes, theirs.num_lanes},
-      {"expert_alignment", mine.expert_alignment, theirs.expert_alignment},
-      {"hidden", mine.hidden, theirs.hidden},
-      {"max_tokens", mine.max_tokens, theirs.max_tokens},
-      {"recv_capacity", mine.recv_capacity, theirs.recv_capacity},
-      {"dtype", mine.dtype, theirs.dtype},
-      {"overflow", mine.overflow, theirs.overflow},
   };
   for (const auto& field : fields) {
     if (field.here == field.there) continue;

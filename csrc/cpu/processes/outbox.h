@@ -21,7 +21,7 @@ class Outbox {
         phase_(phase),
         call_(call),
         leg_(leg),
-        identity_(exchange.Complete(call.identity, operation)) {}
+        identity_(WithOperation(call.identity, operation)) {}
 
   // Of a send phase; a relay does not begin anything. `arguments`: what was found about them.
   Status Begin(const Status& arguments = Status()) {

@@ -63,6 +63,12 @@ std::string Mismatch(const FaultRecord& fault) {
 std::string What(const FaultRecord& fault, double timeout_s) {
   switch (fault.kind) {
     case FaultKind::kDeadline:
+      if (fault.peer < 0) {
+        return "waited " + Seconds(timeout_s) + " for its own GPU to start block " +
+               std::to_string(fault.seen) + " of the " + std::to_string(fault.expected) +
+               " of a kernel, which must run together. Cure: something else holds the GPU's "
+               "multiprocessors and does not end; see what else runs there.";
+      }
       return "waited " + Seconds(timeout_s) + " for rank " + std::to_string(fault.peer) +
              (fault.seen == kNoOperation
                   ? ", which has sent nothing here"

@@ -4,6 +4,8 @@
 #ifndef SMFREE_CSRC_CUDA_HOST_GROUP_H_
 #define SMFREE_CSRC_CUDA_HOST_GROUP_H_
 
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -11,8 +13,9 @@
 
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/backend.h"
-#include "csrc/cuda/host/launch.h"
-#include "csrc/cuda/host/launches.h"
+#include "csrc/cuda/host/kernels.h"
+#include "csrc/cuda/host/launch_order.h"
+#include "csrc/cuda/host/runs.h"
 #include "csrc/cuda/memory/memory.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
 #include "csrc/cuda/host/mover.h"
@@ -36,35 +39,63 @@ class Rank {
   Allocation host;          // pinned HostPage
   std::unique_ptr<Mover> mover;
 
-  // The part of the context that is the same in every call of `lane_index`.
-  Context ContextFor(int32_t lane_index) const;
+  GroupConstants Constants() const;
+  LanePointers Lane(int32_t lane_index) const;
 };
 
 struct GroupState {
-  int64_t group_id = 0;
-  GroupOptions options;
+  GroupState(int64_t id, int32_t replica_of_mesh, const GroupConfig& group_config)
+      : group_id(id), replica(replica_of_mesh), config(group_config) {}
+
+  const int64_t group_id;
+  const int32_t replica;
+  const GroupConfig config;
   Layout layout{};
   uint64_t queue_mask = 0;
+
+  // What the movers' threads call, and so stands before the ranks that own them: it is there until
+  // they have ended.
   Allocation failed;  // pinned uint32: some rank has reported a fault
+  std::unique_ptr<LaunchOrder> launch_order;
+  mutable std::mutex fault_mutex;
+  Status host_fault;  // of a mover, or kClosed; when all is released, the group's fault
+
   std::vector<std::unique_ptr<Rank>> ranks;  // of this process
   std::vector<char*> memories;               // of all ranks; nullptr for far ones
   std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
-  std::shared_ptr<NvshmemMemory> block;      // of NVSHMEM's heap; null if all ranks are here
+  std::shared_ptr<NvshmemMemory> nvshmem_memory;  // of NVSHMEM's heap; null if all ranks are here
   std::unique_ptr<PutKernel> put_kernel;     // null: the mover puts, or there are no far peers
-  std::unique_ptr<Launches> launches;
+  Memory sizes;                              // of all this
+  Runs runs;
 
-  // Held shared while a phase is launched, exclusively while the group closes.
+  // Held shared while a phase is launched or device memory is read, exclusively while all is
+  // released. Nobody waits for it but Release: who does not get it finds the group closed.
   std::shared_mutex open_mutex;
-  bool closed = false;
-
-  mutable std::mutex fault_mutex;
-  Status host_fault;  // of a mover, or kClosed
+  std::atomic<bool> closed{false};
+  std::atomic<bool> idle{false};      // closed, and the devices have ended what was launched
+  std::atomic<bool> released{false};  // nothing of all this is there any more
+  StatusOr<Stats> last_stats{Status(FaultKind::kClosed,
+                                    "the group is closed, and a GPU does not end what it runs, so "
+                                    "that its counters cannot be read")};
 
   bool Failed() const;
   void Fail(Status fault);
   // The first fault, of a device or of the host.
   Status FirstFault() const;
   Status TakeOverflow();
+  std::chrono::nanoseconds Timeout() const {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+        std::chrono::duration<double>(config.timeout_s));
+  }
+
+  // What is told when the group is closed.
+  void KeepFault();
+  // These wait for the devices.
+  StatusOr<Stats> Count() const;
+  void KeepStats();
+  StatusOr<std::vector<PhaseRecord>> ReadTrace() const;
+  // Ends the movers and gives all memory back, when nothing uses it any more. The group is closed.
+  void Release();
 
   // All ranks, on devices of this process.
   Status AllocateHere(const std::vector<int32_t>& devices);

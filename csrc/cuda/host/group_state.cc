@@ -11,19 +11,6 @@
 namespace smfree::cuda {
 namespace {
 
-LayoutConfig LayoutConfigOf(const GroupConfig& config) {
-  return {config.num_ranks,
-          NodesOf(config).ranks_per_node,
-          config.num_experts,
-          config.top_k,
-          config.num_lanes,
-          static_cast<int32_t>(ItemBytes(config.dtype)),
-          config.hidden,
-          config.max_tokens,
-          config.differentiable,
-          config.hierarchical};
-}
-
 // A recv reads what a network card has written to `device` while the kernel runs. On GPUs that keep
 // the order of such writes, a signal that is seen vouches for the bytes before it; others would
 // need a flush from the host.
@@ -45,7 +32,7 @@ Status CheckNetworkOrder(int32_t device) {
 }  // namespace
 
 int64_t SymmetricBytes(const GroupConfig& config) {
-  return Layout::Make(LayoutConfigOf(config)).TotalBytes();
+  return Layout::Make(config).TotalBytes();
 }
 
 LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
@@ -63,56 +50,60 @@ LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
   bytes = wire_places_offset + AlignUp(wire_places * int64_t{sizeof(int32_t)}, kAlignment);
 }
 
-Context Rank::ContextFor(int32_t lane_index) const {
-  const GroupOptions& options = group->options;
-  const LaneScratchLayout layout(options);
+GroupConstants Rank::Constants() const {
+  const GroupConfig& config = group->config;
+  GroupConstants g{};
+  g.layout = group->layout;
+  g.code = CopyCode(config.max_tokens);
+  g.nodes = NodesOf(config);
+  g.rank = rank;
+  g.num_ranks = config.num_ranks;
+  g.num_experts = config.num_experts;
+  g.top_k = config.top_k;
+  g.places_per_row = PlacesPerRow(config);
+  g.wire_width = std::min(config.top_k, g.nodes.Regions(kWire));
+  g.relay_width = PlacesPerNode(config);
+  g.expert_alignment = config.expert_alignment;
+  g.drop_overflow = config.overflow == Overflow::kDrop;
+  g.among_processes = group->nvshmem_memory != nullptr;
+  g.puts_on_device = group->put_kernel != nullptr;
+  g.timeout_ns = static_cast<uint64_t>(config.timeout_s * 1e9);
+  g.hidden = config.hidden;
+  g.x_row_bytes = config.hidden * ItemBytes(config.dtype);
+  g.memory = memory->data();
+  g.memories = peer_table.as<char*>();
+  g.state = state.as<RankState>();
+  g.queue = queue.as<Descriptor>();
+  g.queue_mask = group->queue_mask;
+  g.host = host.as<HostPage>();
+  g.group_failed = group->failed.as<uint32_t>();
+  return g;
+}
+
+LanePointers Rank::Lane(int32_t lane_index) const {
+  const LaneScratchLayout layout(group->config);
   char* const lane = scratch.as<char>() + lane_index * layout.bytes;
-  Context c{};
-  c.layout = group->layout;
-  c.code = CopyCode(options.max_tokens);
-  c.nodes = NodesOf(options);
-  c.rank = rank;
-  c.num_ranks = options.num_ranks;
-  c.num_experts = options.num_experts;
-  c.top_k = options.top_k;
-  c.places_per_row = PlacesPerRow(options);
-  c.wire_width = std::min(options.top_k, c.nodes.Regions(kWire));
-  c.relay_width = PlacesPerNode(options);
-  c.expert_alignment = options.expert_alignment;
-  c.drop_overflow = options.overflow == Overflow::kDrop;
-  c.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
-  c.memory = memory->data();
-  c.among_processes = group->block != nullptr;
-  c.puts_on_device = group->put_kernel != nullptr;
-  c.memories = peer_table.as<char*>();
-  c.state = state.as<RankState>();
-  c.scratch = reinterpret_cast<LaneScratch*>(lane);
-  c.wire_places = reinterpret_cast<int32_t*>(lane + layout.wire_places_offset);
-  c.route_counts = reinterpret_cast<int32_t*>(lane + layout.counts_offset);
-  c.route_flags = reinterpret_cast<uint64_t*>(lane + layout.flags_offset);
-  c.row_tags = reinterpret_cast<uint32_t*>(lane + layout.tags_offset);
-  c.queue = queue.as<Descriptor>();
-  c.queue_mask = group->queue_mask;
-  c.host = host.as<HostPage>();
-  c.group_failed = group->failed.as<uint32_t>();
-  c.hidden = options.hidden;
-  c.x_row_bytes = options.hidden * ItemBytes(options.dtype);
-  c.lane_index = lane_index;
-  return c;
+  return {lane_index,
+          reinterpret_cast<LaneScratch*>(lane),
+          reinterpret_cast<int32_t*>(lane + layout.wire_places_offset),
+          reinterpret_cast<int32_t*>(lane + layout.counts_offset),
+          reinterpret_cast<uint64_t*>(lane + layout.flags_offset),
+          reinterpret_cast<uint32_t*>(lane + layout.tags_offset)};
 }
 
 Status GroupState::Prepare() {
-  layout = Layout::Make(LayoutConfigOf(options));
+  layout = Layout::Make(config);
   // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
   const int64_t messages = layout.peers[kWire] + layout.peers[kNode];
   const int64_t most =
-      int64_t{LaneCount(options.num_lanes, options.differentiable)} * 2 * messages * kMaxChunks;
+      int64_t{LaneCount(config.num_lanes, config.differentiable)} * 2 * messages * kMaxChunks;
   uint64_t entries = 64;
   while (entries < static_cast<uint64_t>(most)) entries *= 2;
   queue_mask = entries - 1;
   auto made = Allocation::OnHost(sizeof(uint32_t));
   if (!made.ok()) return made.status();
   failed = std::move(made.value());
+  sizes.pinned_bytes = static_cast<int64_t>(failed.bytes());
   return {};
 }
 
@@ -134,15 +125,15 @@ Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
   Status status = Prepare();
   if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
   if (!status.ok()) return status;
-  block = std::move(memory);
-  status = AllocateRank(rank, device, block);
+  nvshmem_memory = std::move(memory);
+  status = AllocateRank(rank, device, nvshmem_memory);
   return status.ok() ? Connect() : status;
 }
 
 Status GroupState::FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
                              const std::vector<int32_t>& process_of_rank) {
-  const Nodes nodes = NodesOf(options);
-  for (int32_t r = 0; r < options.num_ranks; ++r) {
+  const Nodes nodes = NodesOf(config);
+  for (int32_t r = 0; r < config.num_ranks; ++r) {
     const int32_t process = process_of_rank[static_cast<size_t>(r)];
     char* const there = r == rank ? memory.data() : memory.At(process);
     const bool near = nodes.NodeOf(r) == nodes.NodeOf(rank);
@@ -169,9 +160,9 @@ bool GroupState::HasFarPeers() const {
 }
 
 int32_t GroupState::FarMessages() const {
-  const Nodes nodes = NodesOf(options);
+  const Nodes nodes = NodesOf(config);
   if (!HasFarPeers() || put_kernel) return 0;
-  return nodes.Regions(kWire) - (options.hierarchical ? 1 : nodes.ranks_per_node);
+  return nodes.Regions(kWire) - (config.hierarchical ? 1 : nodes.ranks_per_node);
 }
 
 Status GroupState::AllocateRank(int32_t number, int32_t device,
@@ -189,18 +180,19 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   if (!status.ok()) return status;
   rank->num_sms = properties.multiProcessorCount - (HasFarPeers() ? 1 : 0);
   const size_t route_bytes =
-      RouteSharedBytes(options.max_tokens, RouteBins(NodesOf(options), options.num_experts));
-  const size_t place_bytes = PlaceSharedBytes(options.num_experts, options.num_ranks);
+      RouteSharedBytes(config.max_tokens, RouteBins(NodesOf(config), config.num_experts),
+                       rank->num_sms);
+  const size_t place_bytes = PlaceSharedBytes(config.num_experts, config.num_ranks);
   if (std::max(route_bytes, place_bytes) > properties.sharedMemPerBlockOptin) {
     return Status(FaultKind::kInvalidArgument,
-                  "the routing of max_tokens " + std::to_string(options.max_tokens) +
-                      " rows to " + std::to_string(options.num_experts) + " experts needs " +
+                  "the routing of max_tokens " + std::to_string(config.max_tokens) +
+                      " rows to " + std::to_string(config.num_experts) + " experts needs " +
                       std::to_string(route_bytes) + " bytes of shared memory, GPU " +
                       std::to_string(rank->device) + " has " +
                       std::to_string(properties.sharedMemPerBlockOptin) +
                       ". Cure: lower max_tokens, and send larger batches in several operations.");
   }
-  const int64_t lanes = LaneCount(options.num_lanes, options.differentiable);
+  const int64_t lanes = LaneCount(config.num_lanes, config.differentiable);
   const auto on_device = [&](Allocation& allocation, int64_t bytes) {
     auto made = Allocation::OnDevice(rank->device, static_cast<size_t>(bytes));
     if (!made.ok()) return made.status();
@@ -216,7 +208,7 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   // The signals are zero on all ranks before the first send of any of them.
   status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
   if (status.ok()) status = on_device(rank->state, sizeof(RankState));
-  if (status.ok()) status = on_device(rank->scratch, lanes * LaneScratchLayout(options).bytes);
+  if (status.ok()) status = on_device(rank->scratch, lanes * LaneScratchLayout(config).bytes);
   if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
     status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
@@ -226,17 +218,21 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   if (status.ok()) status = CudaStatus(LoadDispatchRecv(place_bytes), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineSend(), "loading kernels");
   if (status.ok()) status = CudaStatus(LoadCombineRecv(), "loading kernels");
-  if (status.ok() && options.hierarchical) {
+  if (status.ok() && config.hierarchical) {
     status = CudaStatus(LoadDispatchRelay(), "loading kernels");
     if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
   }
   if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
+  sizes.device_bytes += static_cast<int64_t>(rank->memory->bytes());
+  sizes.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
+                                              rank->peer_table.bytes());
+  sizes.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
   return status;
 }
 
 Status GroupState::Connect() {
-  launches = std::make_unique<Launches>(static_cast<int32_t>(ranks.size()),
-                                        LaneCount(options.num_lanes, options.differentiable));
+  launch_order = std::make_unique<LaunchOrder>(static_cast<int32_t>(ranks.size()),
+                                               LaneCount(config.num_lanes, config.differentiable));
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
     rank.index = static_cast<int32_t>(i);
@@ -244,31 +240,32 @@ Status GroupState::Connect() {
     Status status = CudaStatus(cudaMemcpy(rank.peer_table.as<char*>(), memories.data(),
                                           memories.size() * sizeof(char*), cudaMemcpyHostToDevice),
                                "cudaMemcpy");
-    if (status.ok()) status = CudaStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    // All that was set and copied here, and nothing else that runs on the device.
+    if (status.ok()) status = CudaStatus(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
     if (!status.ok()) return status;
   }
   for (const auto& rank : ranks) {
-    if (options.num_ranks == 1) break;
+    if (config.num_ranks == 1) break;
     std::unique_ptr<FarPeers> far;
     if (HasFarPeers()) {
-      auto made = FarPeers::Connect({rank->device, &block->nvshmem(), block->data(),
-                                     layout.FaultWordOffset(), far_processes});
+      auto made =
+          FarPeers::Connect({rank->device, &nvshmem_memory->nvshmem(), nvshmem_memory->data(),
+                             layout.FaultWordOffset(), far_processes});
       if (!made.ok()) return made.status();
       far = std::move(made.value());
-      if (options.puts_on_device) {
-        auto loaded = PutKernel::Load(block->nvshmem(), rank->device, far_processes);
+      if (config.puts_on_device) {
+        auto loaded = PutKernel::Load(nvshmem_memory->nvshmem(), rank->device, far_processes);
         if (!loaded.ok()) return loaded.status();
         put_kernel = std::move(loaded.value());
       }
     }
-    auto mover = Mover::Start({rank->device, rank->rank, options.num_lanes, NodesOf(options),
-                               layout, memories, std::move(far), rank->queue.as<Descriptor>(),
-                               queue_mask,
+    auto mover = Mover::Start({rank->device, rank->rank, config.num_lanes, NodesOf(config), layout,
+                               memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,
                                &rank->host.as<HostPage>()->fault,
                                [this, index = rank->index](int32_t lane_index) {
-                                 launches->NotePut(index, lane_index);
+                                 launch_order->NotePut(index, lane_index);
                                },
-                               [this] { launches->SwitchOff(); },
+                               [this] { launch_order->SwitchOff(); },
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
     rank->mover = std::move(mover.value());
@@ -283,10 +280,11 @@ bool GroupState::Failed() const {
 void GroupState::Fail(Status fault) {
   {
     const std::lock_guard<std::mutex> lock(fault_mutex);
+    if (failed.as<uint32_t>() == nullptr) return;  // released: nobody waits any more
     if (host_fault.ok()) host_fault = std::move(fault);
+    __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
   }
-  __atomic_store_n(failed.as<uint32_t>(), 1u, __ATOMIC_RELEASE);
-  launches->SwitchOff();
+  launch_order->SwitchOff();
 }
 
 Status GroupState::FirstFault() const {
@@ -299,7 +297,7 @@ Status GroupState::FirstFault() const {
     first = &fault;
     first_rank = rank->rank;
   }
-  if (first != nullptr) return DescribeFault(*first, first_rank, options.timeout_s);
+  if (first != nullptr) return DescribeFault(*first, first_rank, config.timeout_s);
   const std::lock_guard<std::mutex> lock(fault_mutex);
   return host_fault;
 }

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "csrc/cuda/memory/allocation.h"
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/host/mover_context.h"
 #include "csrc/protocol/signals.h"
 
@@ -198,10 +198,10 @@ std::vector<WireRecord> Mover::EndTrace() {
       return trace_origin_ns_ + static_cast<int64_t>(static_cast<double>(ms) * 1e6);
     };
     const int32_t lanes = wiring_.num_lanes;
-    records.push_back({wiring_.rank, PeerOf(timed.chunk), timed.chunk.lane_index % lanes,
-                       static_cast<Side>(timed.chunk.lane_index / lanes),
-                       NumberOf(timed.chunk.signal) - 1, at(begin_ms), at(end_ms),
-                       timed.chunk.bytes});
+    records.push_back(
+        {/*replica=*/0, wiring_.rank, PeerOf(timed.chunk), timed.chunk.lane_index % lanes,
+         static_cast<Side>(timed.chunk.lane_index / lanes), NumberOf(timed.chunk.signal) - 1,
+         at(begin_ms), at(end_ms), timed.chunk.bytes});
   }
   ForgetTimed();
   return records;

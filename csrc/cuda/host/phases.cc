@@ -21,7 +21,8 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 constexpr int64_t kTilesPerBlock = 3;
 constexpr int32_t kBlockWarps = kThreads / 32;
 
-// How long a part may be held back until its peers' sends are launched (launches.h), in seconds.
+// How long a part may be held back until its peers' sends are launched (launch_order.h), in
+// seconds.
 constexpr double kMostHeldBackS = 5;
 
 // Whether the work goes into a CUDA graph, to be run later.
@@ -46,34 +47,38 @@ struct Work {
 };
 
 // A part under way. Holds the group open until its kernels are launched.
-struct Launching {
+struct PartUnderWay {
   std::shared_lock<std::shared_mutex> open;
-  Context context;
-  Launch launch;
+  KernelParams params;
+  LaunchParams launch;
 };
 
 // Holds a part back until what it waits for is launched.
 void Await(Rank& rank, const Work& work, int32_t lane_index) {
   GroupState& group = *rank.group;
-  const Nodes nodes = NodesOf(group.options);
+  {
+    const std::shared_lock<std::shared_mutex> open(group.open_mutex, std::try_to_lock);
+    if (!open.owns_lock() || group.closed || group.Failed()) return group.launch_order->SwitchOff();
+  }
+  const Nodes nodes = NodesOf(group.config);
   const Leg leg = work.part == Part::kRelay ? nodes.FirstLeg(work.operation())
                                             : nodes.LastLeg(work.operation());
   const auto seconds = [](double s) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(s));
   };
-  const double timeout_s = group.options.timeout_s;
-  group.launches->AwaitSends(rank.index, lane_index, leg,
-                             seconds(std::min(kMostHeldBackS, timeout_s / 2)));
+  const double timeout_s = group.config.timeout_s;
+  group.launch_order->AwaitSends(rank.index, lane_index, leg,
+                                 seconds(std::min(kMostHeldBackS, timeout_s / 2)));
   if (leg != kWire) return;
   // Whatever the send stands behind on the device ends by its deadline.
-  group.launches->AwaitPuts(rank.index, lane_index, group.FarMessages(), seconds(timeout_s));
+  group.launch_order->AwaitPuts(rank.index, lane_index, group.FarMessages(), seconds(timeout_s));
 }
 
-StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaStream_t stream) {
+StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cudaStream_t stream) {
   const Phase phase = what.phase;
   const Operation operation = what.operation();
   GroupState& group = *rank.group;
-  const GroupOptions& options = group.options;
+  const GroupConfig& config = group.config;
   Identity identity;
   identity.lane = call.lane;
   identity.derivation = call.derivation;
@@ -83,104 +88,102 @@ StatusOr<Launching> Begin(Rank& rank, const Call& call, const Work& what, cudaSt
     return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
   };
   const Side side = SideOf(call.derivation);
-  if (side != Side::kForward && !options.differentiable) {
+  if (side != Side::kForward && !config.differentiable) {
     return refuse(FaultKind::kInvalidArgument,
                   ": the group has no buffers for the backward pass. Cure: "
                   "EpConfig(differentiable=True).");
   }
-  if (call.tokens < 1 || call.tokens > options.max_tokens || call.lane < 0 ||
-      call.lane >= options.num_lanes) {
+  if (call.tokens < 1 || call.tokens > config.max_tokens || call.lane < 0 ||
+      call.lane >= config.num_lanes) {
     return refuse(FaultKind::kInvalidArgument,
                   ": got " + std::to_string(call.tokens) + " rows on lane " +
                       std::to_string(call.lane) + ", expected up to " +
-                      std::to_string(options.max_tokens) + " and lanes below " +
-                      std::to_string(options.num_lanes) +
+                      std::to_string(config.max_tokens) + " and lanes below " +
+                      std::to_string(config.num_lanes) +
                       "; the program was compiled for another EpConfig. Compile it again.");
   }
-  const int32_t lane_index = LaneIndex(call.lane, side, options.num_lanes);
+  const int32_t lane_index = LaneIndex(call.lane, side, config.num_lanes);
   if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
 
-  Launching work{std::shared_lock<std::shared_mutex>(group.open_mutex), Context{}, Launch{}};
-  if (group.closed) {
+  PartUnderWay work{{group.open_mutex, std::try_to_lock}, KernelParams{}, LaunchParams{}};
+  if (!work.open.owns_lock() || group.closed) {
     const Status status = refuse(FaultKind::kClosed,
                                  ": the group is closed. Cure: close it after the last operation.");
     group.Fail(status);  // ends the waits of ranks whose part was launched before
     return status;
   }
-  if (group.Failed()) {
-    group.launches->SwitchOff();
+  if (!group.runs.Admit(call.run, [&] { return group.Failed(); })) {
     const Status fault = group.FirstFault();
-    if (!fault.ok()) {
-      return refuse(fault.kind(),
-                    " cannot go on, the group has failed before: " + fault.message());
-    }
+    return refuse(fault.kind(), " cannot go on, the group has failed before: " + fault.message());
   }
 
-  Context& c = work.context;
-  c = rank.ContextFor(lane_index);
-  c.phase = phase;
-  c.operation = operation;
-  c.lane = call.lane;
-  c.derivation = call.derivation;
-  c.call_site = call.call_site;
-  c.tokens = static_cast<int32_t>(call.tokens);
-  c.experts = what.has_experts ? options.top_k : 0;
-  c.slots = what.has_slots ? options.top_k : 0;
-  const int64_t message_bytes = call.tokens * c.layout.row_bytes;
-  c.push = message_bytes <= options.sm_push_bytes;
+  GroupConstants& g = work.params.g;
+  OperationParams& op = work.params.op;
+  g = rank.Constants();
+  work.params.lane = rank.Lane(lane_index);
+  op.phase = phase;
+  op.operation = operation;
+  op.lane = call.lane;
+  op.derivation = call.derivation;
+  op.call_site = call.call_site;
+  op.tokens = static_cast<int32_t>(call.tokens);
+  op.experts = what.has_experts ? config.top_k : 0;
+  op.slots = what.has_slots ? config.top_k : 0;
+  const int64_t message_bytes = call.tokens * g.layout.row_bytes;
+  op.push = message_bytes <= config.sm_push_bytes;
   // No leg has more messages than there are ranks.
-  const int64_t most_chunks = std::min(kMaxChunks, kMaxSegments / options.num_ranks);
-  c.chunks = c.push ? 1
-                    : static_cast<int32_t>(std::clamp<int64_t>(
-                          (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
-  c.pieces = 1;
-  while (c.pieces < kBlockWarps && c.x_row_bytes >= int64_t{512} * 2 * c.pieces &&
-         call.tokens * c.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {
-    c.pieces *= 2;
+  const int64_t most_chunks = std::min(kMaxChunks, kMaxChunksOfLeg / config.num_ranks);
+  op.chunks = op.push ? 1
+                      : static_cast<int32_t>(std::clamp<int64_t>(
+                            (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
+  op.pieces = 1;
+  while (op.pieces < kBlockWarps && g.x_row_bytes >= int64_t{512} * 2 * op.pieces &&
+         call.tokens * op.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {
+    op.pieces *= 2;
   }
-  c.position = call.position;
-  c.token = call.token;
-  c.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms, options.dtype};
+  op.position = call.position;
+  op.token = call.token;
+  op.token_out = call.token_out;
+  work.launch = {stream, rank.num_sms, config.dtype};
   if (rank.mover) rank.mover->Wake();
   return work;
 }
 
 // The other ranks wait for what was launched, or are told that it was not.
-Status End(Rank& rank, const Launching& work, const Work& what, cudaError_t error) {
+Status End(Rank& rank, const PartUnderWay& work, const Work& what, cudaError_t error) {
   const Status status = CudaStatus(error, "a kernel could not be launched");
   if (!status.ok()) {
     rank.group->Fail(status);
   } else if (what.part != Part::kRecv && !IsCaptured(work.launch.stream)) {
-    const Nodes nodes = NodesOf(rank.group->options);
+    const Nodes nodes = NodesOf(rank.group->config);
     const Leg leg = what.part == Part::kSend ? nodes.FirstLeg(what.operation())
                                              : nodes.LastLeg(what.operation());
-    rank.group->launches->NoteSend(rank.index, work.context.lane_index, leg);
+    rank.group->launch_order->NoteSend(rank.index, work.params.lane.index, leg);
   }
   return status;
 }
 
 bool SendsOnWire(const Rank& rank, const Work& work) {
-  const Nodes nodes = NodesOf(rank.group->options);
+  const Nodes nodes = NodesOf(rank.group->config);
   return (work.part == Part::kSend && nodes.FirstLeg(work.operation()) == kWire) ||
          (work.part == Part::kRelay && nodes.LastLeg(work.operation()) == kWire);
 }
 
-// Launches a part: `launch(context, arrays, …)`.
+// Launches a part: `launch(params, arrays, …)`.
 template <typename Arrays, typename LaunchPart>
 Status Run(Rank& rank, const Call& call, const Work& what, const Arrays& arrays,
            cudaStream_t stream, const LaunchPart& launch) {
   auto work = Begin(rank, call, what, stream);
   if (!work.ok()) return work.status();
-  const Context& context = work.value().context;
-  cudaError_t error = launch(context, arrays, work.value().launch);
-  if (error == cudaSuccess && SendsOnWire(rank, what) && context.puts_on_device) {
-    error = rank.group->put_kernel->Launch(context, stream);
+  const KernelParams& params = work.value().params;
+  cudaError_t error = launch(params, arrays, work.value().launch);
+  if (error == cudaSuccess && SendsOnWire(rank, what) && params.g.puts_on_device) {
+    error = rank.group->put_kernel->Launch(params, stream);
   }
   return End(rank, work.value(), what, error);
 }
 
-bool IsHierarchical(const Rank& rank) { return rank.group->options.hierarchical; }
+bool IsHierarchical(const Rank& rank) { return rank.group->config.hierarchical; }
 
 }  // namespace
 

@@ -16,10 +16,10 @@ namespace smfree::cuda {
 
 constexpr int32_t kMaxRanks = 512;  // each has a place in the kernels' shared memory
 constexpr int32_t kMaxLists = 64;   // nodes, and ranks of a node: those of a row are bits of a word
-constexpr int32_t kMaxTopK = 32;    // a lane of a warp per slot
+constexpr int32_t kMaxTopK = 32;    // a thread of a warp per slot
 constexpr int32_t kMaxChunks = 16;  // of one message
-constexpr int32_t kMaxSegments = 1024;  // chunks of all messages of a leg
-static_assert(kMaxSegments >= 2 * kMaxRanks);
+constexpr int32_t kMaxChunksOfLeg = 1024;  // of all messages
+static_assert(kMaxChunksOfLeg >= 2 * kMaxRanks);
 constexpr int32_t kTracedOperations = 64;  // of each lane index, the most recent ones
 
 // A chunk handed to the mover: bytes [begin, begin + bytes) of a send region (nodes.h). Pinned host
@@ -90,6 +90,7 @@ struct LaneScratch {
   LaneState state;
   unsigned long long epoch;  // send phases ever run, for the barrier inside Route
   int64_t begin_ns;
+  uint32_t phases_begun, phases_ended;  // one at a time, or two operations are in flight
   unsigned long long last_arrival_ns;  // of the chunk waited for last, 0 if none was
   unsigned long long copies;           // rows of the expert-grouped array that were read or written
   uint32_t blocks_done;
@@ -103,8 +104,11 @@ struct LaneScratch {
   TraceEntry trace[kTracedOperations][kPhases];  // at number % kTracedOperations
 };
 
-// Handed to every kernel by value.
-struct Context {
+// What kernels are told, in three parts. A kernel takes all of it by value (KernelParams), a
+// function on the device those parts that it depends on.
+
+// The same in every kernel of a rank.
+struct GroupConstants {
   Layout layout;
   CopyCode code{1};
   Nodes nodes;
@@ -116,28 +120,37 @@ struct Context {
   bool among_processes;  // peers tell of a fault through the fault words
   bool puts_on_device;   // to far peers: by a kernel, not by the mover
   uint64_t timeout_ns;
+  int64_t hidden;
+  int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
 
   char* memory;           // this rank's symmetric memory
   char* const* memories;  // [R], that of every rank (device array); nullptr for far ones
   RankState* state;
-  LaneScratch* scratch;   // of the lane index
-  int32_t* wire_places;   // [T, wire_width]: in hierarchical mode, see places.cuh
-  int32_t* route_counts;  // [route blocks, bins]
-  uint64_t* route_flags;  // [route blocks]
-  uint32_t* row_tags;     // [N]: the number of the operation that writes the row
   Descriptor* queue;
   uint64_t queue_mask;
   HostPage* host;
   uint32_t* group_failed;  // pinned, one per group
 
-  // The call.
+  SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
+};
+
+// The same in every kernel of a rank and lane index.
+struct LanePointers {
+  int32_t index;
+  LaneScratch* scratch;
+  int32_t* wire_places;   // [T, wire_width]: in hierarchical mode, see places.cuh
+  int32_t* route_counts;  // [route blocks, bins]
+  uint64_t* route_flags;  // [route blocks]
+  uint32_t* row_tags;     // [N]: the number of the operation that writes the row
+};
+
+// Of one phase of an operation.
+struct OperationParams {
   Phase phase;
   Operation operation;
-  int32_t lane, lane_index, derivation;
+  int32_t lane, derivation;
   uint32_t call_site;
   int32_t tokens;
-  int64_t hidden;
-  int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
   int32_t experts, slots;  // per row of the message: top_k or 0
   int32_t chunks;          // into how many a message is cut
   int32_t pieces;          // into how many a row is cut, each for one warp; divides kWarps
@@ -145,8 +158,12 @@ struct Context {
   const int32_t* position;
   const float* token;
   float* token_out;
+};
 
-  SMFREE_HD int32_t local_experts() const { return num_experts / num_ranks; }
+struct KernelParams {
+  GroupConstants g;
+  LanePointers lane;
+  OperationParams op;
 };
 
 }  // namespace smfree::cuda

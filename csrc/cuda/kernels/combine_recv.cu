@@ -10,8 +10,11 @@
 //
 // In hierarchical mode d is a node, and PlaceOnWire says which places that are.
 //
+// Launch: kThreads threads. PlaceOnWire: a block per kPlacedRows rows. Gather: any number of blocks
+// up to kBlocksPerSm per SM (BlocksFor): they wait for peers, so puts need room (far_peers.h).
+//
 // Byte floor: sum(send_counts) * row_bytes read, T * row_bytes written.
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/places.cuh"
 #include "csrc/cuda/kernels/rows.cuh"
 
@@ -25,81 +28,84 @@ struct GatherArrays {
 };
 
 // slots[t] = value for every slot.
-__device__ void FillSlots(const Context& c, const GatherArrays& a, int32_t t, float value) {
-  for (int32_t k = threadIdx.x % kWarp; a.slots && k < c.top_k; k += kWarp) {
-    a.slots[int64_t{t} * c.top_k + k] = value;
+__device__ void FillSlots(const GroupConstants& g, const GatherArrays& a, int32_t t, float value) {
+  for (int32_t k = threadIdx.x % kWarp; a.slots && k < g.top_k; k += kWarp) {
+    a.slots[int64_t{t} * g.top_k + k] = value;
   }
 }
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Gather(const Context c, const GatherArrays a) {
+    Gather(const KernelParams params, const GatherArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ int32_t num_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
   __shared__ Term terms[kWarps][kMaxTopK];
   __shared__ const float* values[kWarps][kMaxTopK];
   const float nan = __int_as_float(0x7fc00000);
-  const bool nothing_sent = NothingWasSent(c);
-  if (!c.nodes.hierarchical) NoteBegin(c);
-  const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(c);
-  const Messages messages{c, kWire, begun.number};
+  const bool nothing_sent = NothingWasSent(op);
+  if (!g.nodes.hierarchical) NoteBegin(lane);
+  const Begun begun = nothing_sent ? Begun{false, kNoOperation} : BeginRecvPhase(g, lane, op);
+  const Messages messages{g, lane, op, kWire, begun.number};
   const bool ok = begun.ok && OpenMessages(messages, a.wire.counts, num_rows, arrivals);
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
-  const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
-       unit < c.tokens * c.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
-    const int32_t t = unit / c.pieces;
-    const int32_t piece = unit % c.pieces;
-    const Words words(c.x_row_bytes, sizeof(Word), piece, c.pieces);
-    char* const out = a.out + t * c.x_row_bytes;
+       unit < op.tokens * op.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
+    const int32_t t = unit / op.pieces;
+    const int32_t piece = unit % op.pieces;
+    const Words words(g.x_row_bytes, sizeof(Word), piece, op.pieces);
+    char* const out = a.out + t * g.x_row_bytes;
     const int32_t place =
-        ok && lane < c.wire_width ? a.wire.places[int64_t{t} * c.wire_width + lane] : -1;
-    const int32_t region = place / c.tokens;
-    const int32_t row = place % c.tokens;
+        ok && warp_lane < g.wire_width ? a.wire.places[int64_t{t} * g.wire_width + warp_lane] : -1;
+    const int32_t region = place / op.tokens;
+    const int32_t row = place % op.tokens;
     const int32_t before = __shfl_up_sync(~0u, place, 1);
-    const bool ascends = lane == 0 || (before >= 0 && before < place);
+    const bool ascends = warp_lane == 0 || (before >= 0 && before < place);
     const bool broken = place != -1 && (place < 0 || !ascends || region >= messages.count() ||
                                         row >= num_rows[region]);
-    const uint32_t broken_lanes = __ballot_sync(~0u, broken);
-    bool here = ok && broken_lanes == 0;
-    if (broken && (broken_lanes & ((1u << lane) - 1)) == 0) {  // the first one
-      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, t, c.tokens, place});
+    const uint32_t broken_places = __ballot_sync(~0u, broken);
+    bool here = ok && broken_places == 0;
+    if (broken && (broken_places & ((1u << warp_lane) - 1)) == 0) {  // the first one
+      Report(g, op, FaultKind::kInvalidArgument, begun.number, {-1, t, op.tokens, place});
     }
     if (here && place != -1) {
-      const Chunks chunks(num_rows[region], c.chunks);
+      const Chunks chunks(num_rows[region], op.chunks);
       const int32_t wanted = ChunksThrough(chunks.Of(row), chunks.count);
       here = WaitForChunks(messages, region, wanted, arrivals);
-      const char* const message = messages.From(region) + c.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(c, num_rows[region]);
-      terms[warp][lane] = {message + layout.rows_offset + row * c.layout.row_bytes, 1.0f};
-      values[warp][lane] = reinterpret_cast<const float*>(message + layout.slots_offset) +
-                           int64_t{row} * c.top_k;
+      const char* const message = messages.From(region) + g.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(g, op, num_rows[region]);
+      terms[warp][warp_lane] = {message + layout.rows_offset + row * g.layout.row_bytes, 1.0f};
+      values[warp][warp_lane] =
+          reinterpret_cast<const float*>(message + layout.slots_offset) + int64_t{row} * g.top_k;
     }
     const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
     here = __all_sync(~0u, here);
-    __syncwarp();  // what one lane has waited for, all may read
+    __syncwarp();  // what one thread has waited for, all may read
     if (nothing_sent) {
       FillRow(words, out, Zeros<Word>());
-      FillSlots(c, a, t, 0.0f);
+      FillSlots(g, a, t, 0.0f);
     } else if (!here) {  // a row is right, or NaN
       FillRow(words, out, NaNs<T, Word>());
-      FillSlots(c, a, t, nan);
+      FillSlots(g, a, t, nan);
     } else {
       SumRows<T, Word>(words, out, terms[warp], count);
-      for (int32_t k = lane; a.slots && piece == 0 && k < c.top_k; k += kWarp) {
+      for (int32_t k = warp_lane; a.slots && piece == 0 && k < g.top_k; k += kWarp) {
         float sum = 0.0f;
         for (int32_t p = 0; p < count; ++p) sum = __fadd_rn(sum, __ldcg(values[warp][p] + k));
-        a.slots[int64_t{t} * c.top_k + k] = sum;
+        a.slots[int64_t{t} * g.top_k + k] = sum;
       }
     }
     __syncwarp();
   }
-  if (!IsLastBlock(c) || threadIdx.x != 0) return;
+  if (!IsLastBlock(lane) || threadIdx.x != 0) return;
   int64_t wire_rows = 0;
   for (int32_t r = 0; ok && r < messages.count(); ++r) wire_rows += num_rows[r];
-  EndPhase(c, begun, ok && !Faulted(c), wire_rows, wire_rows * c.x_row_bytes,
-           c.tokens * c.x_row_bytes);
+  EndPhase(g, lane, op, begun, ok && !Faulted(g), wire_rows, wire_rows * g.x_row_bytes,
+           op.tokens * g.x_row_bytes);
 }
 
 constexpr auto kGather = [](auto element, auto word) {
@@ -113,19 +119,18 @@ cudaError_t LoadCombineRecv() {
   return error == cudaSuccess ? LoadKernelsFor(kGather) : error;
 }
 
-cudaError_t LaunchCombineRecv(const Context& c, const CombineRecvArrays& arrays,
-                              const Launch& launch) {
-  const GatherArrays gather{WirePlaces(c, arrays.places, arrays.send_counts),
+cudaError_t LaunchCombineRecv(const KernelParams& k, const CombineRecvArrays& arrays,
+                              const LaunchParams& launch) {
+  const GatherArrays gather{WirePlaces(k.g, k.lane, arrays.places, arrays.send_counts),
                             static_cast<char*>(arrays.out), arrays.slots};
-  if (c.nodes.hierarchical) {
-    PlaceOnWire<<<Launch::BlocksForPlaces(c.tokens), kThreads, 0, launch.stream>>>(c,
-                                                                                   arrays.places);
-    const cudaError_t error = cudaGetLastError();
+  if (k.g.nodes.hierarchical) {
+    const cudaError_t error = LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens),
+                                           kThreads, 0, launch.stream, k, arrays.places);
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = KernelFor(launch.dtype, WordBytes(c), kGather);
-  kernel<<<launch.BlocksFor(int64_t{c.tokens} * c.pieces), kThreads, 0, launch.stream>>>(c, gather);
-  return cudaGetLastError();
+  const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kGather);
+  return LaunchKernel(kernel, launch.BlocksFor(int64_t{k.op.tokens} * k.op.pieces), kThreads, 0,
+                      launch.stream, k, gather);
 }
 
 }  // namespace smfree::cuda

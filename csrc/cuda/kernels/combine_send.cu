@@ -13,33 +13,40 @@
 // In hierarchical mode the message goes to the relay of s, with the same rows, and this rank is the
 // relay of others: combine_relay.cu ends the phase.
 //
+// Launch: kThreads threads. LayOut: any number of blocks. Pack: no more than kBlocksPerSm per SM
+// (BlocksFor), so that all are resident: a block waits until another has handed over the chunk
+// before its own.
+//
 // Byte floor: one row read per copy, sum(recv_counts) * row_bytes written.
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/sums.cuh"
 
 namespace smfree::cuda {
 namespace {
 
-__global__ void LayOut(const Context c, const CombineSendArrays a) {
-  NoteBegin(c);
-  const Begun begun = BeginSendPhase(c);
+__global__ void LayOut(const KernelParams params, const CombineSendArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
+  NoteBegin(lane);
+  const Begun begun = BeginSendPhase(g, lane, op);
   if (!begun.ok) return;
-  const Messages messages{c, c.nodes.FirstLeg(Operation::kCombine), begun.number};
+  const Messages messages{g, lane, op, g.nodes.FirstLeg(Operation::kCombine), begun.number};
   WriteHeaders(messages, a.recv_counts);
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots_per_peer = int64_t{c.tokens} * c.top_k;
-  for (int64_t at = thread; at < c.num_ranks * slots_per_peer; at += threads) {
+  const int64_t slots_per_peer = int64_t{op.tokens} * g.top_k;
+  for (int64_t at = thread; at < g.num_ranks * slots_per_peer; at += threads) {
     const auto peer = static_cast<int32_t>(at / slots_per_peer);
     const int64_t slot = at % slots_per_peer;
     const int32_t rows = a.recv_counts[peer];
-    if (slot / c.top_k >= rows || rows > c.tokens) continue;
+    if (slot / g.top_k >= rows || rows > op.tokens) continue;
     const int32_t n = a.rows[at];
     if (n < -1 || n >= a.rows_capacity) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity - 1, n});
-    } else if (c.slots) {
-      char* const message = messages.To(peer) + c.layout.header_bytes;
-      auto* const slots = reinterpret_cast<float*>(message + LayoutOf(c, rows).slots_offset);
+      Report(g, op, FaultKind::kInvalidArgument, begun.number, {peer, -1, a.rows_capacity - 1, n});
+    } else if (op.slots) {
+      char* const message = messages.To(peer) + g.layout.header_bytes;
+      auto* const slots = reinterpret_cast<float*>(message + LayoutOf(g, op, rows).slots_offset);
       slots[slot] = n < 0 ? 0.0f : a.values[n];
     }
   }
@@ -47,34 +54,37 @@ __global__ void LayOut(const Context c, const CombineSendArrays a) {
 
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const Context c, const CombineSendArrays a) {
+    Pack(const KernelParams params, const CombineSendArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Sums sums;
-  const Begun begun = BeginSendPhase(c);
-  const Messages messages{c, c.nodes.FirstLeg(Operation::kCombine), begun.number};
+  const Begun begun = BeginSendPhase(g, lane, op);
+  const Messages messages{g, lane, op, g.nodes.FirstLeg(Operation::kCombine), begun.number};
   if (begun.ok) {
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     unsigned long long copies_read = 0;
-    sums.Pack<T, Word>(messages, a.recv_counts,
-                       [&](int32_t source, int32_t row, int32_t piece, Term* terms) {
-      const int64_t first_slot = (int64_t{source} * c.tokens + row) * c.top_k;
-      const int32_t n = lane < c.top_k ? a.rows[first_slot + lane] : -1;
-      const uint32_t mask = __ballot_sync(~0u, n >= 0);
-      if (n >= 0) {
-        terms[__popc(mask & ((1u << lane) - 1))] = {
-            static_cast<const char*>(a.y) + n * c.x_row_bytes, a.w ? a.w[n] : 1.0f};
-      }
-      if (piece == 0) copies_read += __popc(mask);
-      return __popc(mask);
-    });
-    if (lane == 0 && copies_read) atomicAdd(&c.scratch->copies, copies_read);
+    sums.Pack<T, Word>(
+        messages, a.recv_counts, [&](int32_t source, int32_t row, int32_t piece, Term* terms) {
+          const int64_t first_slot = (int64_t{source} * op.tokens + row) * g.top_k;
+          const int32_t n = warp_lane < g.top_k ? a.rows[first_slot + warp_lane] : -1;
+          const uint32_t mask = __ballot_sync(~0u, n >= 0);
+          if (n >= 0) {
+            terms[__popc(mask & ((1u << warp_lane) - 1))] = {
+                static_cast<const char*>(a.y) + n * g.x_row_bytes, a.w ? a.w[n] : 1.0f};
+          }
+          if (piece == 0) copies_read += __popc(mask);
+          return __popc(mask);
+        });
+    if (warp_lane == 0 && copies_read) atomicAdd(&lane.scratch->copies, copies_read);
   }
-  if (!IsLastBlock(c) || threadIdx.x != 0 || c.nodes.hierarchical) return;
+  if (!IsLastBlock(lane) || threadIdx.x != 0 || g.nodes.hierarchical) return;
   int64_t wire_rows = 0;
-  for (int32_t peer = 0; peer < c.num_ranks; ++peer) wire_rows += a.recv_counts[peer];
-  const bool ok = begun.ok && !Faulted(c);
+  for (int32_t peer = 0; peer < g.num_ranks; ++peer) wire_rows += a.recv_counts[peer];
+  const bool ok = begun.ok && !Faulted(g);
   if (ok) NoteInternode(messages, a.recv_counts);
-  EndPhase(c, begun, ok, wire_rows, static_cast<int64_t>(c.scratch->copies) * c.x_row_bytes,
-           wire_rows * c.x_row_bytes);
+  EndPhase(g, lane, op, begun, ok, wire_rows,
+           static_cast<int64_t>(lane.scratch->copies) * g.x_row_bytes, wire_rows * g.x_row_bytes);
 }
 
 constexpr auto kPack = [](auto element, auto word) {
@@ -88,16 +98,15 @@ cudaError_t LoadCombineSend() {
   return error == cudaSuccess ? LoadKernelsFor(kPack) : error;
 }
 
-cudaError_t LaunchCombineSend(const Context& c, const CombineSendArrays& arrays,
-                              const Launch& launch) {
-  LayOut<<<launch.BlocksForItems(int64_t{c.num_ranks} * c.tokens * c.top_k), kThreads, 0,
-           launch.stream>>>(c, arrays);
-  const cudaError_t error = cudaGetLastError();
+cudaError_t LaunchCombineSend(const KernelParams& k, const CombineSendArrays& arrays,
+                              const LaunchParams& launch) {
+  const int64_t slots = int64_t{k.g.num_ranks} * k.op.tokens * k.g.top_k;
+  const cudaError_t error =
+      LaunchKernel(LayOut, launch.BlocksForItems(slots), kThreads, 0, launch.stream, k, arrays);
   if (error != cudaSuccess) return error;
-  const int64_t rows = int64_t{c.num_ranks} * c.tokens * c.pieces;
-  const auto kernel = KernelFor(launch.dtype, WordBytes(c), kPack);
-  kernel<<<launch.BlocksFor(rows), kThreads, 0, launch.stream>>>(c, arrays);
-  return cudaGetLastError();
+  const int64_t rows = int64_t{k.g.num_ranks} * k.op.tokens * k.op.pieces;
+  const auto kernel = KernelFor(launch.dtype, WordBytes(k.g), kPack);
+  return LaunchKernel(kernel, launch.BlocksFor(rows), kThreads, 0, launch.stream, k, arrays);
 }
 
 }  // namespace smfree::cuda

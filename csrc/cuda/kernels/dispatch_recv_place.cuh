@@ -12,10 +12,11 @@
 namespace smfree::cuda {
 namespace {
 
-__device__ void WriteSources(const Context& c, const int32_t* rows) {
+__device__ void WriteSources(const GroupConstants& g, const LanePointers& lane,
+                             const int32_t* rows) {
   if (blockIdx.x != 0) return;
-  for (int32_t source = threadIdx.x; source < c.num_ranks; source += blockDim.x) {
-    c.scratch->source_rows[source] = rows[source];
+  for (int32_t source = threadIdx.x; source < g.num_ranks; source += blockDim.x) {
+    lane.scratch->source_rows[source] = rows[source];
   }
 }
 
@@ -30,12 +31,12 @@ struct ExpertRows {
 // threads of a block.
 __device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* groups,
                              int32_t* first) {
-  const Context& c = m.c;
-  const int32_t local_experts = c.local_experts();
+  const GroupConstants& g = m.g;
+  const int32_t local_experts = g.local_experts();
   for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
     int32_t count = 0;
 #pragma unroll 4
-    for (int32_t source = 0; source < c.num_ranks; ++source) {
+    for (int32_t source = 0; source < g.num_ranks; ++source) {
       const char* const header = m.From(source) + kHeaderIdentityBytes;
       first[source * local_experts + e] = count;
       count += __ldcg(reinterpret_cast<const int32_t*>(header) + e);
@@ -44,13 +45,13 @@ __device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* gr
   }
   __syncthreads();
   if (threadIdx.x < kWarp) {  // an exclusive sum of the aligned counts, cut at the capacity
-    const int32_t lane = static_cast<int32_t>(threadIdx.x);
+    const int32_t warp_lane = static_cast<int32_t>(threadIdx.x);
     int64_t start = 0;
     for (int32_t base = 0; base < local_experts; base += kWarp) {
-      const int32_t e = base + lane;
+      const int32_t e = base + warp_lane;
       const int32_t count = e < local_experts ? groups[e].dropped : 0;
       const int32_t aligned =
-          (count + c.expert_alignment - 1) / c.expert_alignment * c.expert_alignment;
+          (count + g.expert_alignment - 1) / g.expert_alignment * g.expert_alignment;
       const auto up_to = SumUpToLane<int64_t>(aligned);
       if (e < local_experts) {
         const auto begin = static_cast<int32_t>(min(start + up_to - aligned, int64_t{capacity}));
@@ -61,7 +62,7 @@ __device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* gr
     }
   }
   __syncthreads();
-  for (int32_t i = threadIdx.x; i < c.num_experts; i += blockDim.x) {
+  for (int32_t i = threadIdx.x; i < g.num_experts; i += blockDim.x) {
     first[i] += groups[i % local_experts].start;
   }
   __syncthreads();
@@ -76,37 +77,40 @@ struct PlaceArrays {
   int32_t* relay;  // null in hierarchical mode, where the relay has filled it in
 };
 
-__global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceArrays a) {
+__global__ void __launch_bounds__(kThreads) Place(const KernelParams params, const PlaceArrays a) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   extern __shared__ int32_t shared[];
   __shared__ int32_t source_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
-  const int32_t local_experts = c.local_experts();
+  const int32_t local_experts = g.local_experts();
   auto* const groups = reinterpret_cast<ExpertRows*>(shared);
   auto* const first = reinterpret_cast<int32_t*>(groups + local_experts);
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots = int64_t{c.num_ranks} * c.tokens * c.top_k;
+  const int64_t slots = int64_t{g.num_ranks} * op.tokens * g.top_k;
 
   if (a.relay) {
     if (thread == 0) *a.relay = -1;
-    NoteBegin(c);
+    NoteBegin(lane);
   }
-  const Begun begun = BeginRecvPhase(c);
-  const Messages messages{c, c.nodes.LastLeg(Operation::kDispatch), begun.number};
+  const Begun begun = BeginRecvPhase(g, lane, op);
+  const Messages messages{g, lane, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};
   if (!begun.ok || !OpenMessages(messages, nullptr, source_rows, arrivals)) {
     for (int64_t i = thread; i < slots; i += threads) a.rows[i] = -1;
     for (int64_t i = thread; i < local_experts; i += threads) a.group_sizes[i] = 0;
-    for (int64_t i = thread; i < c.num_ranks; i += threads) a.recv_counts[i] = 0;
+    for (int64_t i = thread; i < g.num_ranks; i += threads) a.recv_counts[i] = 0;
     if (thread == 0) *a.num_dropped = 0;
     return;
   }
   LayOutGroups(messages, a.capacity, groups, first);
-  WriteSources(c, source_rows);
+  WriteSources(g, lane, source_rows);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
       a.group_sizes[e] = groups[e].end - groups[e].start;
     }
-    for (int32_t s = threadIdx.x; s < c.num_ranks; s += blockDim.x) {
+    for (int32_t s = threadIdx.x; s < g.num_ranks; s += blockDim.x) {
       a.recv_counts[s] = source_rows[s];
     }
   }
@@ -115,13 +119,13 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
   dropped = __reduce_add_sync(~0u, dropped);
   if (thread == 0) {
     *a.num_dropped = dropped;
-    atomicAdd(&c.state->rows_dropped, static_cast<unsigned long long>(dropped));
-    c.scratch->overflowed = dropped > 0 && !c.drop_overflow;
-    if (c.scratch->overflowed) {
-      volatile OverflowRecord& overflow = c.host->overflow;
-      overflow.lane = c.lane;
-      overflow.derivation = c.derivation;
-      overflow.call_site = c.call_site;
+    atomicAdd(&g.state->rows_dropped, static_cast<unsigned long long>(dropped));
+    lane.scratch->overflowed = dropped > 0 && !g.drop_overflow;
+    if (lane.scratch->overflowed) {
+      volatile OverflowRecord& overflow = g.host->overflow;
+      overflow.lane = op.lane;
+      overflow.derivation = op.derivation;
+      overflow.call_site = op.call_site;
       overflow.number = begun.number;
       overflow.dropped = dropped;
       overflow.capacity = a.capacity;
@@ -130,45 +134,48 @@ __global__ void __launch_bounds__(kThreads) Place(const Context c, const PlaceAr
     }
   }
   for (int64_t at = thread; at < slots; at += threads) {
-    const auto source = static_cast<int32_t>(at / (int64_t{c.tokens} * c.top_k));
-    const int64_t slot = at % (int64_t{c.tokens} * c.top_k);  // of that source
+    const auto source = static_cast<int32_t>(at / (int64_t{op.tokens} * g.top_k));
+    const int64_t slot = at % (int64_t{op.tokens} * g.top_k);  // of that source
     int32_t n = -1;
-    if (slot / c.top_k < source_rows[source]) {
-      const char* const message = messages.From(source) + c.layout.header_bytes;
+    if (slot / g.top_k < source_rows[source]) {
+      const char* const message = messages.From(source) + g.layout.header_bytes;
       const int32_t code = __ldcg(reinterpret_cast<const int32_t*>(message) + slot);
-      if (code >= 0 && c.code.Expert(code) < local_experts) {
-        const int32_t expert = c.code.Expert(code);
-        n = first[source * local_experts + expert] + c.code.Index(code);
+      if (code >= 0 && g.code.Expert(code) < local_experts) {
+        const int32_t expert = g.code.Expert(code);
+        n = first[source * local_experts + expert] + g.code.Index(code);
         if (n >= groups[expert].end) n = -1;
       }
     }
     a.rows[at] = n;
-    if (n >= 0) c.row_tags[n] = static_cast<uint32_t>(begun.number);
+    if (n >= 0) lane.row_tags[n] = static_cast<uint32_t>(begun.number);
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    Mark(const Context c, const int32_t capacity, const int32_t* rows, const int32_t* recv_counts) {
+__global__ void __launch_bounds__(kThreads) Mark(const KernelParams params, const int32_t capacity,
+                                                 const int32_t* rows, const int32_t* recv_counts) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ int32_t source_rows[kMaxRanks];
   __shared__ Arrivals arrivals;
-  if (!c.nodes.hierarchical) NoteBegin(c);
-  if (NothingWasSent(c)) return;
-  const Begun begun = BeginRecvPhase(c);
-  const Messages messages{c, c.nodes.LastLeg(Operation::kDispatch), begun.number};
+  if (!g.nodes.hierarchical) NoteBegin(lane);
+  if (NothingWasSent(op)) return;
+  const Begun begun = BeginRecvPhase(g, lane, op);
+  const Messages messages{g, lane, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};
   if (!begun.ok || !OpenMessages(messages, recv_counts, source_rows, arrivals)) return;
-  WriteSources(c, source_rows);
-  if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->overflowed = 0;
+  WriteSources(g, lane, source_rows);
+  if (blockIdx.x == 0 && threadIdx.x == 0) lane.scratch->overflowed = 0;
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots_per_source = int64_t{c.tokens} * c.top_k;
-  for (int64_t at = thread; at < c.num_ranks * slots_per_source; at += threads) {
+  const int64_t slots_per_source = int64_t{op.tokens} * g.top_k;
+  for (int64_t at = thread; at < g.num_ranks * slots_per_source; at += threads) {
     const auto source = static_cast<int32_t>(at / slots_per_source);
-    if (at % slots_per_source / c.top_k >= source_rows[source]) continue;
+    if (at % slots_per_source / g.top_k >= source_rows[source]) continue;
     const int32_t n = rows[at];
     if (n < -1 || n >= capacity) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {source, -1, capacity - 1, n});
+      Report(g, op, FaultKind::kInvalidArgument, begun.number, {source, -1, capacity - 1, n});
     } else if (n >= 0) {
-      c.row_tags[n] = static_cast<uint32_t>(begun.number);
+      lane.row_tags[n] = static_cast<uint32_t>(begun.number);
     }
   }
 }

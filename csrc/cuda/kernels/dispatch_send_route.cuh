@@ -5,14 +5,17 @@
 #ifndef SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
 #define SMFREE_CSRC_CUDA_KERNELS_DISPATCH_SEND_ROUTE_CUH_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/places.cuh"
 
 namespace smfree::cuda {
 namespace {
+
+constexpr int32_t kTurnsBeforeAsking = 1024;  // a tenth of a millisecond: no block is so late
 
 // The bits of the rows of a block that go to expert, rank or node `bin`.
 struct RowBits {
@@ -42,84 +45,133 @@ struct RowBits {
   }
 };
 
-// Waits until every block has published its counts of this operation. The barrier is internal to
-// one launch whose blocks are all resident, so it needs no deadline.
-__device__ void WaitForAllBlocks(const Context& c, uint64_t epoch) {
-  for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-    while (load_acquire_gpu(c.route_flags + block) != epoch) __nanosleep(50);
+// Waits for one block to publish its counts of this operation; false if it does not. Blocks that do
+// not fit onto the device beside those that wait start when something else there has ended, which
+// may be never. A flag of a later epoch is of a send that runs on this lane at the same time.
+__device__ bool WaitForBlock(const GroupConstants& g, const LanePointers& lane,
+                             const OperationParams& op, int64_t number, uint64_t epoch,
+                             int32_t block) {
+  int64_t begin = 0;
+  for (int32_t turn = 1;; ++turn) {
+    const uint64_t seen = load_acquire_gpu(lane.route_flags + block);
+    if (seen == epoch) return true;
+    if (seen > epoch) {
+      Report(g, op, FaultKind::kTwoInFlight, number, {-1, -1, number, number});
+      return false;
+    }
+    __nanosleep(50);
+    if (turn % kTurnsBeforeAsking != 0) continue;
+    if (begin == 0) begin = NowNs();
+    if (Faulted(g)) return false;
+    if (load_relaxed_system(g.group_failed)) {
+      atomicExch(&g.state->faulted, 1u);
+      return false;
+    }
+    if (NowNs() - begin > static_cast<int64_t>(g.timeout_ns)) {
+      Report(g, op, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
+      return false;
+    }
   }
-  __syncthreads();
+}
+
+// The barrier of the blocks of one launch, with the same result in all threads of a block.
+__device__ bool WaitForAllBlocks(const GroupConstants& g, const LanePointers& lane,
+                                 const OperationParams& op, int64_t number, uint64_t epoch) {
+  bool ok = true;
+  for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+    ok = WaitForBlock(g, lane, op, number, epoch, static_cast<int32_t>(block)) && ok;
+  }
+  return __syncthreads_and(ok);
+}
+
+// What a send without a routing says: nothing goes anywhere.
+__device__ void RouteNothing(const GroupConstants& g, const LanePointers& lane,
+                             const DispatchSendArrays& a, int32_t first_row, int32_t num_rows) {
+  for (int32_t row = threadIdx.x; row < num_rows; row += kRouteThreads) {
+    Placing(a.places, first_row + row, g.places_per_row).End();
+    if (g.nodes.hierarchical) Placing(lane.wire_places, first_row + row, g.wire_width).End();
+  }
+  if (blockIdx.x != 0) return;
+  for (int32_t rank = threadIdx.x; rank < g.num_ranks; rank += kRouteThreads) {
+    a.send_counts[rank] = 0;
+    if (g.nodes.hierarchical) lane.scratch->wire_rows[rank] = 0;
+  }
 }
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
 __global__ void __launch_bounds__(kRouteThreads)
-    Route(const Context c, const DispatchSendArrays a, const int32_t rows_per_block) {
+    Route(const KernelParams params, const DispatchSendArrays a, const int32_t rows_per_block) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   extern __shared__ uint32_t shared[];
   // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
   // a node in hierarchical mode, and names the experts there.
-  const bool by_node = c.nodes.hierarchical;
-  const int32_t bins = RouteBins(c.nodes, c.num_experts);
-  const int32_t wire_bin = c.num_experts + (by_node ? c.num_ranks : 0);
+  const bool by_node = g.nodes.hierarchical;
+  const int32_t bins = RouteBins(g.nodes, g.num_experts);
+  const int32_t wire_bin = g.num_experts + (by_node ? g.num_ranks : 0);
   const RowBits bits{shared, rows_per_block / 32};
   const int32_t num_words = bins * RowBits::Stride(bits.words_per_bin);
   auto* const before = reinterpret_cast<int32_t*>(shared + num_words);
   int32_t* const wire_rows = before + bins;
-  const int32_t local_experts = c.local_experts();
-  const int32_t wire_experts = c.num_experts / c.nodes.Regions(kWire);
+  const int32_t local_experts = g.local_experts();
+  const int32_t wire_experts = g.num_experts / g.nodes.Regions(kWire);
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * rows_per_block;
-  const int32_t num_rows = min(rows_per_block, c.tokens - first_row);
-  const int32_t num_slots = num_rows * c.top_k;
-  const int32_t* const experts = a.topk_idx + int64_t{first_row} * c.top_k;
-  const float* const weights = a.topk_weights + int64_t{first_row} * c.top_k;
+  const int32_t num_rows = min(rows_per_block, op.tokens - first_row);
+  const int32_t num_slots = num_rows * g.top_k;
+  const int32_t* const experts = a.topk_idx + int64_t{first_row} * g.top_k;
+  const float* const weights = a.topk_weights + int64_t{first_row} * g.top_k;
   const auto thread = static_cast<int32_t>(threadIdx.x);
 
-  NoteBegin(c);
-  const Begun begun = BeginSendPhase(c);
-  const Messages wire{c, kWire, begun.number};
-  const uint64_t epoch = c.scratch->epoch + 1;
+  NoteBegin(lane);
+  const Begun begun = BeginSendPhase(g, lane, op);
+  const Messages wire{g, lane, op, kWire, begun.number};
+  const uint64_t epoch = lane.scratch->epoch + 1;
   for (int32_t i = thread; i < num_words; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
     const int32_t expert = experts[slot];
-    const int32_t row = slot / c.top_k;
+    const int32_t row = slot / g.top_k;
     if (expert == -1) continue;
-    if (expert < -1 || expert >= c.num_experts || bits.Set(expert, row)) {
+    if (expert < -1 || expert >= g.num_experts || bits.Set(expert, row)) {
       if (begun.ok) {
-        Report(c, FaultKind::kInvalidRouting, begun.number,
-               {-1, first_row + row, c.num_experts, expert});
+        Report(g, op, FaultKind::kInvalidRouting, begun.number,
+               {-1, first_row + row, g.num_experts, expert});
       }
       continue;
     }
-    bits.Set(c.num_experts + expert / local_experts, row);
+    bits.Set(g.num_experts + expert / local_experts, row);
     if (by_node) bits.Set(wire_bin + expert / wire_experts, row);
   }
   __syncthreads();
 
-  int32_t* const counts = c.route_counts + int64_t{blockIdx.x} * bins;
+  int32_t* const counts = lane.route_counts + int64_t{blockIdx.x} * bins;
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = bits.Count(bin);
   __syncthreads();
   if (thread == 0) {
     __threadfence();
-    store_release_gpu(c.route_flags + blockIdx.x, epoch);
+    store_release_gpu(lane.route_flags + blockIdx.x, epoch);
   }
-  WaitForAllBlocks(c, epoch);
+  if (!WaitForAllBlocks(g, lane, op, begun.number, epoch)) {
+    return RouteNothing(g, lane, a, first_row, num_rows);
+  }
 
   // `before`: in earlier blocks. wire_rows: in all.
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) {
     int32_t earlier = 0, all = 0;
 #pragma unroll 16
     for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
-      const int32_t count = __ldcg(c.route_counts + int64_t{block} * bins + bin);
+      const int32_t count = __ldcg(lane.route_counts + int64_t{block} * bins + bin);
       all += count;
       if (block < static_cast<int32_t>(blockIdx.x)) earlier += count;
     }
     before[bin] = earlier;
     if (bin >= wire_bin) wire_rows[bin - wire_bin] = all;
     if (blockIdx.x != 0) continue;
-    if (bin >= c.num_experts + c.num_ranks) {
-      c.scratch->wire_rows[bin - wire_bin] = all;
-    } else if (bin >= c.num_experts) {
-      a.send_counts[bin - c.num_experts] = all;
+    if (bin >= g.num_experts + g.num_ranks) {
+      lane.scratch->wire_rows[bin - wire_bin] = all;
+    } else if (bin >= g.num_experts) {
+      a.send_counts[bin - g.num_experts] = all;
     } else if (begun.ok) {
       char* const message = wire.To(bin / wire_experts);
       reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % wire_experts] = all;
@@ -134,15 +186,15 @@ __global__ void __launch_bounds__(kRouteThreads)
 
   // A thread per slot: its code in the message that its expert is behind, -1 in the row's others.
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
-    const int32_t row = slot / c.top_k;
-    const int32_t k = slot % c.top_k;
+    const int32_t row = slot / g.top_k;
+    const int32_t k = slot % g.top_k;
     const int32_t expert = experts[slot];
     const float weight = weights[slot];
-    const bool valid = expert >= 0 && expert < c.num_experts;
+    const bool valid = expert >= 0 && expert < g.num_experts;
     const int32_t home = valid ? expert / wire_experts : -1;
-    const int32_t code = valid ? c.code.Encode(expert % wire_experts,
-                                               before[expert] + bits.CountBelow(expert, row))
-                               : -1;
+    const int32_t code =
+        valid ? g.code.Encode(expert % wire_experts, before[expert] + bits.CountBelow(expert, row))
+              : -1;
     // `visit(d, i)`: the row is the i-th one in list d of those that begin at `first_bin`.
     const auto for_each_list = [&](int32_t first_bin, int32_t lists, const auto& visit) {
       for (int32_t list = 0; list < lists; ++list) {
@@ -151,34 +203,36 @@ __global__ void __launch_bounds__(kRouteThreads)
         visit(list, before[bin] + bits.CountBelow(bin, row));
       }
     };
-    Placing on_wire(by_node ? c.wire_places : a.places, first_row + row, c.wire_width);
+    Placing on_wire(by_node ? lane.wire_places : a.places, first_row + row, g.wire_width);
     for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
-      if (k == 0) on_wire.Add(region * c.tokens + i);
+      if (k == 0) on_wire.Add(region * op.tokens + i);
       if (!begun.ok) return;
-      char* const message = wire.To(region) + c.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(c, wire_rows[region]);
-      const int64_t at = int64_t{i} * c.top_k + k;
+      char* const message = wire.To(region) + g.layout.header_bytes;
+      const MessageLayout layout = LayoutOf(g, op, wire_rows[region]);
+      const int64_t at = int64_t{i} * g.top_k + k;
       reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = region == home ? code : -1;
       reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
     });
     if (k != 0) continue;
     on_wire.End();
     if (!by_node) continue;
-    Placing at_ranks(a.places, first_row + row, c.places_per_row);
-    for_each_list(c.num_experts, c.num_ranks,
-                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * c.tokens + i); });
+    Placing at_ranks(a.places, first_row + row, g.places_per_row);
+    for_each_list(g.num_experts, g.num_ranks,
+                  [&](int32_t rank, int32_t i) { at_ranks.Add(rank * op.tokens + i); });
     at_ranks.End();
   }
 }
 
-// Rows of a block and its shared memory.
+// Rows of a block and its shared memory. There are no more blocks than SMs, each of which has room
+// for one at least, whatever its shared memory.
 struct RouteShape {
   int32_t rows_per_block, blocks;
   size_t shared_bytes;
 
-  RouteShape(int64_t tokens, int32_t bins) {
+  RouteShape(int64_t tokens, int32_t bins, int32_t num_sms) {
+    const int64_t most_blocks = std::min(kMaxRouteBlocks, num_sms);
     rows_per_block = kRouteRows;
-    while (tokens > int64_t{rows_per_block} * kMaxRouteBlocks) rows_per_block *= 2;
+    while (tokens > rows_per_block * most_blocks) rows_per_block *= 2;
     blocks = static_cast<int32_t>((tokens + rows_per_block - 1) / rows_per_block);
     shared_bytes = sizeof(int32_t) * static_cast<size_t>(bins) *
                    static_cast<size_t>(RowBits::Stride(rows_per_block / 32) + 2);

@@ -14,67 +14,72 @@ namespace smfree::cuda {
 
 // The messages of one operation on one leg, from this rank and to it.
 struct Messages {
-  const Context& c;
+  const GroupConstants& g;
+  const LanePointers& lane;
+  const OperationParams& op;
   Leg leg;
   int64_t number;
 
-  __device__ int32_t count() const { return c.nodes.Regions(leg); }
-  __device__ int32_t Peer(int32_t region) const { return c.nodes.Peer(leg, c.rank, region); }
+  __device__ int32_t count() const { return g.nodes.Regions(leg); }
+  __device__ int32_t Peer(int32_t region) const { return g.nodes.Peer(leg, g.rank, region); }
   // A rank's message to itself is built where it will be read, by an earlier kernel of the stream.
-  __device__ bool IsOwn(int32_t region) const { return Peer(region) == c.rank; }
+  __device__ bool IsOwn(int32_t region) const { return Peer(region) == g.rank; }
   // Whether the kernel itself stores the message at its peer: a small one, to a near peer.
   __device__ bool Pushes(int32_t region) const {
-    return c.push && c.memories[Peer(region)] != nullptr;
+    return op.push && g.memories[Peer(region)] != nullptr;
   }
 
   // Where a message is built: in the send region, or where the peer will read it.
   __device__ char* To(int32_t region) const {
     if (IsOwn(region) || Pushes(region)) {
-      const int32_t there = c.nodes.RegionAtPeer(leg, c.rank, region);
-      return c.memories[Peer(region)] +
-             c.layout.RecvRegionOffset(leg, c.lane_index, number, there);
+      const int32_t there = g.nodes.RegionAtPeer(leg, g.rank, region);
+      return g.memories[Peer(region)] + g.layout.RecvRegionOffset(leg, lane.index, number, there);
     }
-    return c.memory + c.layout.SendRegionOffset(leg, c.lane_index, number, region);
+    return g.memory + g.layout.SendRegionOffset(leg, lane.index, number, region);
   }
   __device__ const char* From(int32_t region) const {
-    return c.memory + c.layout.RecvRegionOffset(leg, c.lane_index, number, region);
+    return g.memory + g.layout.RecvRegionOffset(leg, lane.index, number, region);
   }
 };
 
-__device__ inline MessageLayout LayoutOf(const Context& c, int64_t rows) {
-  return MessageLayout(rows, c.experts, c.slots, c.layout.row_bytes);
+__device__ inline MessageLayout LayoutOf(const GroupConstants& g, const OperationParams& op,
+                                         int64_t rows) {
+  return MessageLayout(rows, op.experts, op.slots, g.layout.row_bytes);
 }
 
 // Counts the bytes of the messages with counts[region] rows that leave the node. By one thread.
 __device__ inline void NoteInternode(const Messages& m, const int32_t* counts) {
-  const Context& c = m.c;
-  if (c.nodes.count() == 1) return;
+  const GroupConstants& g = m.g;
+  const OperationParams& op = m.op;
+  if (g.nodes.count() == 1) return;
   int64_t bytes = 0;
   for (int32_t region = 0; region < m.count(); ++region) {
-    const bool leaves = c.nodes.NodeOf(m.Peer(region)) != c.nodes.NodeOf(c.rank);
-    if (leaves) bytes += LayoutOf(c, counts[region]).bytes;
+    const bool leaves = g.nodes.NodeOf(m.Peer(region)) != g.nodes.NodeOf(g.rank);
+    if (leaves) bytes += LayoutOf(g, op, counts[region]).bytes;
   }
-  atomicAdd(&c.state->internode_bytes[static_cast<int32_t>(c.operation)],
+  atomicAdd(&g.state->internode_bytes[static_cast<int32_t>(op.operation)],
             static_cast<unsigned long long>(bytes));
 }
 
 // And those of what a relay sends on.
 __device__ inline void NoteRelayed(const Messages& m, const int32_t* counts) {
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const OperationParams& op = m.op;
   int64_t rows = 0, bytes = 0;
   for (int32_t region = 0; region < m.count(); ++region) {
     rows += counts[region];
-    bytes += LayoutOf(c, counts[region]).bytes;
+    bytes += LayoutOf(g, op, counts[region]).bytes;
   }
-  atomicAdd(&c.state->rows_relayed, static_cast<unsigned long long>(rows));
-  atomicAdd(&c.state->bytes_relayed, static_cast<unsigned long long>(bytes));
+  atomicAdd(&g.state->rows_relayed, static_cast<unsigned long long>(rows));
+  atomicAdd(&g.state->bytes_relayed, static_cast<unsigned long long>(bytes));
 }
 
 __device__ inline void WriteHeader(const Messages& m, int32_t region, int32_t rows) {
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const OperationParams& op = m.op;
   *reinterpret_cast<RegionHeader*>(m.To(region)) = {
-      m.number, c.call_site, c.operation, c.lane,  c.derivation, c.rank,
-      c.tokens, rows,        c.experts,   c.slots, c.chunks};
+      m.number,  op.call_site, op.operation, op.lane,  op.derivation, g.rank,
+      op.tokens, rows,         op.experts,   op.slots, op.chunks};
 }
 
 // The headers of all messages, of counts that a handle says.
@@ -82,8 +87,8 @@ __device__ inline void WriteHeaders(const Messages& m, const int32_t* counts) {
   if (blockIdx.x != 0) return;
   for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
     const int32_t rows = counts[region];
-    if (rows < 0 || rows > m.c.tokens) {
-      Report(m.c, FaultKind::kInvalidArgument, m.number, {region, -1, m.c.tokens, rows});
+    if (rows < 0 || rows > m.op.tokens) {
+      Report(m.g, m.op, FaultKind::kInvalidArgument, m.number, {region, -1, m.op.tokens, rows});
     } else {
       WriteHeader(m, region, rows);
     }
@@ -92,23 +97,24 @@ __device__ inline void WriteHeaders(const Messages& m, const int32_t* counts) {
 
 // One message that this rank packs.
 struct Outgoing {
-  char* rows;  // its first row
+  char* first_row;
   Chunks chunks;
 };
 
 __device__ inline Outgoing OutgoingTo(const Messages& m, int32_t region, int32_t rows) {
-  return {m.To(region) + m.c.layout.header_bytes + LayoutOf(m.c, rows).rows_offset,
-          Chunks(rows, m.c.chunks)};
+  return {m.To(region) + m.g.layout.header_bytes + LayoutOf(m.g, m.op, rows).rows_offset,
+          Chunks(rows, m.op.chunks)};
 }
 
 // The bytes of a chunk in its message.
 struct ChunkBytes {
   int64_t begin, end;
 
-  __device__ ChunkBytes(const Context& c, const Chunks& chunks, int32_t chunk) {
-    const int64_t rows_begin = c.layout.header_bytes + LayoutOf(c, chunks.rows).rows_offset;
-    begin = chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk) * c.layout.row_bytes;
-    end = rows_begin + chunks.End(chunk) * c.layout.row_bytes;
+  __device__ ChunkBytes(const GroupConstants& g, const OperationParams& op, const Chunks& chunks,
+                        int32_t chunk) {
+    const int64_t rows_begin = g.layout.header_bytes + LayoutOf(g, op, chunks.rows).rows_offset;
+    begin = chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk) * g.layout.row_bytes;
+    end = rows_begin + chunks.End(chunk) * g.layout.row_bytes;
   }
 };
 
@@ -116,24 +122,26 @@ struct ChunkBytes {
 // observed.
 __device__ inline void HandOver(const Messages& m, int32_t region, const Chunks& chunks,
                                 int32_t chunk) {
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const LanePointers& lane = m.lane;
+  const OperationParams& op = m.op;
   const uint64_t signal = SignalAfterChunk(m.number, chunk, chunks.count);
   if (m.Pushes(region)) {
-    const int32_t there = c.nodes.RegionAtPeer(m.leg, c.rank, region);
-    char* const word = c.memories[m.Peer(region)] +
-                       c.layout.SignalOffset(m.leg, c.lane_index, m.number, there);
+    const int32_t there = g.nodes.RegionAtPeer(m.leg, g.rank, region);
+    char* const word =
+        g.memories[m.Peer(region)] + g.layout.SignalOffset(m.leg, lane.index, m.number, there);
     store_release_system(reinterpret_cast<uint64_t*>(word), signal);
     return;
   }
   // The kernel behind this one puts what is for other nodes (put_messages.cu).
-  if (c.puts_on_device && c.memories[m.Peer(region)] == nullptr) return;
-  const ChunkBytes part(c, chunks, chunk);
-  const uint64_t ticket = atomicAdd(&c.state->queue_tail, 1ull);
-  Descriptor& entry = c.queue[ticket & c.queue_mask];
+  if (g.puts_on_device && g.memories[m.Peer(region)] == nullptr) return;
+  const ChunkBytes part(g, op, chunks, chunk);
+  const uint64_t ticket = atomicAdd(&g.state->queue_tail, 1ull);
+  Descriptor& entry = g.queue[ticket & g.queue_mask];
   entry.signal = signal;
   entry.begin = part.begin;
   entry.bytes = part.end - part.begin;
-  entry.lane_index = c.lane_index;
+  entry.lane_index = lane.index;
   entry.leg = m.leg;
   entry.region = region;
   store_release_system(&entry.ticket, ticket + 1);  // pairs with the mover's loop
@@ -146,18 +154,20 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Chunks&
 __device__ inline void CountRow(const Messages& m, int32_t region, const Chunks& chunks,
                                 int32_t row) {
   if (m.IsOwn(region)) return;
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const LanePointers& lane = m.lane;
+  const OperationParams& op = m.op;
   const int32_t chunk = chunks.Of(row);
-  uint32_t& packed = c.scratch->packed[region][chunk];
+  uint32_t& packed = lane.scratch->packed[region][chunk];
   if (atomicAdd(&packed, 1u) + 1 != static_cast<uint32_t>(chunks.RowsIn(chunk))) return;
   __threadfence();  // the others' counts, before what is handed over
-  uint32_t& posted = c.scratch->posted[region];
+  uint32_t& posted = lane.scratch->posted[region];
   const int64_t begin = NowNs();
   while (load_acquire_gpu(&posted) != static_cast<uint32_t>(chunk)) {
     __nanosleep(100);
-    if (Faulted(c)) return;
-    if (NowNs() - begin <= 2 * static_cast<int64_t>(c.timeout_ns)) continue;
-    return Report(c, FaultKind::kInvalidArgument, m.number,
+    if (Faulted(g)) return;
+    if (NowNs() - begin <= 2 * static_cast<int64_t>(g.timeout_ns)) continue;
+    return Report(g, op, FaultKind::kInvalidArgument, m.number,
                   {m.Peer(region), -1, chunks.rows, row});
   }
   packed = 0;
@@ -182,8 +192,9 @@ __device__ inline void HandOverEmpty(const Messages& m, const Outgoing* outgoing
 struct Arrivals {
   int32_t chunks[kMaxRanks];
   uint32_t looking[kMaxRanks];
-  // Whether this block asks if other ranks are at fault. The word is in host memory, and many that
-  // read there slow the copy engine down: one thread of one block, for each message, does.
+  // Whether this block asks all the time if other ranks are at fault. The word is in host memory,
+  // and many that read there slow the copy engine down: one thread of one block, for each message,
+  // does. All others ask rarely (kTurnsOfTheOthers), in case that block waits for nothing.
   bool asks;
 
   // By all threads of a block, which meet afterwards.
@@ -196,11 +207,13 @@ struct Arrivals {
   }
 };
 
+constexpr int32_t kTurnsOfTheOthers = 4096;  // some ten milliseconds
+
 // How long a wait for a peer may last. Who waits for a relay is more patient than the relay, so
 // that the fault names the rank that is silent, not one that waits for it.
 __device__ inline int64_t PatienceNs(const Messages& m) {
-  const auto timeout_ns = static_cast<int64_t>(m.c.timeout_ns);
-  if (m.leg == m.c.nodes.FirstLeg(m.c.operation)) return timeout_ns;
+  const auto timeout_ns = static_cast<int64_t>(m.g.timeout_ns);
+  if (m.leg == m.g.nodes.FirstLeg(m.op.operation)) return timeout_ns;
   return timeout_ns + min(int64_t{1'000'000'000}, timeout_ns / 4);
 }
 
@@ -209,9 +222,11 @@ __device__ inline int64_t PatienceNs(const Messages& m) {
 __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t wanted,
                                      Arrivals& arrivals) {
   if (m.IsOwn(region)) return true;
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const LanePointers& lane = m.lane;
+  const OperationParams& op = m.op;
   volatile int32_t& here = arrivals.chunks[region];
-  const char* const word = c.memory + c.layout.SignalOffset(m.leg, c.lane_index, m.number, region);
+  const char* const word = g.memory + g.layout.SignalOffset(m.leg, lane.index, m.number, region);
   int64_t begin = 0;
   for (int32_t turn = 0; here < wanted; ++turn) {
     const bool looks = atomicExch(&arrivals.looking[region], 1u) == 0;
@@ -226,30 +241,29 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
     if (begin == 0) begin = NowNs();
     __nanosleep(turn < 4 ? 100 : 2000);
     if (turn % 16 != 15) continue;
-    if (Faulted(c)) return false;
-    const bool asks = looks && arrivals.asks;
-    if (asks && load_relaxed_system(c.group_failed)) {
-      atomicExch(&c.state->faulted, 1u);
+    if (Faulted(g)) return false;
+    const bool asks = looks && (arrivals.asks || turn % kTurnsOfTheOthers == kTurnsOfTheOthers - 1);
+    if (asks && load_relaxed_system(g.group_failed)) {
+      atomicExch(&g.state->faulted, 1u);
       return false;
     }
-    if (asks && c.among_processes) {
+    if (asks && g.among_processes) {
       const auto* const fault =
-          reinterpret_cast<const uint32_t*>(c.memory + c.layout.FaultWordOffset());
+          reinterpret_cast<const uint32_t*>(g.memory + g.layout.FaultWordOffset());
       if (const uint32_t told = load_relaxed_system(fault)) {
-        Report(c, FaultKind::kPeerFailed, m.number, {static_cast<int32_t>(told) - 1});
+        Report(g, op, FaultKind::kPeerFailed, m.number, {static_cast<int32_t>(told) - 1});
         return false;
       }
     }
     if (NowNs() - begin > PatienceNs(m)) {
       const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
-      Report(c, FaultKind::kDeadline, m.number,
-             {m.Peer(region), -1, m.number, NumberOf(seen)});
+      Report(g, op, FaultKind::kDeadline, m.number, {m.Peer(region), -1, m.number, NumberOf(seen)});
       return false;
     }
   }
   __threadfence_block();  // `here`, before what it vouches for
   if (begin != 0 && blockIdx.x == 0) {
-    atomicMax(&c.scratch->last_arrival_ns, static_cast<unsigned long long>(NowNs()));
+    atomicMax(&lane.scratch->last_arrival_ns, static_cast<unsigned long long>(NowNs()));
   }
   return true;
 }
@@ -257,18 +271,18 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
 // S8, of a message whose first chunk is here. `rows` is what the handle says, or -1 for any number.
 __device__ inline bool Verify(const Messages& m, int32_t region, int32_t rows,
                               const RegionHeader& header) {
-  const Context& c = m.c;
+  const GroupConstants& g = m.g;
+  const OperationParams& op = m.op;
   const int32_t peer = m.Peer(region);
-  const bool same = header.number == m.number && header.call_site == c.call_site &&
-                    header.operation == c.operation && header.lane == c.lane &&
-                    header.derivation == c.derivation && header.source == peer &&
-                    header.tokens == c.tokens && header.experts == c.experts &&
-                    header.slots == c.slots && header.rows >= 0 && header.rows <= c.tokens &&
-                    header.chunks == c.chunks &&
-                    (rows < 0 || header.rows == rows);
+  const bool same = header.number == m.number && header.call_site == op.call_site &&
+                    header.operation == op.operation && header.lane == op.lane &&
+                    header.derivation == op.derivation && header.source == peer &&
+                    header.tokens == op.tokens && header.experts == op.experts &&
+                    header.slots == op.slots && header.rows >= 0 && header.rows <= op.tokens &&
+                    header.chunks == op.chunks && (rows < 0 || header.rows == rows);
   if (!same) {
-    Report(c, FaultKind::kScheduleMismatch, m.number,
-           {peer, -1, rows < 0 ? c.tokens : rows, rows < 0 ? header.tokens : header.rows, header});
+    Report(g, op, FaultKind::kScheduleMismatch, m.number,
+           {peer, -1, rows < 0 ? op.tokens : rows, rows < 0 ? header.tokens : header.rows, header});
   }
   return same;
 }

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/host/state.h"
 #include "csrc/protocol/signals.h"
 #include "csrc/protocol/token.h"
@@ -56,21 +56,21 @@ __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   return value;
 }
 
-// The sum of `value` over the lanes up to this one, by all lanes of a warp.
+// The sum of `value` over the threads of a warp up to this one, by all of them.
 template <typename T>
 __device__ T SumUpToLane(T value) {
-  const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const auto warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   for (int32_t distance = 1; distance < kWarp; distance *= 2) {
     const T other = __shfl_up_sync(~0u, value, distance);
-    if (lane >= distance) value += other;
+    if (warp_lane >= distance) value += other;
   }
   return value;
 }
 
 // ---- faults -------------------------------------------------------------------------------------
 
-__device__ inline bool Faulted(const Context& c) {
-  return load_acquire_gpu(&c.state->faulted) != 0;
+__device__ inline bool Faulted(const GroupConstants& g) {
+  return load_acquire_gpu(&g.state->faulted) != 0;
 }
 
 struct FaultDetail {
@@ -82,15 +82,15 @@ struct FaultDetail {
 };
 
 // Records the rank's first fault and tells the host and the other ranks.
-__device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
-                              const FaultDetail& detail) {
-  if (atomicCAS(&c.state->faulted, 0u, 1u) != 0u) return;
-  volatile FaultRecord& fault = c.host->fault;
+__device__ inline void Report(const GroupConstants& g, const OperationParams& op, FaultKind kind,
+                              int64_t number, const FaultDetail& detail) {
+  if (atomicCAS(&g.state->faulted, 0u, 1u) != 0u) return;
+  volatile FaultRecord& fault = g.host->fault;
   fault.kind = kind;
-  fault.phase = c.phase;
-  fault.lane = c.lane;
-  fault.derivation = c.derivation;
-  fault.call_site = c.call_site;
+  fault.phase = op.phase;
+  fault.lane = op.lane;
+  fault.derivation = op.derivation;
+  fault.call_site = op.call_site;
   fault.peer = detail.peer;
   fault.row = detail.row;
   fault.number = number;
@@ -103,12 +103,12 @@ __device__ inline void Report(const Context& c, FaultKind kind, int64_t number,
   fault.time_ns = NowNs();
   __threadfence_system();  // before `ready`; pairs with the host's acquire of it in Check
   fault.ready = 1;
-  *static_cast<volatile uint32_t*>(c.group_failed) = 1;
-  if (!c.among_processes || kind == FaultKind::kPeerFailed) return;  // that peer has told all
-  for (int32_t peer = 0; peer < c.num_ranks; ++peer) {
-    if (peer == c.rank || c.memories[peer] == nullptr) continue;  // the mover tells far ones
-    char* const word = c.memories[peer] + c.layout.FaultWordOffset();
-    *reinterpret_cast<volatile uint64_t*>(word) = static_cast<uint64_t>(c.rank) + 1;
+  *static_cast<volatile uint32_t*>(g.group_failed) = 1;
+  if (!g.among_processes || kind == FaultKind::kPeerFailed) return;  // that peer has told all
+  for (int32_t peer = 0; peer < g.num_ranks; ++peer) {
+    if (peer == g.rank || g.memories[peer] == nullptr) continue;  // the mover tells far ones
+    char* const word = g.memories[peer] + g.layout.FaultWordOffset();
+    *reinterpret_cast<volatile uint64_t*>(word) = static_cast<uint64_t>(g.rank) + 1;
   }
 }
 
@@ -121,45 +121,47 @@ struct Begun {
 
 // S1, the same in every block of every kernel of a send phase: `sent` changes at the very end. By all
 // threads of a block, and the same for all of them: a fault may be told at any moment.
-__device__ inline Begun BeginSendPhase(const Context& c) {
+__device__ inline Begun BeginSendPhase(const GroupConstants& g, const LanePointers& lane,
+                                       const OperationParams& op) {
   // All loads at once: they are far apart.
-  LaneState lane = c.scratch->state;
-  const bool faulted = Faulted(c);
-  const Token token = Token::Read(c.token);
-  const int32_t position = c.position[0];
+  LaneState state = lane.scratch->state;
+  const bool faulted = Faulted(g);
+  const Token token = Token::Read(op.token);
+  const int32_t position = op.position[0];
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  Begun begun{false, lane.sent + 1};
+  Begun begun{false, state.sent + 1};
   if (faulted) {
     // It takes no further part.
   } else if (!token.used_once()) {
-    if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {});
-  } else if (position != c.rank) {
-    if (first) Report(c, FaultKind::kInvalidArgument, begun.number, {-1, -1, c.rank, position});
-  } else if (lane.sent != lane.received) {
+    if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {});
+  } else if (position != g.rank) {
+    if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {-1, -1, g.rank, position});
+  } else if (state.sent != state.received) {
     if (first) {
-      Report(c, FaultKind::kTwoInFlight, begun.number, {-1, -1, lane.sent, lane.received});
+      Report(g, op, FaultKind::kTwoInFlight, begun.number, {-1, -1, state.sent, state.received});
     }
   } else {
-    begun.ok = BeginSend(lane, begun.number) == FaultKind::kNone;
+    begun.ok = BeginSend(state, begun.number) == FaultKind::kNone;
   }
   begun.ok = __syncthreads_and(begun.ok);
   return begun;
 }
 
 // The same for a recv phase. A zero token is not looked at here.
-__device__ inline Begun BeginRecvPhase(const Context& c) {
-  const LaneState lane = c.scratch->state;
-  const bool faulted = Faulted(c);
-  const Token token = Token::Read(c.token);
+__device__ inline Begun BeginRecvPhase(const GroupConstants& g, const LanePointers& lane,
+                                       const OperationParams& op) {
+  const LaneState state = lane.scratch->state;
+  const bool faulted = Faulted(g);
+  const Token token = Token::Read(op.token);
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   Begun begun{false, token.number};
   if (faulted) {
     // It takes no further part.
   } else if (!token.used_once()) {
-    if (first) Report(c, FaultKind::kInvalidArgument, token.number, {});
-  } else if (!MayReceive(lane, token.number)) {
+    if (first) Report(g, op, FaultKind::kInvalidArgument, token.number, {});
+  } else if (!MayReceive(state, token.number)) {
     if (first) {
-      Report(c, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, lane.sent});
+      Report(g, op, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, state.sent});
     }
   } else {
     begun.ok = true;
@@ -169,46 +171,59 @@ __device__ inline Begun BeginRecvPhase(const Context& c) {
 }
 
 // The cotangent of a dispatch or combine that nothing depends on: nothing was sent, all is zero.
-__device__ inline bool NothingWasSent(const Context& c) { return Token::Read(c.token).zero(); }
+__device__ inline bool NothingWasSent(const OperationParams& op) {
+  return Token::Read(op.token).zero();
+}
 
 // Called by the first kernel of a phase.
-__device__ inline void NoteBegin(const Context& c) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) c.scratch->begin_ns = NowNs();
+__device__ inline void NoteBegin(const LanePointers& lane) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  lane.scratch->begin_ns = NowNs();
+  atomicAdd(&lane.scratch->phases_begun, 1u);  // nobody waits for what it returns
 }
 
 // Whether this is the last block of the grid to get here, the same in all of its threads. What the
 // others did before is visible to it.
-__device__ inline bool IsLastBlock(const Context& c) {
+__device__ inline bool IsLastBlock(const LanePointers& lane) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = add_acq_rel_gpu(&c.scratch->blocks_done, 1) + 1 == gridDim.x;
-    if (last) c.scratch->blocks_done = 0;
+    last = add_acq_rel_gpu(&lane.scratch->blocks_done, 1) + 1 == gridDim.x;
+    if (last) lane.scratch->blocks_done = 0;
   }
   __syncthreads();
   return last;
 }
 
 // S10, or the end of a send phase: by one thread of the last block. Counters are added to without
-// being read: each read would cost a microsecond.
-__device__ inline void EndPhase(const Context& c, const Begun& begun, bool ok, int64_t wire_rows,
-                                int64_t bytes_read, int64_t bytes_written) {
-  LaneScratch& scratch = *c.scratch;
+// being read: each read would cost a microsecond. S1 sees an operation that has been sent; one that
+// is being sent at the same time (a CUDA graph may run side by side what no data orders) is seen
+// here.
+__device__ inline void EndPhase(const GroupConstants& g, const LanePointers& lane,
+                                const OperationParams& op, const Begun& begun, bool ok,
+                                int64_t wire_rows, int64_t bytes_read, int64_t bytes_written) {
+  LaneScratch& scratch = *lane.scratch;
   const int64_t begin_ns = scratch.begin_ns;
   const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
-  const bool send = IsSend(c.phase);
-  const auto phase = static_cast<int32_t>(c.phase);
+  const uint32_t phases_begun = scratch.phases_begun;
+  if (phases_begun != scratch.phases_ended + 1) {
+    Report(g, op, FaultKind::kTwoInFlight, begun.number, {-1, -1, begun.number, begun.number});
+    ok = false;
+  }
+  scratch.phases_ended = phases_begun;
+  const bool send = IsSend(op.phase);
+  const auto phase = static_cast<int32_t>(op.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
   if (ok && send) scratch.state.sent = begun.number;
   if (ok && !send) FinishRecv(scratch.state, begun.number);
-  Token{1.0f, begun.number, 0, 0}.Write(c.token_out);
+  Token{1.0f, begun.number}.Write(op.token_out);
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
   if (!ok) return;
-  atomicAdd(&c.state->calls[phase], 1ull);
-  atomicAdd(&c.state->rows[phase], static_cast<unsigned long long>(wire_rows));
+  atomicAdd(&g.state->calls[phase], 1ull);
+  atomicAdd(&g.state->rows[phase], static_cast<unsigned long long>(wire_rows));
   if (arrival_ns > begin_ns) {
-    atomicAdd(&c.state->wait_ns[phase], static_cast<unsigned long long>(arrival_ns - begin_ns));
+    atomicAdd(&g.state->wait_ns[phase], static_cast<unsigned long long>(arrival_ns - begin_ns));
   }
   scratch.trace[begun.number % kTracedOperations][phase] = {begun.number, begin_ns, NowNs(),
                                                             bytes_read, bytes_written};

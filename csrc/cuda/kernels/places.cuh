@@ -18,13 +18,13 @@ namespace {
 
 // Of the messages on the wire: as in a handle, or as PlaceOnWire says in hierarchical mode.
 struct WirePlaces {
-  const int32_t* places;  // [T, c.wire_width]
+  const int32_t* places;  // [T, g.wire_width]
   const int32_t* counts;  // by region
 
-  __host__ __device__ WirePlaces(const Context& c, const int32_t* handle_places,
-                                 const int32_t* send_counts)
-      : places(c.nodes.hierarchical ? c.wire_places : handle_places),
-        counts(c.nodes.hierarchical ? c.scratch->wire_rows : send_counts) {}
+  __host__ __device__ WirePlaces(const GroupConstants& g, const LanePointers& lane,
+                                 const int32_t* handle_places, const int32_t* send_counts)
+      : places(g.nodes.hierarchical ? lane.wire_places : handle_places),
+        counts(g.nodes.hierarchical ? lane.scratch->wire_rows : send_counts) {}
 };
 
 // Fills in the places of a row.
@@ -45,7 +45,7 @@ struct Placing {
 struct Lists {
   int32_t before[kMaxLists];  // rows of the list before those of the block
   int32_t total[kMaxLists];
-  int32_t rows;               // that are in any list
+  int32_t num_rows;                               // that are in any list
   uint32_t bits[kMaxLists][kPlacedRows / kWarp];  // of the rows of the block
 
   // By all threads of a block, which have met afterwards. Row t is in list d if bit d of mask(t) is
@@ -56,7 +56,7 @@ struct Lists {
       before[list] = 0;
       total[list] = 0;
     }
-    if (threadIdx.x == 0) rows = 0;
+    if (threadIdx.x == 0) num_rows = 0;
     __syncthreads();
     const bool first_lane = threadIdx.x % kWarp == 0;
     const auto warp_row = static_cast<int32_t>(threadIdx.x) / kWarp * kWarp;
@@ -65,7 +65,7 @@ struct Lists {
       const uint64_t mine = row < tokens ? mask(row) : 0;
       const bool here = base >= first_row && base < first_row + kPlacedRows;
       const int32_t in_any = __popc(__ballot_sync(~0u, mine != 0));
-      if (first_lane && in_any) atomicAdd(&rows, in_any);
+      if (first_lane && in_any) atomicAdd(&num_rows, in_any);
       for (int32_t list = 0; list < num_lists; ++list) {
         const uint32_t those = __ballot_sync(~0u, mine >> list & 1);
         if (!first_lane) continue;
@@ -110,30 +110,34 @@ __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t
 
 // In hierarchical mode, before a phase that sends or receives on the wire by a handle: from the
 // places by rank those by node, and how many rows go to each. A thread per row.
-__global__ void __launch_bounds__(kThreads) PlaceOnWire(const Context c, const int32_t* places) {
+__global__ void __launch_bounds__(kThreads)
+    PlaceOnWire(const KernelParams params, const int32_t* places) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
   __shared__ Lists lists;
-  NoteBegin(c);
-  if (!IsSend(c.phase) && NothingWasSent(c)) return;
-  const Begun begun = IsSend(c.phase) ? BeginSendPhase(c) : BeginRecvPhase(c);
+  NoteBegin(lane);
+  if (!IsSend(op.phase) && NothingWasSent(op)) return;
+  const Begun begun = IsSend(op.phase) ? BeginSendPhase(g, lane, op) : BeginRecvPhase(g, lane, op);
   if (!begun.ok) return;
   const auto first_row = static_cast<int32_t>(blockIdx.x) * kPlacedRows;
-  const int32_t num_nodes = c.nodes.count();
-  lists.Count(c.tokens, num_nodes, first_row, [&](int32_t row) {
+  const int32_t num_nodes = g.nodes.count();
+  lists.Count(op.tokens, num_nodes, first_row, [&](int32_t row) {
     int32_t broken = -1;
-    const uint64_t nodes = ListsOf(places + int64_t{row} * c.places_per_row, c.places_per_row,
-                                   c.tokens * c.nodes.ranks_per_node, num_nodes, &broken);
+    const uint64_t nodes = ListsOf(places + int64_t{row} * g.places_per_row, g.places_per_row,
+                                   op.tokens * g.nodes.ranks_per_node, num_nodes, &broken);
     if (broken != -1) {
-      Report(c, FaultKind::kInvalidArgument, begun.number, {-1, row, c.tokens, broken});
+      Report(g, op, FaultKind::kInvalidArgument, begun.number, {-1, row, op.tokens, broken});
     }
     return nodes;
   });
   if (blockIdx.x == 0 && threadIdx.x < num_nodes) {
-    c.scratch->wire_rows[threadIdx.x] = lists.total[threadIdx.x];
+    lane.scratch->wire_rows[threadIdx.x] = lists.total[threadIdx.x];
   }
-  for (int32_t at = threadIdx.x; at < min(kPlacedRows, c.tokens - first_row); at += blockDim.x) {
-    Placing to(c.wire_places, first_row + at, c.wire_width);
+  for (int32_t at = threadIdx.x; at < min(kPlacedRows, op.tokens - first_row); at += blockDim.x) {
+    Placing to(lane.wire_places, first_row + at, g.wire_width);
     for (int32_t node = 0; node < num_nodes; ++node) {
-      if (lists.Has(node, at)) to.Add(node * c.tokens + lists.Position(node, at));
+      if (lists.Has(node, at)) to.Add(node * op.tokens + lists.Position(node, at));
     }
     to.End();
   }

@@ -14,12 +14,12 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/host/launch.h"
+#include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/messages.cuh"
 
 namespace smfree::cuda {
 
-constexpr int32_t kUnroll = 4;     // words in flight per lane
+constexpr int32_t kUnroll = 4;  // words in flight per thread
 // The same where words are summed, of so many terms at once: float32 sums take the registers.
 constexpr int32_t kSumUnroll = 1;
 constexpr int32_t kTermsAtOnce = 4;
@@ -70,7 +70,7 @@ union Elements {
   __device__ Elements() {}
 };
 
-// The words of a row that this lane works on: of piece `piece` of `pieces`.
+// The words of a row that this thread works on: of piece `piece` of `pieces`.
 struct Words {
   int32_t begin, end;
   __device__ Words(int64_t row_bytes, int32_t word_bytes, int32_t piece, int32_t pieces) {
@@ -169,7 +169,8 @@ __device__ void SumRows(const Words& words, char* out, const Term* terms, int32_
   }
 }
 
-// out = weight * row; returns <y, row> to all lanes: partial sums per lane, then a butterfly.
+// out = weight * row; returns <y, row> to the whole warp: partial sums per thread, then a
+// butterfly.
 template <typename T, typename Word>
 __device__ float ScaleRowAndDot(const Words& words, char* out, const char* row, const char* y,
                                 float weight) {
@@ -203,72 +204,6 @@ __device__ float ScaleRowAndDot(const Words& words, char* out, const char* row, 
   }
   return dot;
 }
-
-// ---- the order in which the rows of all messages are worked on ----------------------------------
-
-// Rows of one message and one chunk.
-struct Segment {
-  int32_t first;  // how many rows stand before it in the order
-  int32_t region;
-  int32_t row;  // its first row in the message
-  int32_t chunk;
-};
-
-// In the order of chunks: the first of every message, then the second … A rank's messages to itself
-// come first where rows are received (they are here already), last where they are sent (the wire
-// waits for the others). In shared memory.
-struct Segments {
-  int32_t count;
-  int32_t rows;  // of all segments
-  Segment segment[kMaxSegments];
-
-  // By the first warp. Every message was cut into c.chunks chunks. Of `period` regions that follow
-  // one another, one is a message of the rank to itself.
-  __device__ void Build(const Messages& m, const int32_t* num_rows, bool own_first) {
-    const Context& c = m.c;
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-    const int32_t period = !c.nodes.hierarchical ? c.num_ranks
-                           : m.leg == kWire      ? c.nodes.count()
-                                                 : c.nodes.ranks_per_node;
-    const int32_t own = !c.nodes.hierarchical ? c.rank
-                        : m.leg == kWire      ? c.nodes.NodeOf(c.rank)
-                                              : c.nodes.IndexOf(c.rank);
-    const int32_t num_own = m.count() / period;
-    const int32_t num_others = m.count() - num_own;
-    count = c.chunks * num_others + num_own;
-    int32_t before = 0;
-    for (int32_t base = 0; base < count; base += kWarp) {
-      const int32_t at = base + lane;
-      const int32_t other = own_first ? at - num_own : at;  // outside of [0, chunks * others): own
-      Segment mine{0, own, 0, 0};
-      int32_t size = 0;
-      if (other >= 0 && other < c.chunks * num_others) {
-        const int32_t message = other % num_others;
-        mine.region = message / (period - 1) * period + (own + 1 + message % (period - 1)) % period;
-        mine.chunk = other / num_others;
-        const Chunks chunks(num_rows[mine.region], c.chunks);
-        if (mine.chunk < chunks.count) {
-          mine.row = chunks.Begin(mine.chunk);
-          size = chunks.RowsIn(mine.chunk);
-        }
-      } else if (at < count) {
-        mine.region = (own_first ? at : at - c.chunks * num_others) * period + own;
-        size = num_rows[mine.region];
-      }
-      const int32_t up_to = SumUpToLane(size);
-      mine.first = before + up_to - size;
-      if (at < count) segment[at] = mine;
-      before += __shfl_sync(~0u, up_to, kWarp - 1);
-    }
-    rows = before;
-  }
-
-  // The segment that has row `row` of the order, from `at` on.
-  __device__ int32_t Find(int32_t row, int32_t at) const {
-    while (at + 1 < count && segment[at + 1].first <= row) ++at;
-    return at;
-  }
-};
 
 }  // namespace smfree::cuda
 

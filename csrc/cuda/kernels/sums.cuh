@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/kernels/row_order.cuh"
 #include "csrc/cuda/kernels/rows.cuh"
 #include "csrc/cuda/kernels/tiles.cuh"
 
@@ -13,7 +14,7 @@ namespace smfree::cuda {
 
 // In shared memory.
 struct Sums {
-  Segments segments;
+  RowOrder order;
   Outgoing outgoing[kMaxRanks];
   int32_t num_rows[kMaxRanks];
   Term terms[kWarps][kMaxTopK];
@@ -21,40 +22,41 @@ struct Sums {
 
   // Packs the messages with counts[region] rows and hands them over, by all threads of all blocks.
   // `terms_of(region, row, piece, terms)`, by a warp, fills in the terms of a row and returns their
-  // number, the same in all lanes; or -1 if the rank is at fault.
+  // number, the same in all threads; or -1 if the rank is at fault.
   template <typename T, typename Word, typename TermsOf>
   __device__ void Pack(const Messages& m, const int32_t* counts, const TermsOf& terms_of) {
-    const Context& c = m.c;
+    const GroupConstants& g = m.g;
+    const OperationParams& op = m.op;
     for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
       num_rows[region] = counts[region];
       outgoing[region] = OutgoingTo(m, region, num_rows[region]);
     }
     rounds.Clear();
     __syncthreads();
-    if (threadIdx.x < kWarp) segments.Build(m, num_rows, /*own_first=*/false);
+    if (threadIdx.x < kWarp) order.Build(m, num_rows, /*own_first=*/false);
     HandOverEmpty(m, outgoing);
     __syncthreads();
 
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
     Term* const of_warp = terms[threadIdx.x / kWarp];
-    int32_t at = 0, tile_at = 0;  // segments of this warp's row and of the tile
+    int32_t at = 0, tile_at = 0;  // chunks of this warp's row and of the tile, in the order
     const auto pack = [&](int32_t unit, int32_t piece) {
-      at = segments.Find(unit, at);
-      const Segment& segment = segments.segment[at];
-      const int32_t row = segment.row + unit - segment.first;
-      const int32_t count = terms_of(segment.region, row, piece, of_warp);
+      at = order.Find(unit, at);
+      const ChunkRows& chunk = order.chunks[at];
+      const int32_t row = chunk.row + unit - chunk.first;
+      const int32_t count = terms_of(chunk.region, row, piece, of_warp);
       __syncwarp();
       if (count < 0) return;
-      SumRows<T, Word>(Words(c.x_row_bytes, sizeof(Word), piece, c.pieces),
-                       outgoing[segment.region].rows + row * c.layout.row_bytes, of_warp, count);
+      SumRows<T, Word>(Words(g.x_row_bytes, sizeof(Word), piece, op.pieces),
+                       outgoing[chunk.region].first_row + row * g.layout.row_bytes, of_warp, count);
     };
-    ForEachTile(c, rounds, segments.rows, pack, [&](int32_t first, int32_t rows) {
-      if (c.nodes.hierarchical && Faulted(c)) return;  // a relay's tile may not be complete
-      tile_at = segments.Find(first, tile_at);
-      if (lane >= rows) return;
-      const Segment& segment = segments.segment[segments.Find(first + lane, tile_at)];
-      CountRow(m, segment.region, outgoing[segment.region].chunks,
-               segment.row + first + lane - segment.first);
+    ForEachTile(op, rounds, order.num_rows, pack, [&](int32_t first, int32_t rows) {
+      if (g.nodes.hierarchical && Faulted(g)) return;  // a relay's tile may not be complete
+      tile_at = order.Find(first, tile_at);
+      if (warp_lane >= rows) return;
+      const ChunkRows& chunk = order.chunks[order.Find(first + warp_lane, tile_at)];
+      CountRow(m, chunk.region, outgoing[chunk.region].chunks,
+               chunk.row + first + warp_lane - chunk.first);
     });
   }
 };

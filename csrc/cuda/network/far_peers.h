@@ -16,7 +16,7 @@
 //   SM, so it has two blocks for all SMs but one; then some SM has one at most;
 // - the streams belong to the context that NVSHMEM was initialised in, the primary one. What holds
 //   that up (mover_context.h) holds up messages to far peers, and those to near peers not. So a
-//   recv is launched after the puts of its rank (launches.h).
+//   recv is launched after the puts of its rank (launch_order.h).
 #ifndef SMFREE_CSRC_CUDA_NETWORK_FAR_PEERS_H_
 #define SMFREE_CSRC_CUDA_NETWORK_FAR_PEERS_H_
 

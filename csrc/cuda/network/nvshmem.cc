@@ -139,7 +139,11 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
     std::memcpy(&id, unique_id.data(), sizeof(id));
     const DeviceScope scope(device);  // NVSHMEM takes the current device, for good
     InitAttributes attributes;
-    library_.set_attr_unique_id_args(me, processes, &id, &attributes);
+    if (library_.set_attr_unique_id_args(me, processes, &id, &attributes) != 0) {
+      return Status(FaultKind::kSystem, "nvshmemx_set_attr_uniqueid_args failed for process " +
+                                            std::to_string(me) + " of " +
+                                            std::to_string(processes));
+    }
     if (library_.init_attr(kInitWithUniqueId, &attributes) != 0) {
       return Status(FaultKind::kSystem, "NVSHMEM could not be initialised; NVSHMEM_DEBUG=INFO "
                                         "makes it say why");

@@ -69,12 +69,14 @@ StatusOr<std::unique_ptr<PutKernel>> PutKernel::Load(const Nvshmem& nvshmem, int
   return std::unique_ptr<PutKernel>(new PutKernel(*driver.value(), function.value(), process));
 }
 
-cudaError_t PutKernel::Launch(const Context& context, cudaStream_t stream) const {
-  void* arguments[] = {const_cast<Context*>(&context), const_cast<ProcessOfRank*>(&process_)};
-  const auto blocks = static_cast<unsigned int>(context.nodes.Regions(kWire));
+cudaError_t PutKernel::Launch(const KernelParams& params, cudaStream_t stream) const {
+  KernelParams k = params;
+  ProcessOfRank process = process_;
+  void* arguments[] = {&k, &process};
+  const auto blocks = static_cast<unsigned int>(k.g.nodes.Regions(kWire));
   const CUresult result = driver_.launch_kernel(function_, blocks, 1, 1, kPutThreads, 1, 1,
                                                 /*shared=*/0, stream, arguments, nullptr);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure;
+  return static_cast<cudaError_t>(result);  // one set of numbers
 }
 
 }  // namespace smfree::cuda

@@ -34,7 +34,7 @@ class PutKernel {
                                                    const std::vector<int32_t>& process_of_rank);
 
   // Puts what the kernel before it on the stream has packed for far peers on the wire.
-  cudaError_t Launch(const Context& context, cudaStream_t stream) const;
+  cudaError_t Launch(const KernelParams& params, cudaStream_t stream) const;
 
  private:
   PutKernel(const Driver& driver, CUfunction function, const ProcessOfRank& process)

@@ -16,19 +16,22 @@
 namespace smfree::cuda {
 
 extern "C" __global__ void __launch_bounds__(kPutThreads)
-    smfree_put_messages(const Context c, const ProcessOfRank process) {
-  if (Faulted(c)) return;  // then not all is packed
-  const Messages wire{c, kWire, c.scratch->state.sent};
+    smfree_put_messages(const KernelParams params, const ProcessOfRank process) {
+  const GroupConstants& g = params.g;
+  const LanePointers& lane = params.lane;
+  const OperationParams& op = params.op;
+  if (Faulted(g)) return;  // then not all is packed
+  const Messages wire{g, lane, op, kWire, lane.scratch->state.sent};
   const auto region = static_cast<int32_t>(blockIdx.x);
   const int32_t peer = wire.Peer(region);
-  if (c.memories[peer] != nullptr) return;
+  if (g.memories[peer] != nullptr) return;
   const char* const from =
-      c.memory + c.layout.SendRegionOffset(kWire, c.lane_index, wire.number, region);
-  const int32_t there = c.nodes.RegionAtPeer(kWire, c.rank, region);
-  char* const to = c.memory + c.layout.RecvRegionOffset(kWire, c.lane_index, wire.number, there);
-  char* const word = c.memory + c.layout.SignalOffset(kWire, c.lane_index, wire.number, there);
+      g.memory + g.layout.SendRegionOffset(kWire, lane.index, wire.number, region);
+  const int32_t there = g.nodes.RegionAtPeer(kWire, g.rank, region);
+  char* const to = g.memory + g.layout.RecvRegionOffset(kWire, lane.index, wire.number, there);
+  char* const word = g.memory + g.layout.SignalOffset(kWire, lane.index, wire.number, there);
   const int32_t rows = reinterpret_cast<const RegionHeader*>(from)->rows;
-  const int64_t bytes = c.layout.header_bytes + LayoutOf(c, rows).bytes;
+  const int64_t bytes = g.layout.header_bytes + LayoutOf(g, op, rows).bytes;
   nvshmemx_putmem_signal_nbi_block(to, from, static_cast<size_t>(bytes),
                                    reinterpret_cast<uint64_t*>(word),
                                    SignalValue(wire.number, kAllChunks), NVSHMEM_SIGNAL_SET,

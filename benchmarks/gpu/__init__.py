@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch and combine on GPUs.
+
+Commands (``python -m benchmarks.gpu COMMAND``), a file each:
+
+operations   whole calls, phases, overlap, an MoE layer and JAX's own ways, at all shapes
+quick        the first shape and 128 rows in a minute; two builds of the library side by side
+processes    a process per GPU beside one process
+nodes        the hierarchical mode beside the direct one
+kernels      every kernel under NVIDIA's profiler
+matmul       grouped matmuls
+
+What they share:
+
+cases        shapes, their inputs, and how often everything is measured
+timing       how programs are compiled and timed; copies and matrix products to compare with
+library      the library's programs of a case, checked against the oracle
+trace        what the library records about its kernels and copies
+measures     what is measured of the library: calls, phases, overlap
+peers        JAX's own ways
+moe, training, crossover, links     one part of ``operations`` each
+report, plot                        the results of ``operations`` as Markdown and as pictures
+"""

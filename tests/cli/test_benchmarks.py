@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, and the committed tables are what the committed results say."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.cpu_only
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+COMMANDS = {
+    "cpu-amd-epyc-2": ("benchmarks.cpu",),
+    "gpu-nvidia-h200-x2": ("benchmarks.gpu", "operations"),
+    "gpu-processes-nvidia-h200-x2": ("benchmarks.gpu", "processes"),
+    "gpu-nodes-nvidia-h200-x2": ("benchmarks.gpu", "nodes"),
+}
+
+
+def python(*arguments):
+    """As a user does in a clone, with the devices that a command asks for."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_result_is_shown():
+    assert {path.stem for path in RESULTS.glob("*.json")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("stem", "command"), COMMANDS.items())
+def test_tables_are_made_of_results(stem, command, tmp_path):
+    copy = tmp_path / f"{stem}.json"
+    copy.write_bytes((RESULTS / copy.name).read_bytes())
+    python("-m", *command, "--load", copy)
+    table = copy.with_suffix(".md")
+    assert table.read_text() == (RESULTS / table.name).read_text()
+
+
+def test_one_line_per_case(tmp_path):
+    """What is written is the value that was given, with every case on a line."""
+    path = tmp_path / "results.json"
+    cases = [{"rows": rows, "us": {"ours": {"p50": 1.5}}} for rows in (1, 2, 3)]
+    value = {"machine": {"jax": "0"}, "cases": cases, "shapes": {"a": {"movers": {"b": cases}}}}
+    code = "import sys, json, pathlib; from benchmarks import results; "
+    code += "results.write(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
+    python("-c", code, path, json.dumps(value))
+    assert json.loads(path.read_text()) == value
+    lines = [line.strip().rstrip(",") for line in path.read_text().splitlines()]
+    assert all(lines.count(json.dumps(case)) == 2 for case in cases)
+
+
+def test_cpu(tmp_path):
+    python("-m", "benchmarks.cpu", "--smoke", "--out", tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    cases = json.loads(path.read_text())["cases"]
+    assert [(case["ranks"], case["processes"]) for case in cases] == [(1, 1), (2, 1), (4, 2)]
+    assert all(case["times_us"]["jax_smfree"]["median"] > 0 for case in cases)
+    assert path.with_suffix(".md").exists() and path.with_suffix(".png").exists()
+
+
+def test_quick(tmp_path):
+    text = python("-m", "benchmarks.gpu", "quick", "--smoke", "--out", tmp_path)
+    assert "Not measured" not in text
+    (path,) = tmp_path.glob("*.json")
+    for shape in json.loads(path.read_text())["shapes"].values():
+        assert shape["movers"]["default"]["native"]["round_trip"]["p50"] > 0

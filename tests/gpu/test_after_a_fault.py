@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a fault on GPUs: the run ends on all of them, the group closes in time, another one works.
+
+Each program runs in a process of its own, with a time limit: a GPU that stands still cannot be
+freed from inside of the process.
+"""
+
+import dataclasses
+import os
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_smfree as smfree
+from faults.running import CONFIG, assert_works, compiled
+from gpu.driver import free_bytes
+from jax_smfree.testing import launch
+from support import as_many, ep_mesh, make_problem
+
+pytestmark = pytest.mark.cuda_only
+
+TIMEOUT_S = 30.0
+CLOSES_IN_S = 10.0
+FAULT = "two operations in flight on one lane"
+
+
+def two_sends(group, x, topk_idx, topk_weights):
+    """The second one before the first is received, on every rank."""
+    first = smfree.dispatch_send(group.token(), x, topk_idx, topk_weights)
+    second = smfree.dispatch_send(group.token(), 2 * x, topk_idx, topk_weights)
+    first = dataclasses.replace(first, array=first.array + 0 * second.array)
+    d, _ = smfree.dispatch_recv(first)
+    e, _ = smfree.dispatch_recv(second)
+    return jnp.sum(d.x + e.x) + jnp.zeros_like(x)
+
+
+def two_sends_and_a_collective(group, x, *routing):
+    """A rank that ended at the fault would leave the others waiting in the collective."""
+    out = two_sends(group, x, *routing)
+    return out + jax.lax.psum(jnp.sum(out), "ep")
+
+
+def collectives_all_around(group, x, *routing):
+    x = x + 0 * jax.lax.pmean(x, "ep")
+    out = two_sends_and_a_collective(group, x, *routing)
+    return two_sends_and_a_collective(group, out, *routing)
+
+
+PROGRAMS = {
+    program.__name__: program
+    for program in (two_sends, two_sends_and_a_collective, collectives_all_around)
+}
+
+
+def fails_and_goes_on(name):
+    """For another process: a fault, an end in time, and another group of the same devices."""
+    mesh = ep_mesh(as_many(4, at_least=2))
+    config = smfree.EpConfig(**CONFIG, timeout_s=TIMEOUT_S)
+    group = smfree.EpGroup.create(mesh, config=config)
+    assert_works(group)
+    problem = make_problem(mesh)
+
+    def local(_, *arrays):
+        return PROGRAMS[name](group, *arrays)
+
+    step = compiled(group, local, problem)
+    begin = time.monotonic()
+    # The run in which it happens ends on all devices, without an error: its results are NaN.
+    assert np.isnan(step(*problem.arrays[:3])).all()
+    assert time.monotonic() - begin < TIMEOUT_S / 3
+    with pytest.raises(smfree.SmfreeError, match=FAULT):
+        group.check()
+    # Later ones are refused on all devices.
+    with pytest.raises(Exception, match=f"failed before.*{FAULT}"):
+        jax.block_until_ready(step(*problem.arrays[:3]))
+    beside = smfree.EpGroup.create(mesh, config=config)
+    assert_works(beside)
+    begin = time.monotonic()
+    group.close()
+    assert time.monotonic() - begin < CLOSES_IN_S
+    assert_works(beside)
+    with smfree.EpGroup.create(mesh, config=config) as another:
+        assert_works(another)
+    beside.close()
+    print("goes on")
+
+
+def gradients_of_two_losses():
+    """For another process: no data order the two layers; a fault, or what ordered ones give."""
+    mesh = ep_mesh(as_many(4, at_least=2))
+    problem = make_problem(mesh, tokens=CONFIG["max_tokens"])
+
+    def layer(token, x, *routing):
+        d, token = smfree.dispatch(token, x, *routing)
+        out, token = smfree.combine(token, d, jnp.sin(d.x))
+        return token, jnp.sum(out**2)
+
+    def ordered(group, x, *routing):
+        def loss(x):
+            token, one = layer(group.token(), x, *routing)
+            return one + layer(token, -x, *routing)[1]
+
+        return jax.grad(loss)(x)
+
+    def unordered(group, x, *routing):
+        def loss(x, sign):
+            return layer(group.token(), sign * x, *routing)[1]
+
+        return jax.grad(loss)(x, 1.0) + jax.grad(loss)(x, -1.0)
+
+    def gradient(program):
+        group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG, timeout_s=TIMEOUT_S))
+
+        def local(x, *routing):
+            out = program(group, x, *routing)
+            return out + 0 * jax.lax.pmean(out, "ep")
+
+        smap = jax.shard_map(local, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        out = np.asarray(jax.jit(smap)(*problem.arrays[:3]))
+        return group, out
+
+    group, expected = gradient(ordered)
+    group.check()
+    group.close()
+    group, out = gradient(unordered)
+    try:
+        group.check()
+    except smfree.SmfreeError as error:
+        assert FAULT in str(error)
+        print("a fault")
+    else:
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+        print("no fault")
+    begin = time.monotonic()
+    group.close()
+    assert time.monotonic() - begin < CLOSES_IN_S
+    group, out = gradient(ordered)
+    np.testing.assert_array_equal(out, expected)
+    group.close()
+    print("goes on")
+
+
+def closes_beside_what_goes_on():
+    """For another process: a GPU computes for long, and a group of it is closed meanwhile."""
+    seconds = 25.0
+    mesh = ep_mesh(as_many(4, at_least=2))
+    device = mesh.devices.flat[0]
+    heavy = jax.device_put(jnp.eye(4096, dtype=jnp.bfloat16), device)
+
+    @jax.jit
+    def compute(steps, m):
+        return jax.lax.fori_loop(0, steps, lambda _, a: jnp.tanh(a @ m), m)
+
+    compute(10, heavy).block_until_ready()
+    begin = time.monotonic()
+    compute(2000, heavy).block_until_ready()
+    steps = int(2000 * seconds / (time.monotonic() - begin))
+    sizes = CONFIG | {"hidden": 4096, "max_tokens": 4096}
+    # Closing waits so long for programs that were launched.
+    group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**sizes, timeout_s=2.0))
+    problem = make_problem(mesh, hidden=4096)
+
+    def round_trip(token, *arrays):
+        d, token = smfree.dispatch(token, *arrays)
+        return smfree.combine(token, d, d.x)[0]
+
+    jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+    stats = group.stats()
+    held = group.memory_report()["device_bytes"] // mesh.size
+    free = free_bytes(device.local_hardware_id)
+    begin = time.monotonic()
+    long = compute(steps, heavy)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        group.close()
+    took = time.monotonic() - begin
+    assert took < 2.0 + CLOSES_IN_S < seconds - 5.0
+    assert any("has not ended" in str(warning.message) for warning in told), told
+    assert group.stats() == stats
+    assert not long.is_ready()
+    long.block_until_ready()
+    deadline = time.monotonic() + 10.0
+    while free_bytes(device.local_hardware_id) < free + held // 2:
+        assert time.monotonic() < deadline, "the memory is not given back"
+        time.sleep(0.1)
+    print("goes on")
+
+
+def assert_goes_on(program, directory, *args, flags=""):
+    result = launch(
+        program, args=args, processes=1, devices_per_process=as_many(4, at_least=2),
+        platform="cuda", timeout_s=120, log_dir=directory,
+        env={"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"},
+    )  # fmt: skip
+    assert not result.timed_out, result.summary()
+    assert "goes on" in result.check().processes[0].text, result.summary()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_two_in_flight(name, tmp_path):
+    assert_goes_on(fails_and_goes_on, tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--xla_gpu_enable_command_buffer=",
+        "--xla_gpu_graph_min_graph_size=1",
+        "--xla_gpu_graph_min_graph_size=1 --xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    ],
+    ids=["no graphs", "graphs", "concurrent graphs"],
+)
+def test_gradients_of_two_losses(flags, tmp_path):
+    assert_goes_on(gradients_of_two_losses, tmp_path, flags=flags)
+
+
+def test_closing_beside_what_goes_on(tmp_path):
+    assert_goes_on(closes_beside_what_goes_on, tmp_path)
