@@ -113,6 +113,28 @@ def dtype(where: str, name: str, value: Any) -> np.dtype[Any]:
     ) from cause
 
 
+def as_array(where: str, name: str, value: Any, expected: str) -> jax.Array:
+    """``value`` as an array, a tracer included; no lists, which may be anything."""
+    if isinstance(value, (jax.Array, np.ndarray)) or hasattr(value, "__jax_array__"):
+        try:
+            result: jax.Array = jnp.asarray(value)
+            return result
+        except (TypeError, ValueError):  # an array of strings or of objects
+            pass
+    raise TypeError(f"{where}: got {shown(value)} as {name}, expected {expected}.")
+
+
+def tree(where: str, name: str, value: Any) -> None:
+    """A pytree whose leaves are arrays, or numbers."""
+    for leaf in jax.tree.leaves(value):
+        try:
+            jax.typeof(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"{where}: got {shown(leaf)} among {name}, expected arrays, or pytrees of them."
+            ) from error
+
+
 def array(
     where: str, name: str, value: Any, shape: Sequence[int | str], kind: Any = jnp.floating
 ) -> jax.Array:
@@ -121,14 +143,9 @@ def array(
     ``shape`` has the sizes that are known, and a letter for those that are not; the same letter
     twice is the same size. ``kind`` is what the dtype must be, or must be a kind of.
     """
-    if not (isinstance(value, (jax.Array, np.ndarray)) or hasattr(value, "__jax_array__")):
-        raise TypeError(
-            f"{where}: got {shown(value)} as {name}, expected an array {_sizes(shape)}."
-        )
-    given = getattr(value, "dtype", None)
-    if given is None or not _is_kind(given, kind):
-        raise TypeError(f"{where}: got {name} of {given}, expected {_kind_name(kind)}.")
-    result: jax.Array = jnp.asarray(value)
+    result = as_array(where, name, value, f"an array {_sizes(shape)}")
+    if not _is_kind(result.dtype, kind):
+        raise TypeError(f"{where}: got {name} of {result.dtype}, expected {_kind_name(kind)}.")
     known: dict[str, int] = {}
     fits = len(result.shape) == len(shape) and all(
         size == (known.setdefault(want, size) if isinstance(want, str) else want)

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_smfree._src import backends, checks, compat, nodes, placement, primitives, targets
+from jax_smfree._src import (
+    backends,
+    checks,
+    compat,
+    errors,
+    nodes,
+    placement,
+    primitives,
+    targets,
+)
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.token import TOKEN_SIZE, Token
@@ -27,7 +36,8 @@ class EpGroup:
     """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
 
     Along every other axis of the mesh each coordinate is a group of its own. A context manager:
-    leaving it closes the group. It is static data of tokens, hence hashed by identity.
+    leaving it closes the group, and makes a `SmfreeError` of a JAX error that the group has caused.
+    It is static data of tokens, hence hashed by identity.
 
     Attributes:
       mesh, axis: as given to `create`.
@@ -166,6 +176,10 @@ class EpGroup:
         A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
         An overflow of ``recv_capacity`` is reported once, and the group goes on.
 
+        Costs some microseconds: it looks at host memory, and waits neither for the devices nor for
+        other processes. So it sees what has run by then; to see all, wait for the results first.
+        Call it once per step or per logging interval.
+
         Raises:
           SmfreeError: with the rank, peer, operation, lane and number of the first fault.
         """
@@ -175,11 +189,37 @@ class EpGroup:
                 raise SmfreeError(message)
 
     def stats(self) -> dict[str, int]:
-        """Counters since creation, summed over the ranks of this process."""
+        """Counters since creation, summed over the ranks of this process.
+
+        Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
+        the operations of the backward pass included:
+
+        - ``dispatch_send_calls``, …: how often it ran.
+        - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
+        - ``dispatch_send_bytes``, …: bytes of these rows; on CPUs with weights and expert ids.
+        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
+          phase to the last arrival.
+
+        Of the group:
+
+        - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
+        - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
+        - ``rows_dropped``: copies of rows that did not fit into ``recv_capacity``.
+        - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
+          arrived and was not received yet.
+
+        On GPUs the counters are copied from each device, which takes tens of microseconds each and
+        does not wait for what runs there.
+        """
         return self._sum("stats") if self._native else dict(self._final_stats)
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the group holds in this process."""
+        """Bytes that the group holds in this process.
+
+        On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
+        ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
+        rows now and ``arena_bytes_high_water`` did at most.
+        """
         return self._sum("memory_report")
 
     def trace(self) -> list[dict[str, Any]]:
@@ -262,8 +302,10 @@ class EpGroup:
     def __enter__(self) -> EpGroup:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error_type: Any, error: BaseException | None, *_: Any) -> None:
         self.close()
+        if ours := errors.from_xla(error):
+            raise ours from error
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
