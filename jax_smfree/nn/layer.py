@@ -7,8 +7,9 @@ import jax
 from jax import Array
 from jax.tree_util import SequenceKey
 
+from jax_smfree._src import arguments, compat
 from jax_smfree.nn import operations, router
-from jax_smfree.nn.experts import grouped_mlp, mlp
+from jax_smfree.nn.experts import check_swiglu, grouped_mlp, mlp
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -67,6 +68,10 @@ def moe_layer(
     Returns:
       ``(token, out, aux)``.
 
+    Raises:
+      ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
+        than the group's, what is no token; and as `jax_smfree.dispatch_send`.
+
     Example:
       >>> def model(layers, x):  # inside shard_map
       ...     token = group.token()
@@ -75,7 +80,8 @@ def moe_layer(
       ...         x = x + out
       ...     return x
     """
-    ops, op_token = operations.enter(implementation, token)
+    ops, op_token = operations.enter("moe_layer", implementation, token)
+    check_layer("moe_layer", token.group, params, x, grouped_matmul)
     top_k = token.group.config.top_k
     routes = router.route(x, params.router, top_k, balance_bias=balance_bias)
 
@@ -91,3 +97,26 @@ def moe_layer(
         out = out + shared
     token = operations.leave(implementation, token, op_token)
     return token, out, MoeAux.of(routes, d.num_dropped)
+
+
+def check_layer(
+    where: str, group: Any, params: MoeParams, x: Array, grouped_matmul: GroupedMatmul
+) -> None:
+    """The parameters and rows of a layer are of the sizes of its group, per rank."""
+    config = group.config
+    axes = group.axis if isinstance(group.axis, tuple) else (group.axis,)
+    if not compat.manual_axes().issuperset(axes):
+        raise ValueError(
+            f"{where}: got a call outside of jax.shard_map, expected one inside of it, over all "
+            f"axes of the group's mesh, {', '.join(axes)} included. On global arrays it is "
+            "nn.moe_layer_on_mesh."
+        )
+    arguments.instance(where, "params", params, MoeParams, "Make it with nn.init_moe.")
+    arguments.function(where, "grouped_matmul", grouped_matmul)
+    x = arguments.array(where, "x", x, ("T", config.hidden), config.dtype)
+    experts, hidden, dtype = config.num_experts, config.hidden, config.dtype
+    arguments.array(where, "params.router", params.router, (hidden, experts))
+    local = experts // jax.lax.axis_size(group.axis)
+    check_swiglu(where, "params.experts", params.experts, (local,), hidden, dtype)
+    if params.shared is not None:
+        check_swiglu(where, "params.shared", params.shared, (), hidden, dtype)
