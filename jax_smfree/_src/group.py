@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_smfree._src import (
+    arguments,
     backends,
     checks,
     compat,
@@ -65,9 +66,9 @@ class EpGroup:
 
         Args:
           mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
-            processes with one each, all processes of the job, on one host or several (NVSHMEM); or of CPU
-            devices of one host (in one process or several). A mesh of devices that one can only
-            compile for (``jax.experimental.topologies``) makes a group that only compiles.
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
+            of CPU devices of one host (in one process or several). A mesh of devices that one can
+            only compile for (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -83,6 +84,8 @@ class EpGroup:
                 f"EpGroup.create: got a {type(mesh).__name__} as mesh, expected a "
                 "jax.sharding.Mesh of devices: the group connects them."
             )
+        arguments.instance("EpGroup.create", "config", config, EpConfig)
+        arguments.instance("EpGroup.create", "axis", axis, str)
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
@@ -148,9 +151,10 @@ class EpGroup:
         the program; a layer that starts from a fresh one must be ordered by its data.
 
         Raises:
-          ValueError: for a lane outside of ``range(config.num_lanes)``, or a closed group.
+          ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
         """
         checks.check_open("EpGroup.token", self)
+        lane = arguments.integer("EpGroup.token", "lane", lane, least=-(2**31))
         if lane not in range(self.config.num_lanes):
             raise ValueError(
                 f"EpGroup.token: got lane={lane}, expected 0 to {self.config.num_lanes - 1} "
