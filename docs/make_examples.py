@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 EXAMPLES = DOCS / "examples"
 RESULTS = DOCS.parent / "benchmarks/results/gpu-nvidia-h200-x2.json"
 BLOCK = re.compile(r"^```console\n\$ jax-smfree (.*)\n([^`]*)```$", re.MULTILINE)

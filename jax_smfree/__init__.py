@@ -7,6 +7,7 @@ combine_send/recv      results back, summed, in two phases
 overlap, tie           compute that runs while rows move, forward and backward
 dispatch, combine      both phases in one call, or with a recv hook
 plan                   memory and times of a configuration, predicted
+bench                  dispatch and combine timed here, against other ways
 nn                     MoE layers
 overlap_report         what a compiled program overlaps; more in inspect
 doctor                 what this machine and installation lack
@@ -29,4 +30,8 @@ if importlib.util.find_spec(f"{__name__}._native") is None:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from . import bench as bench
 from . import doctor as doctor
 from . import inspect as inspect
 from . import nn as nn

@@ -3,7 +3,7 @@
 
 import sys
 
-_EXTRA = frozenset(["click", "rich", "matplotlib", "pynvml"])
+_EXTRA = frozenset(["click", "rich", "matplotlib", "packaging", "pynvml"])
 
 
 def main() -> None:

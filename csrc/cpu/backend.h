@@ -84,6 +84,11 @@ class Group {
   // The first fault of the group, which stays; or else an overflow since the last Check, which is
   // cleared by this.
   Status Check();
+  // The first fault only.
+  Status Fault() const;
+  // The operations that ranks of this process have sent and not received, in words; "" if there are
+  // none.
+  std::string Unreceived() const;
   Stats stats() const;
   // For tests: set while no operation is in flight.
   void SetChaos(const Chaos& chaos);

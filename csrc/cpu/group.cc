@@ -130,6 +130,11 @@ void Group::Close() {
 }
 
 Status Group::Check() { return exchange_->Check(); }
+Status Group::Fault() const { return exchange_->Fault(); }
+std::string Group::Unreceived() const {
+  const auto unreceived = exchange_->UnreceivedHere();
+  return unreceived.count() == 0 ? "" : unreceived.Describe();
+}
 Stats Group::stats() const { return exchange_->stats(); }
 void Group::SetChaos(const Chaos& chaos) { exchange_->SetChaos(chaos); }
 int64_t Group::memory_bytes() const { return exchange_->memory_bytes(); }

@@ -23,6 +23,7 @@ enum class FaultKind : int32_t {
   kOutOfMemory = 10,      // the operating system refused memory for the rows in flight
   kSystem = 11,           // a socket or another system call failed
   kPeerFailed = 12,       // a rank in another process has met a fault, which it knows
+  kUnreceived = 13,       // a rank goes on sending operations that it never receives
 };
 
 constexpr const char* Name(FaultKind kind) {
@@ -40,6 +41,7 @@ constexpr const char* Name(FaultKind kind) {
     case FaultKind::kOutOfMemory: return "out of memory";
     case FaultKind::kSystem: return "system error";
     case FaultKind::kPeerFailed: return "peer failed";
+    case FaultKind::kUnreceived: return "operations never received";
   }
   return "unknown fault";
 }

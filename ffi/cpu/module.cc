@@ -66,6 +66,8 @@ Counters MemoryOf(const Group& group) {
 }  // namespace
 
 void BindCpu(nb::module_& m) {
+  // For what waits, if only for a mutex: a handler that holds it may be waiting for Python.
+  const nb::call_guard<nb::gil_scoped_release> kWithoutGil;
   m.def("compilation_begins", &cpu::CompilationBegins);
   m.def("compilation_ends", &cpu::CompilationEnds);
   nb::class_<Group>(m, "CpuGroup")
@@ -74,18 +76,15 @@ void BindCpu(nb::module_& m) {
       .def("address", &Group::address)
       .def("connect",
            [](Group& group, const std::vector<std::string>& addresses) {
-             Status status;
-             {
-               nb::gil_scoped_release release;
-               status = group.Connect(addresses);
-             }
-             ThrowIfFailed(status);
+             ThrowIfFailed(group.Connect(addresses));
            },
-           nb::arg("addresses"))
-      .def("close", &Group::Close, nb::call_guard<nb::gil_scoped_release>())
-      .def("check", [](Group& group) { return FaultOf(group.Check()); })
-      .def("stats", &StatsOf)
-      .def("memory_report", &MemoryOf)
+           nb::arg("addresses"), kWithoutGil)
+      .def("close", &Group::Close, kWithoutGil)
+      .def("check", [](Group& group) { return FaultOf(group.Check()); }, kWithoutGil)
+      .def("fault", [](Group& group) { return FaultOf(group.Fault()); }, kWithoutGil)
+      .def("unreceived", &Group::Unreceived, kWithoutGil)
+      .def("stats", &StatsOf, kWithoutGil)
+      .def("memory_report", &MemoryOf, kWithoutGil)
       .def("set_chaos",
            [](Group& group, uint64_t seed, int64_t max_delay_us, bool reorder,
               double stall_probability, int64_t stall_ms) {

@@ -25,7 +25,7 @@ class _Default(enum.Enum):
 def _call(
     token: Token, site: str, num_tokens: int, *, carries_slots: bool, varying: frozenset[str]
 ) -> p.Call:
-    return p.Call(token.group, token.lane, site, num_tokens, carries_slots, varying)
+    return p.Call(token.group.key, token.lane, site, num_tokens, carries_slots, varying)
 
 
 def _token_array(token: Token) -> jax.Array:
@@ -111,7 +111,7 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
         _token_array(token),
         call=_call(token, token.state.call_site, tokens, carries_slots=True, varying=axes),
     )
-    handle = Handle(places, send_counts, rows, recv_counts, relay, tokens, group)
+    handle = Handle(places, send_counts, rows, recv_counts, relay, tokens, group.key)
     d = DispatchResult(x, group_sizes, weights, num_dropped, handle)
     return d, Token(array, (), group, token.lane, None)
 

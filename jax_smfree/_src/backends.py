@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native groups behind an `EpGroup`: one for each replica that has ranks in this process.
 
-Both functions put what they make onto a stack, which closes it when a later step fails.
+What is made goes onto a stack, which closes it when a later step fails.
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
+import hashlib
 import json
 from contextlib import ExitStack
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
-_met: collections.Counter[str] = collections.Counter()
+_CREATE = "EpGroup.create"  # the call that errors name
 
 
 def platform(mesh: Mesh) -> str:
@@ -55,48 +56,108 @@ def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
     ]
 
 
-def nodes_of_ranks(mesh: Mesh, axis: str, timeout_s: float) -> list[list[int]]:
-    """Of each group along ``axis``, in which node its ranks are: a process on CPUs, a host on GPUs.
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """What the processes of a mesh have told one another before they create a group.
 
-    Nodes are named by their first process. Collective over the processes of a mesh of GPUs. GPUs
-    that one only compiles for count as one node.
+    Attributes:
+      place: where they meet again, see `bootstrap`.
+      processes: of the mesh, ascending; a mesh that one only compiles for has none to meet.
+      hosts: their names, in the same order.
+      ordinal: which group of its kind it is, the same in all of them.
+      secret: what guards their sockets.
     """
+
+    place: str
+    processes: list[int]
+    hosts: list[str]
+    ordinal: int
+    secret: str
+
+    def host_of(self, process: int) -> str:
+        return self.hosts[self.processes.index(process)]
+
+
+def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meeting:
+    """Collective over the processes of the mesh, which compare notes.
+
+    ``ordinal``: how many groups of this ``fingerprint`` this process has made. The largest counts,
+    since a process may have made some that others missed.
+
+    Raises:
+      SmfreeError: a process did not come, or makes another group.
+    """
+    me = jax.process_index()
     devices = list(mesh.devices.flat)
     processes = sorted({device.process_index for device in devices})
-    node = {process: process for process in processes}
-    if devices[0].platform != "cpu":
-        hosts = _hosts(devices, processes, timeout_s)
-        node = {p: processes[hosts.index(host)] for p, host in zip(processes, hosts, strict=True)}
+    ids = hashlib.sha256(str([device.id for device in devices]).encode()).hexdigest()[:16]
+    place = f"jax_smfree/group/{ids}"
+    host, secret = bootstrap.host_name(), bootstrap.new_secret()
+    if compat.is_compile_only(devices[0]) or processes == [me] or me not in processes:
+        return Meeting(place, processes, [host] * len(processes), ordinal, secret)
+    mine = {"host": host, "fingerprint": fingerprint, "ordinal": ordinal, "secret": secret}
+    texts = bootstrap.exchange(
+        _CREATE, f"{place}/hello", json.dumps(mine), processes, me, timeout_s
+    )
+    hellos: list[dict[str, Any]] = list(map(json.loads, texts))
+    for process, theirs in zip(processes, hellos, strict=True):
+        if theirs["fingerprint"] != fingerprint:
+            raise SmfreeError(
+                f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
+                f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
+                "config."
+            )
+    return Meeting(
+        place=place,
+        processes=processes,
+        hosts=[hello["host"] for hello in hellos],
+        ordinal=max(hello["ordinal"] for hello in hellos),
+        secret=hellos[0]["secret"],
+    )
+
+
+def nodes_of_ranks(mesh: Mesh, axis: str, meeting: Meeting) -> list[list[int]]:
+    """Of each group along ``axis``, in which node its ranks are: a process on CPUs, a host on GPUs.
+
+    Nodes are named by their first process. GPUs that one only compiles for count as one node.
+    """
+    node = {process: process for process in meeting.processes}
+    if mesh.devices.flat[0].platform != "cpu":
+        for process, host in zip(meeting.processes, meeting.hosts, strict=True):
+            node[process] = meeting.processes[meeting.hosts.index(host)]
     return [[node[device.process_index] for device in group] for group in _replicas(mesh, axis)]
 
 
-def _hosts(devices: list[jax.Device], processes: list[int], timeout_s: float) -> list[str]:
-    """The names of the hosts of ``processes``."""
-    mine = bootstrap.host_name()
-    if compat.is_compile_only(devices[0]) or len(processes) == 1:
-        return [mine] * len(processes)
-    key = f"{_meeting_place(devices)}/host"
-    return bootstrap.exchange(key, mine, processes, jax.process_index(), timeout_s)
-
-
-def cuda_groups(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+def native_groups(
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
-    """On the GPUs of one process; or on one GPU of every process, collective over them."""
+    """Those that have ranks in this process; collective over the meeting's processes.
+
+    Raises:
+      SmfreeError: also for what the native side reports.
+    """
+    make = _cpu_groups if platform(mesh) == "cpu" else _cuda_groups
+    try:
+        return make(made, group_id, mesh, axis, config, meeting)
+    except SmfreeError:
+        raise
+    except RuntimeError as error:
+        raise SmfreeError(f"EpGroup.create: {error}") from error
+
+
+def _cuda_groups(
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+) -> list[NativeGroup]:
+    """On the GPUs of one process; or on one GPU of every process."""
     if not _native.has_cuda:
         raise SmfreeError(
             "EpGroup.create: got a mesh of GPUs, and this installation of jax_smfree was built "
             "without CUDA. Install it from its sources where nvcc is on PATH; or run with "
             "JAX_PLATFORMS=cpu."
         )
-    me = jax.process_index()
-    here = [device for device in mesh.devices.flat if device.process_index == me]
-    try:
-        if len(here) == mesh.size:
-            return _cuda_groups_here(made, group_id, mesh, axis, config)
-        return [_cuda_group_among_processes(made, group_id, mesh, axis, config, fingerprint)]
-    except RuntimeError as error:
-        raise SmfreeError(f"EpGroup.create: {error}") from error
+    if meeting.processes == [jax.process_index()]:
+        return _cuda_groups_here(made, group_id, mesh, axis, config)
+    return [_cuda_group_among_processes(made, group_id, mesh, axis, config, meeting)]
 
 
 def _cuda_groups_here(
@@ -116,7 +177,7 @@ def _cuda_groups_here(
 
 
 def _cuda_group_among_processes(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
 ) -> NativeGroup:
     me, world = jax.process_index(), list(range(jax.process_count()))
     processes = sorted(device.process_index for device in mesh.devices.flat)
@@ -133,8 +194,6 @@ def _cuda_group_among_processes(
         for replica, devices in enumerate(_replicas(mesh, axis))
         if mine in devices
     )
-    key = _meeting_place(list(mesh.devices.flat))
-    _agree(key, fingerprint, world, me, config.timeout_s)
     native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
     group = _native.CudaGroup.among_processes(
@@ -144,86 +203,63 @@ def _cuda_group_among_processes(
         rank=devices.index(mine),
         device=mine.local_hardware_id,
         process_of_rank=[device.process_index for device in devices],
-        memory=nvshmem.memory(_native.symmetric_bytes(native), mine, key, config.timeout_s),
+        memory=nvshmem.memory(
+            _native.symmetric_bytes(native), mine, meeting.place, config.timeout_s
+        ),
     )
     made.callback(group.close)
     # All memory is zero before anybody sends.
-    bootstrap.exchange(f"{key}/ready", "", world, me, config.timeout_s)
+    bootstrap.exchange(_CREATE, f"{meeting.place}/ready", "", world, me, config.timeout_s)
     return group
 
 
-def cpu_groups(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str
+def _cpu_groups(
+    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
-    """On CPU devices of this host; collective over their processes."""
+    """On CPU devices; those of a group are on one host."""
     me = jax.process_index()
-    groups: list[NativeGroup] = []
+    groups: dict[int, _native.CpuGroup] = {}  # by replica
+    members = []
     for replica, devices in enumerate(_replicas(mesh, axis)):
         process_of_rank = [device.process_index for device in devices]
-        if me not in process_of_rank:
-            continue
         processes = sorted(set(process_of_rank))
-        key = _meeting_place(devices)
-        secret = ""
-        if len(processes) > 1:
-            secret = _introduce(key, fingerprint, processes, me, config.timeout_s)
-        group = _native.CpuGroup(
+        members.append(processes)
+        _check_one_host(processes, meeting)
+        if me not in processes:
+            continue
+        groups[replica] = _native.CpuGroup(
             group_id=group_id,
             replica=replica,
             config=native_config(config, len(devices)),
             process_of_rank=[processes.index(p) for p in process_of_rank],
             process=processes.index(me),
-            secret=secret,
+            secret=meeting.secret,
         )
-        made.callback(group.close)
-        groups.append(group)
-        if len(processes) > 1:
-            group.connect(
-                bootstrap.exchange(
-                    f"{key}/address", group.address(), processes, me, config.timeout_s
-                )
-            )
-    return groups
+        made.callback(groups[replica].close)
+    if not groups or len(meeting.processes) == 1:
+        return list(groups.values())
+    mine = {replica: group.address() for replica, group in groups.items()}
+    texts = bootstrap.exchange(
+        _CREATE,
+        f"{meeting.place}/address",
+        json.dumps(mine),
+        meeting.processes,
+        me,
+        config.timeout_s,
+    )
+    addresses = dict(zip(meeting.processes, map(json.loads, texts), strict=True))
+    for replica, group in groups.items():
+        group.connect([addresses[process][str(replica)] for process in members[replica]])
+    return list(groups.values())
 
 
-def _meeting_place(devices: list[jax.Device]) -> str:
-    """Where the n-th group of these devices meets, whatever its config, to compare configs."""
-    place = f"jax_smfree/{[device.id for device in devices]}"
-    number = _met[place]
-    _met[place] += 1
-    return f"{place}/{number}"
-
-
-def _agree(
-    key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float
-) -> list[dict[str, str]]:
-    """Compares notes with the other processes; returns what each of them says of itself."""
-    mine = {
-        "host": bootstrap.host_name(),
-        "fingerprint": fingerprint,
-        "secret": bootstrap.new_secret(),
-    }
-    texts = bootstrap.exchange(f"{key}/hello", json.dumps(mine), processes, me, timeout_s)
-    hellos: list[dict[str, str]] = list(map(json.loads, texts))
-    for process, theirs in zip(processes, hellos, strict=True):
-        if theirs["fingerprint"] != fingerprint:
+def _check_one_host(processes: list[int], meeting: Meeting) -> None:
+    first, here = processes[0], meeting.host_of(processes[0])
+    for process in processes:
+        there = meeting.host_of(process)
+        if there != here:
             raise SmfreeError(
-                f"EpGroup.create: process {process} creates {theirs['fingerprint']}, process "
-                f"{me} creates {fingerprint}. All processes must use the same mesh, axis and "
-                "config."
+                f"EpGroup.create: process {process} runs on host {there!r}, process {first} on "
+                f"{here!r}, expected one host: the CPU backend connects processes through shared "
+                "memory."
             )
-    return hellos
-
-
-def _introduce(key: str, fingerprint: str, processes: list[int], me: int, timeout_s: float) -> str:
-    """The secret of the first of these processes, which are on this host."""
-    hellos = _agree(key, fingerprint, processes, me, timeout_s)
-    here = bootstrap.host_name()
-    for process, theirs in zip(processes, hellos, strict=True):
-        if theirs["host"] != here:
-            raise SmfreeError(
-                f"EpGroup.create: process {process} runs on host {theirs['host']!r}, process "
-                f"{me} on {here!r}, expected one host: the CPU backend connects "
-                "processes through shared memory."
-            )
-    return hellos[0]["secret"]

@@ -17,6 +17,7 @@ from jax_smfree._src.token import DispatchResult, Token
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
+    from jax_smfree._src.group_key import GroupKey
     from jax_smfree._src.primitives import Call
 
 # In which trace a token was received. One function may be traced twice, and each branch of a
@@ -173,8 +174,8 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
             "dispatch_recv returned."
         )
     handle = d.handle
-    if handle.group is not group:
-        differences = _differences(handle.group, group)
+    if handle.group is not group.key:
+        differences = _differences(handle.group, group.key)
         raise ValueError(
             f"{name}: got a d of another group than the token's: {differences}. What a group "
             "dispatched it also combines: pass a token of the group of d."
@@ -192,7 +193,7 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
         "send_counts": (ranks,),
         "rows": (ranks, tokens, top_k),
         "recv_counts": (ranks,),
-        "relay": group.relay_shape(tokens),
+        "relay": group.key.relay_shape(tokens),
     }.items():
         value = getattr(handle, field)
         if (value.shape, value.dtype) != (shape, jnp.int32):
@@ -204,10 +205,10 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
     return d
 
 
-def _differences(got: EpGroup, expected: EpGroup) -> str:
+def _differences(got: GroupKey, expected: GroupKey) -> str:
     """In what two groups differ, in the words of `EpGroup.create`."""
 
-    def made_of(group: EpGroup) -> dict[str, Any]:
+    def made_of(group: GroupKey) -> dict[str, Any]:
         return {"axis": group.axis, "mesh": dict(group.mesh.shape), **vars(group.config)}
 
     here, there = made_of(expected), made_of(got)

@@ -126,11 +126,11 @@ def is_saved(policy_result: Any) -> bool:
 def on_compilation(begins: Callable[[], None], ends: Callable[[], None]) -> None:
     """Calls ``begins`` and ``ends`` around every compilation, on the thread that waits for it."""
 
-    def begin(event: str, _: Any, **__: Any) -> None:
+    def begin(event: str, value: float, **_: str | int) -> None:
         if event == dispatch.BACKEND_COMPILE_EVENT:
             begins()
 
-    def end(event: str, _: float, **__: Any) -> None:
+    def end(event: str, duration_secs: float, **_: str | int) -> None:
         if event == dispatch.BACKEND_COMPILE_EVENT:
             ends()
 

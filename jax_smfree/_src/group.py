@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import hashlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_smfree._src import (
     arguments,
     backends,
+    bootstrap,
     checks,
     compat,
     errors,
+    life,
     nodes,
     placement,
     primitives,
@@ -27,10 +30,10 @@ from jax_smfree._src import (
 )
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.group_key import GroupKey
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
 _created: collections.Counter[str] = collections.Counter()
-_open: weakref.WeakSet[EpGroup] = weakref.WeakSet()
 
 
 class EpGroup:
@@ -38,7 +41,8 @@ class EpGroup:
 
     Along every other axis of the mesh each coordinate is a group of its own. A context manager:
     leaving it closes the group, and makes a `SmfreeError` of a JAX error that the group has caused.
-    It is static data of tokens, hence hashed by identity.
+    A group that is dropped is closed, too, with a ResourceWarning: when neither it nor a token of
+    it is held any more, even if a compiled program of it is.
 
     Attributes:
       mesh, axis: as given to `create`.
@@ -46,7 +50,14 @@ class EpGroup:
       num_ranks: the size of the axis.
     """
 
-    def __init__(self, mesh: Mesh, axis: str, config: EpConfig, fingerprint: str, ordinal: int):
+    def __init__(
+        self,
+        mesh: Mesh,
+        axis: str,
+        config: EpConfig,
+        fingerprint: str,
+        meeting: backends.Meeting,
+    ):
         self.mesh = mesh
         self.axis = axis
         self.config = config
@@ -54,10 +65,13 @@ class EpGroup:
         self.token_size = TOKEN_SIZE
         # A number that is the same in all processes and in the next run of the same program, so
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
-        digest = hashlib.sha256(f"{fingerprint}/{ordinal}".encode()).digest()
+        digest = hashlib.sha256(f"{fingerprint}/{meeting.ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self._native: list[backends.NativeGroup] = []
-        self._final_stats: dict[str, int] = {}
+        self.key = GroupKey(mesh, axis, config, self.num_ranks, self.group_id, weakref.ref(self))
+        self._meeting = meeting
+        self._life = life.Life(
+            f"EpGroup(axis={axis!r}, num_ranks={self.num_ranks})", config.timeout_s
+        )
         self._closed = False
 
     @classmethod
@@ -65,10 +79,11 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
-            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
-            of CPU devices of one host (in one process or several). A mesh of devices that one can
-            only compile for (``jax.experimental.topologies``) makes a group that only compiles.
+          mesh: of NVIDIA GPUs of one process that reach one another's memory; of NVIDIA GPUs of
+            several processes with one each, all processes of the job, on one host or several
+            (NVSHMEM); or of CPU devices of one host (in one process or several). A mesh of devices
+            that one can only compile for (``jax.experimental.topologies``) makes a group that only
+            compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 
@@ -106,42 +121,32 @@ class EpGroup:
         platform = backends.platform(mesh)
         ids = [device.id for device in mesh.devices.flat]
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
-        ordinal = _created[fingerprint]
-        _created[fingerprint] += 1
+        meeting = backends.meet(mesh, fingerprint, _created[fingerprint], config.timeout_s)
+        _created[fingerprint] = meeting.ordinal + 1
+        config = nodes.resolve(
+            "EpGroup.create", config, backends.nodes_of_ranks(mesh, axis, meeting)
+        )
+        group = cls(mesh, axis, config, fingerprint, meeting)
         device = mesh.devices.flat[0]
-        hardware = backends.nodes_of_ranks(mesh, axis, config.timeout_s)
-        config = nodes.resolve("EpGroup.create", config, hardware)
-        group = cls(mesh, axis, config, fingerprint, ordinal)
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
-        make = backends.cpu_groups if platform == "cpu" else backends.cuda_groups
         with contextlib.ExitStack() as made:
-            group._native = make(made, group.group_id, mesh, axis, config, fingerprint)
+            natives = backends.native_groups(made, group.group_id, mesh, axis, config, meeting)
+            group._life.begin(natives, list(mesh.local_devices))
             made.pop_all()
-        _open.add(group)
+        weakref.finalize(group, group._life.drop).atexit = False
         return group
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
         """The axes of the mesh: what a rank sends and receives varies over all of them."""
-        return tuple(self.mesh.axis_names)
+        return self.key.mesh_axes
 
     @property
     def token_spec(self) -> PartitionSpec:
         """The partition spec with which a token crosses a ``shard_map`` boundary."""
         return PartitionSpec(self.mesh_axes)
-
-    def relay_shape(self, num_tokens: int) -> tuple[int, int, int]:
-        """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank.
-
-        It has an element in direct mode too: an array without one that enters a ``shard_map``
-        crashes the compiler of jax 0.11.
-        """
-        if self.config.mode == "direct":
-            return (1, 1, 1)
-        per_node = self.config.ranks_per_node or self.num_ranks
-        return (self.num_ranks // per_node, num_tokens, min(self.config.top_k, per_node))
 
     def token(self, lane: int = 0) -> Token:
         """A token that is ready for the first operation on ``lane``.
@@ -164,7 +169,7 @@ class EpGroup:
             checks.check_mesh("EpGroup.token", self)
             zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
             call = primitives.Call(
-                self, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
+                self.key, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
             )
             (array,) = primitives.token_p.bind(zeros, call=call)
         else:
@@ -187,13 +192,12 @@ class EpGroup:
         Raises:
           SmfreeError: with the rank, peer, operation, lane and number of the first fault.
         """
-        for native in self._native:
-            message = native.check()
-            if message:
-                raise SmfreeError(message)
+        message = self._life.check()
+        if message:
+            raise SmfreeError(message)
 
     def stats(self) -> dict[str, int]:
-        """Counters since creation, summed over the ranks of this process.
+        """Counters since creation, summed over the ranks of this process; final after `close`.
 
         Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
         the operations of the backward pass included:
@@ -215,7 +219,7 @@ class EpGroup:
         On GPUs the counters are copied from each device, which takes tens of microseconds each and
         does not wait for what runs there.
         """
-        return self._sum("stats") if self._native else dict(self._final_stats)
+        return _sum(self._life.stats())
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the group holds in this process.
@@ -224,7 +228,7 @@ class EpGroup:
         ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
         rows now and ``arena_bytes_high_water`` did at most.
         """
-        return self._sum("memory_report")
+        return _sum([native.memory_report() for native in self._life.natives])
 
     def trace(self) -> list[dict[str, Any]]:
         """The most recent phases on the GPUs of this process, in the order of their begin.
@@ -242,7 +246,7 @@ class EpGroup:
 
         What goes to GPUs of other nodes is no copy.
         """
-        for native in self._native:
+        for native in self._life.natives:
             if isinstance(native, backends.CUDA_GROUP):
                 native.start_wire_trace()
 
@@ -258,36 +262,73 @@ class EpGroup:
     def _traces(self, method: str) -> list[dict[str, Any]]:
         return [
             entry
-            for native in self._native
+            for native in self._life.natives
             if isinstance(native, backends.CUDA_GROUP)
             for entry in getattr(native, method)()
         ]
-
-    def _sum(self, method: str) -> dict[str, int]:
-        total: collections.Counter[str] = collections.Counter()
-        for native in self._native:
-            report = getattr(native, method)()
-            total.update({name: 0 for name in report})
-            total.update(report)
-        return dict(total)
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         """Ends the group. Not collective.
 
-        Programs under way have a second at most to end; then what still waits ends with an error,
-        and later uses raise.
+        Waits for the programs that this process has launched on the group's devices, also for those
+        that have not begun. What is still under way after ``timeout_s`` seconds (default:
+        ``config.timeout_s``), or half a second after a fault of the group, ends with an error.
+        Later uses raise, and `check` goes on to raise what went wrong until now.
+
+        A program over a single device of this process is only waited for if the calling thread has
+        launched it, or if it has begun.
         """
         self._closed = True
-        for native in self._native:
-            native.close()
-        # Compiled programs keep this object alive; memory and descriptors go now, counters stay.
-        self._final_stats = self.stats()
-        self._native.clear()
+        self._life.end(self.config.timeout_s if timeout_s is None else timeout_s)
+
+    @contextlib.contextmanager
+    def pause(self, timeout_s: float = 3600.0) -> Iterator[None]:
+        """Inside the ``with`` block a process may take its time: a checkpoint, a long evaluation.
+
+        Outside of it, ranks that wait for a process are patient for ``config.timeout_s`` only.
+
+        Collective over the processes of the mesh. Each enters when the programs that it has
+        launched have ended, so that nobody waits for anybody; and all leave together, when the last
+        one comes to the end of its block. A process that leaves by an exception does not wait for
+        the others.
+
+        Args:
+          timeout_s: how long a process waits for the others at the end, in seconds.
+
+        Raises:
+          SmfreeError: a process did not come to the end of its block in time, or the group has
+            failed, for example because a process died.
+
+        Example:
+          >>> with group.pause():  # doctest: +SKIP
+          ...     if jax.process_index() == 0:
+          ...         save(params)
+        """
+        checks.check_open("EpGroup.pause", self)
+        ended = self._life.launched_ended(timeout_s)
+        self._raise_fault()
+        if not ended:
+            raise SmfreeError(
+                "EpGroup.pause: programs that this process has launched were still under way after "
+                f"{timeout_s:.0f} s. Wait for their results first, or raise timeout_s."
+            )
+        yield
+        meeting, me = self._meeting, jax.process_index()
+        if len(meeting.processes) > 1 and me in meeting.processes:
+            place = f"{meeting.place}/{self.group_id}/pause"
+            bootstrap.exchange(
+                "EpGroup.pause", place, "", meeting.processes, me, timeout_s, self._raise_fault
+            )
+
+    def _raise_fault(self) -> None:
+        fault = self._life.fault()
+        if fault:
+            raise SmfreeError(fault)
 
     def __copy__(self) -> EpGroup:
         return self
@@ -306,8 +347,11 @@ class EpGroup:
     def __enter__(self) -> EpGroup:
         return self
 
-    def __exit__(self, error_type: Any, error: BaseException | None, *_: Any) -> None:
-        self.close()
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: Any
+    ) -> None:
+        # After an error, or Ctrl-C, nobody waits for results.
+        self.close(timeout_s=None if error is None else life.GRACE_S)
         if ours := errors.from_xla(error):
             raise ours from error
 
@@ -316,7 +360,9 @@ class EpGroup:
         return f"EpGroup(axis={self.axis!r}, num_ranks={self.num_ranks}{state}, {self.config})"
 
 
-@atexit.register
-def _close_all() -> None:
-    for group in list(_open):
-        group.close()
+def _sum(reports: list[dict[str, int]]) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        total.update({name: 0 for name in report})
+        total.update(report)
+    return dict(total)

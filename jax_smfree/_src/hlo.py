@@ -87,6 +87,11 @@ class Instruction:
         """Which element a ``get-tuple-element`` takes."""
         return int(self._find(r"\bindex=(\d+)"))
 
+    @property
+    def has_index(self) -> bool:
+        """Whether it says which element it takes."""
+        return self._find(r"\bindex=(\d+)") != ""
+
     def attribute(self, name: str) -> int:
         """An integer attribute of a custom call to the FFI; 0 when it has none of this name."""
         return int(self._find(rf"\b{name} = (-?\d+) : i64") or 0)
@@ -124,6 +129,9 @@ class Computation:
     def __getitem__(self, name: str) -> Instruction:
         return self._by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions)
 
@@ -144,11 +152,16 @@ def source_lines(text: str) -> Iterator[str]:
     """The lines of Python that a program comes from, e.g. ``model.py:31 in moe``.
 
     From the tables at its head; none where a program has no such tables.
+
+    Raises:
+      ValueError: for tables that do not fit together.
     """
     head, _, locations = text.partition("\nFileLocations\n")
     files, _, functions = head.partition("\nFunctionNames\n")
     path_of, function_of = (dict(_NUMBERED.findall(table)) for table in (files, functions))
     for file, function, line in _LOCATION.findall(locations.partition("\n\n")[0]):
+        if file not in path_of or function not in function_of:
+            raise _damaged(f"location {file}/{function}:{line}")
         name = function_of[function].rpartition(".")[2]  # without what it is defined in
         yield f"{os.path.basename(path_of[file])}:{line} in {name}"
 
@@ -157,7 +170,8 @@ def parse(text: str) -> dict[str, Computation]:
     """The computations of a scheduled program by name, callees first.
 
     Raises:
-      ValueError: when the text is not of a scheduled program, so that its order says nothing.
+      ValueError: when the text is not of a scheduled program, so that its order says nothing, or
+        not all of it, or damaged.
     """
     if "is_scheduled=true" not in text.split("\n", 1)[0]:
         raise ValueError(
@@ -166,12 +180,48 @@ def parse(text: str) -> dict[str, Computation]:
         )
     computations: dict[str, Computation] = {}
     current: Computation | None = None
+    has_entry = False
     for line in text.splitlines():
         if current is None:
             if header := _COMPUTATION.match(line):
                 current = computations[header[1]] = Computation(header[1])
+                has_entry |= line.startswith("ENTRY ")
         elif line.startswith("}"):
             current = None
         elif m := _INSTRUCTION.match(line):
             current.append(Instruction(m[2], m[3], m[4], m[5], m[6], m[1] is not None))
+        elif line.strip():
+            raise _damaged(f"{line.strip()[:60]!r} in {current.name}")
+    if current is not None or not has_entry:
+        raise ValueError(
+            "got a program whose text ends in the middle, expected all that "
+            "compiled.as_text() returns. Write the file again."
+        )
+    for computation in computations.values():
+        _check(computation, computations)
     return computations
+
+
+def _check(computation: Computation, computations: dict[str, Computation]) -> None:
+    """Whoever reads the program may follow every name in it."""
+    if not computation.instructions:
+        raise _damaged(computation.name)
+    for i in computation:
+        names_are_there = all(name in computation for name in i.operands) and all(
+            name in computations for name in i.called
+        )
+        is_whole = {
+            "parameter": i.arguments.isdecimal(),
+            "get-tuple-element": bool(i.operands and i.has_index),
+            "fusion": bool(i.called),
+            "call": bool(i.called),
+        }.get(i.opcode, True)
+        if not names_are_there or not is_whole:
+            raise _damaged(f"{i.name} in {computation.name}")
+
+
+def _damaged(where: str) -> ValueError:
+    return ValueError(
+        f"got a program that is damaged at {where}, expected all that compiled.as_text() returns, "
+        "as it is. Write the file again."
+    )

@@ -43,7 +43,9 @@ def join(device: jax.Device, timeout_s: float) -> None:
         "host": bootstrap.host_name(),
         "gpu": _native.gpu_bus_id(device.local_hardware_id),
     }
-    texts = bootstrap.exchange("jax_smfree/nvshmem", json.dumps(mine), processes, me, timeout_s)
+    texts = bootstrap.exchange(
+        "EpGroup.create", "jax_smfree/nvshmem", json.dumps(mine), processes, me, timeout_s
+    )
     hellos = list(map(json.loads, texts))
     _warn_of_hidden_gpus(mine["host"], hellos)
     _native.nvshmem_join(
@@ -73,7 +75,9 @@ def _warn_of_hidden_gpus(host: str, hellos: list[dict[str, str]]) -> None:
         )
 
 
-def memory(num_bytes: int, device: jax.Device, key: str, timeout_s: float) -> _native.NvshmemMemory:
+def memory(
+    num_bytes: int, device: jax.Device, place: str, timeout_s: float
+) -> _native.NvshmemMemory:
     """A block of at least so many bytes that no process uses; collective over the world.
 
     NVSHMEM frees memory with a barrier, which a group that is closed must not need. So blocks are
@@ -81,7 +85,9 @@ def memory(num_bytes: int, device: jax.Device, key: str, timeout_s: float) -> _n
     """
     me, processes = jax.process_index(), list(range(jax.process_count()))
     free = [number for number, block in enumerate(_blocks) if not block.in_use]
-    texts = bootstrap.exchange(f"{key}/free", json.dumps(free), processes, me, timeout_s)
+    texts = bootstrap.exchange(
+        "EpGroup.create", f"{place}/free", json.dumps(free), processes, me, timeout_s
+    )
     everywhere = set.intersection(*(set(json.loads(text)) for text in texts))
     fitting = [_blocks[number] for number in everywhere if _blocks[number].bytes >= num_bytes]
     if fitting:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from jax_smfree._src import checks, compat, targets
-
-if TYPE_CHECKING:
-    from jax_smfree._src.group import EpGroup
+from jax_smfree._src.group_key import GroupKey
 
 # How the operations of a program come from those that the user wrote: an operation of the backward
 # pass is the transpose of a tangent. Its digits (base 4) are a part of a message's identity.
@@ -56,7 +54,8 @@ class Call:
     """The static part of an operation, the parameter of every primitive.
 
     Attributes:
-      group, lane, call_site: as in the token.
+      group: the key of the token's group.
+      lane, call_site: as in the token.
       num_tokens: T.
       carries_slots: S = K, else 0.
       varying: the mesh axes that the rows vary over, and all that comes out but the token, which
@@ -64,7 +63,7 @@ class Call:
       derivation: base-4 digits TANGENT, TRANSPOSE, REPLAY; 0 for an operation as written.
     """
 
-    group: EpGroup
+    group: GroupKey
     lane: int
     call_site: str
     num_tokens: int
@@ -161,7 +160,7 @@ def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
     )
 
 
-def _position(group: EpGroup) -> jax.Array:
+def _position(group: GroupKey) -> jax.Array:
     """Varies over all axes of the mesh, so it is none of the operands that are differentiated."""
     replica = jnp.int32(0)
     for axis in group.mesh_axes:

@@ -200,7 +200,7 @@ def _sum_in_order(terms: Iterable[Array]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What the reference needs to know of an ``EpGroup``; either can stand in a token."""
+    """What the reference needs to know of an ``EpGroup``."""
 
     axis: str
     config: Config

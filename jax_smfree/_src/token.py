@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.tree_util import GetAttrKey
+
+from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.group_key import GroupKey
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -35,14 +40,11 @@ class InFlight:
         return f"in flight: {self.operation}_send at {self.call_site}"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["array", "routing"],
-    meta_fields=["group", "lane", "state"],
-)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Token:
     """Orders the operations of one lane. Opaque: use it once, and go on with the one returned.
+
+    A token holds its group; the structure of a token, which JAX keeps in its caches, does not.
 
     Attributes:
       array: float32[9] per rank, the only differentiable leaf.
@@ -57,6 +59,33 @@ class Token:
     group: EpGroup
     lane: int
     state: InFlight | None
+
+
+_Structure = tuple[GroupKey, int, InFlight | None]
+
+
+def _children(token: Token) -> tuple[tuple[Any, Any], _Structure]:
+    return (token.array, token.routing), (token.group.key, token.lane, token.state)
+
+
+def _children_with_keys(token: Token) -> tuple[tuple[Any, Any], _Structure]:
+    (array, routing), structure = _children(token)
+    return ((GetAttrKey("array"), array), (GetAttrKey("routing"), routing)), structure
+
+
+def _token(structure: _Structure, children: Iterable[Any]) -> Token:
+    key, lane, state = structure
+    group = key.group()
+    if group is None:
+        raise SmfreeError(
+            "jax_smfree: the EpGroup of this token is gone: it was dropped without close(). Keep "
+            "the group (it is a context manager) as long as programs use it."
+        )
+    array, routing = children
+    return Token(array, routing, group, lane, state)
+
+
+jax.tree_util.register_pytree_with_keys(Token, _children_with_keys, _token, _children)
 
 
 @functools.partial(
@@ -80,7 +109,7 @@ class Handle:
         row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
         -1.
       num_tokens: T (static).
-      group: the `EpGroup` (static).
+      group: the key of the `EpGroup` (static).
     """
 
     places: jax.Array
@@ -89,7 +118,7 @@ class Handle:
     recv_counts: jax.Array
     relay: jax.Array
     num_tokens: int
-    group: EpGroup
+    group: GroupKey
 
 
 @functools.partial(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,25 @@ class Shape:
     hidden: int
     dtype: str
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.ranks, self.rows, self.top_k, self.experts, self.hidden)
+        if min(sizes) < 1 or self.top_k > self.experts or self.experts % self.ranks:
+            raise ValueError(
+                f"Shape: got {self}, expected positive sizes, top_k <= experts, and experts a "
+                "multiple of the ranks: each owns the same number."
+            )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self._least_bytes > memory:
+            raise ValueError(
+                f"Shape: got {self}, which takes more than {self._least_bytes / 2**30:.0f} GiB, "
+                f"expected one that fits into the {memory / 2**30:.0f} GiB of this host."
+            )
+
+    @property
+    def _least_bytes(self) -> int:
+        """Of the host, for the inputs and the random numbers that they are made of."""
+        return self.ranks * self.rows * (8 * self.hidden + 16 * self.experts)
 
     @property
     def local_experts(self) -> int:

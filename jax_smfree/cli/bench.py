@@ -14,20 +14,38 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import jax_smfree as smfree
 from jax_smfree.bench import Shape, measure
 from jax_smfree.bench.cases import AXIS, COMPUTE, LIBRARY, PEERS, PHASES, TOGETHER
 from jax_smfree.cli import show
-from jax_smfree.cli.options import DTYPES, FILE, SIZES, Sizes, sizes
+from jax_smfree.cli.options import (
+    DTYPES,
+    FILE,
+    PICTURE,
+    SIZES,
+    Refused,
+    Sizes,
+    positive,
+    refusing,
+    sizes,
+)
 
 
 @click.command()
 @click.option("--shape", type=sizes, metavar=SIZES, default="1024x1024:2of8", show_default=True)
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True)
-@click.option("--ranks", type=click.IntRange(1), help="Default: all GPUs, or 4 CPU devices.")
-@click.option("--budget", type=float, default=10.0, show_default=True, help="Seconds of samples.")
+@click.option("--ranks", type=click.IntRange(1, 512), help="Default: all GPUs, or 4 CPU devices.")
+@click.option(
+    "--budget",
+    type=positive,
+    metavar="X",
+    default=10.0,
+    show_default=True,
+    help="Seconds of samples.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--output", type=FILE, help="Write the JSON to a file as well.")
-@click.option("--plot", type=FILE, help="Write a picture, e.g. bench.png.")
+@click.option("--plot", type=PICTURE, help="Write a picture, e.g. bench.png.")
 def bench(
     shape: Sizes,
     dtype: str,
@@ -43,18 +61,20 @@ def bench(
     with benchmarks/ in a clone.
     """
     mesh = _mesh(ranks)
-    sized = Shape(mesh.size, shape.rows, shape.top_k, shape.experts, shape.hidden, dtype)
+    with refusing(ValueError):
+        sized = Shape(mesh.size, shape.rows, shape.top_k, shape.experts, shape.hidden, dtype)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("compiling", total=None)
 
         def on_round(done: int, of: int) -> None:
             progress.update(task, description="rounds", completed=done, total=of)
 
-        try:
+        with refusing(ValueError, smfree.SmfreeError):
             result = measure(sized, mesh, budget, overlap=True, on_round=on_round)
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
     result["device"] = mesh.devices.flat[0].device_kind
     if as_json:
         show.as_json(result)
@@ -74,10 +94,11 @@ def _mesh(ranks: int | None) -> Mesh:
     # Refused where JAX has started: then its devices are what there is.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", ranks or 4)
-    devices = jax.devices()
+    with refusing(RuntimeError):
+        devices = jax.devices()
     wanted = ranks or (4 if devices[0].platform == "cpu" else len(devices))
     if len(devices) < wanted:
-        raise click.ClickException(
+        raise Refused(
             f"got --ranks {wanted}, expected at most {len(devices)}: JAX has no more devices "
             f"({devices[0].device_kind})."
         )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jax_smfree import inspect
 from jax_smfree.cli import show
-from jax_smfree.cli.options import EXISTING_FILE, FILE
+from jax_smfree.cli.options import EXISTING_FILE, FILE, PICTURE, refusing
 
 
 @click.group()
@@ -23,22 +23,27 @@ def overlap() -> None:
 @overlap.command()
 @click.argument("program", type=EXISTING_FILE)
 @click.option("--steps", is_flag=True, help="List the work of each window.")
-@click.option("--strict", is_flag=True, help="Exit with code 1 if there is a warning.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with code 1 if there is a warning, or nothing to warn of."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def report(program: Path, steps: bool, strict: bool, as_json: bool) -> None:
     """Say what is scheduled between each send and its recv in PROGRAM.
 
     PROGRAM is a file with compiled.as_text() of compiled = jax.jit(f).lower(...).compile().
     """
-    try:
+    with refusing(OSError, ValueError, what=program):
         found = inspect.overlap_report(program.read_text())
-    except (UnicodeDecodeError, ValueError) as error:
-        raise click.ClickException(f"{program}: {error}") from error
+    has_operations = bool(found.windows or found.orphans)
     if as_json:
         show.as_json(found.to_json())
-    else:
+    elif has_operations:
         _print(found, steps)
-    sys.exit(1 if strict and found.warnings else 0)
+    else:
+        click.echo(found)
+    if strict and not has_operations:
+        click.echo("Error: --strict: the program has no operation of jax_smfree.", err=True)
+    sys.exit(1 if strict and (found.warnings or not has_operations) else 0)
 
 
 def _print(found: inspect.OverlapReport, steps: bool) -> None:
@@ -82,7 +87,7 @@ def _giga(flops: int | None) -> str:
 
 @overlap.command()
 @click.argument("trace", type=EXISTING_FILE)
-@click.option("--plot", type=FILE, help="Write a picture, e.g. timeline.png.")
+@click.option("--plot", type=PICTURE, help="Write a picture, e.g. timeline.png.")
 @click.option("--perfetto", type=FILE, help="Write a JSON file for https://ui.perfetto.dev.")
 def timeline(trace: Path, plot: Path | None, perfetto: Path | None) -> None:
     """Draw what ran when on GPUs, from what a group recorded.
@@ -91,10 +96,8 @@ def timeline(trace: Path, plot: Path | None, perfetto: Path | None) -> None:
     """
     if not (plot or perfetto):
         raise click.UsageError("got neither --plot nor --perfetto, expected at least one of them.")
-    try:
+    with refusing(ValueError, what=trace):
         found = inspect.Timeline.from_json(show.read_json(trace))
-    except ValueError as error:
-        raise click.ClickException(f"{trace}: {error}") from error
     if plot:
         from jax_smfree.inspect import timeline_plot
 

@@ -6,17 +6,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 
 import jax_smfree as smfree
 from jax_smfree.cli import show
-from jax_smfree.cli.options import DTYPES, EXISTING_FILE, FILE, SIZES, Sizes, numbers, sizes
+from jax_smfree.cli.options import (
+    DTYPES,
+    EXISTING_FILE,
+    MAX_LANES,
+    MAX_RANKS,
+    PICTURE,
+    SIZES,
+    Sizes,
+    numbers,
+    positive,
+    refusing,
+    sizes,
+)
 from jax_smfree.plan import Machine, Prediction, Routing, sweep
 
-_MAX_RANKS = 2048
+
+class Line(NamedTuple):
+    """What is shown of a prediction, in the table and in the picture; numbers by column."""
+
+    ranks: int
+    mode: str
+    numbers: dict[str, float]
 
 
 @click.command()
@@ -25,17 +43,17 @@ _MAX_RANKS = 2048
 @click.option(
     "--ranks", type=numbers, metavar="N,N,…", help="Default: powers of two that divide the experts."
 )
-@click.option("--ranks-per-node", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--lanes", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--ranks-per-node", type=click.IntRange(1, MAX_RANKS), default=8, show_default=True)
+@click.option("--lanes", type=click.IntRange(1, MAX_LANES), default=1, show_default=True)
 @click.option("--inference", is_flag=True, help="A group with differentiable=False.")
 @click.option("--machine", type=EXISTING_FILE, help="Rates that benchmarks.gpu measured (JSON).")
-@click.option("--nvlink-gb-s", type=float, help="Per GPU and direction.")
-@click.option("--network-gb-s", type=float, help="Per GPU and direction.")
-@click.option("--hbm-gb-s", type=float, help="Read plus written.")
-@click.option("--matmul-tflop-s", type=float, help="Of large matrix products.")
+@click.option("--nvlink-gb-s", type=positive, metavar="X", help="Per GPU and direction.")
+@click.option("--network-gb-s", type=positive, metavar="X", help="Per GPU and direction.")
+@click.option("--hbm-gb-s", type=positive, metavar="X", help="Read plus written.")
+@click.option("--matmul-tflop-s", type=positive, metavar="X", help="Of large matrix products.")
 @click.option("--routing", type=EXISTING_FILE, help="Expert ids [rows, K] of a router (.npy).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--plot", type=FILE, help="Write a picture, e.g. plan.png.")
+@click.option("--plot", type=PICTURE, help="Write a picture, e.g. plan.png.")
 def plan(
     shape: Sizes,
     dtype: str,
@@ -56,7 +74,7 @@ def plan(
     columns say how much compute lasts as long: matrix products, and the width of a shared expert
     (MLP). docs/command_line.md says how far off the model was where it could be measured.
     """
-    try:
+    with refusing(ValueError, TypeError):
         config = smfree.EpConfig(
             num_experts=shape.experts,
             top_k=shape.top_k,
@@ -70,8 +88,7 @@ def plan(
         rated = _machine(machine, {name: rate for name, rate in rates.items() if rate is not None})
         sample = Routing(shape.experts, shape.top_k, _sample(routing))
         found = sweep(config, ranks or list(_powers_of_two(shape.experts)), rated, routing=sample)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    lines = [_line(prediction) for prediction in found]
     if as_json:
         show.as_json(
             {
@@ -81,17 +98,17 @@ def plan(
             }
         )
     else:
-        _print(f"{shape} {dtype}, {ranks_per_node} ranks per node", found)
+        _print(f"{shape} {dtype}, {ranks_per_node} ranks per node", lines)
     if plot:
         from jax_smfree.cli import plan_plot
 
-        plan_plot.save(found, plot, f"{shape} {dtype}")
+        plan_plot.save(lines, plot, f"{shape} {dtype}")
         show.wrote(plot)
 
 
 def _powers_of_two(experts: int) -> Iterator[int]:
     ranks = 2
-    while ranks <= _MAX_RANKS and experts % ranks == 0:
+    while ranks <= MAX_RANKS and experts % ranks == 0:
         yield ranks
         ranks *= 2
 
@@ -103,29 +120,41 @@ def _machine(path: Path | None, rates: dict[str, float]) -> Machine:
 
 
 def _sample(path: Path | None) -> Any:
-    return None if path is None else np.load(path, allow_pickle=False)
+    if path is None:
+        return None
+    with refusing(Exception, what=f"got {path}, expected an array of np.save"):
+        sample = np.load(path, allow_pickle=False)
+        if not isinstance(sample, np.ndarray):
+            raise ValueError(f"it holds a {type(sample).__name__}")
+        return sample
 
 
-def _print(title: str, found: Sequence[Prediction]) -> None:
-    head = ["ranks", "mode", "buffers GiB", "NVLink MB", "network MB", "phases ms", "wire ms"]
-    head += ["forward ms", "GFLOP", "MLP width"]
-    show.table(
-        title,
-        head,
-        (
-            (
-                str(p.ranks),
-                p.mode,
-                f"{p.buffer_bytes / 2**30:.1f}",
-                f"{p.nvlink_bytes / 1e6:.0f}",
-                f"{p.network_bytes / 1e6:.0f}",
-                f"{p.sm_us / 1e3:.2f}",
-                f"{p.wire_us / 1e3:.2f}",
-                f"{p.forward_us / 1e3:.2f}" if p.forward_us else "",
-                f"{p.hiding_gflop:.0f}",
-                f"{p.hiding_width:.0f}",
-            )
-            for p in found
-        ),
-        text=2,
+def _line(p: Prediction) -> Line:
+    return Line(
+        p.ranks,
+        p.mode,
+        {
+            "buffers GiB": p.buffer_bytes / 2**30,
+            "NVLink MB": p.nvlink_bytes / 1e6,
+            "network MB": p.network_bytes / 1e6,
+            "phases ms": p.sm_us / 1e3,
+            "wire ms": p.wire_us / 1e3,
+            "forward ms": p.forward_us / 1e3,
+            "GFLOP": p.hiding_gflop,
+            "MLP width": p.hiding_width,
+        },
     )
+
+
+def _print(title: str, lines: Sequence[Line]) -> None:
+    names = [name.replace(" ", "\n") for name in lines[0].numbers]
+    rows = (
+        [str(line.ranks), line.mode, *(_text(*number) for number in line.numbers.items())]
+        for line in lines
+    )
+    show.table(title, ["ranks", "mode", *names], rows, text=2)
+
+
+def _text(column: str, number: float) -> str:
+    digits = {"GiB": 1, "ms": 2}.get(column.split()[-1], 0)
+    return "" if column == "forward ms" and not number else f"{number:.{digits}f}"

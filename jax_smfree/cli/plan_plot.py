@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions as a picture: times and memory by the number of ranks."""
+"""The table of ``jax-smfree plan`` as a picture: times and memory by the number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from jax_smfree.plan import Prediction
+if TYPE_CHECKING:
+    from jax_smfree.cli.plan import Line
 
 _COLOURS = {"direct": "#1f5fa8", "hierarchical": "#2e8b74"}
+# The columns that are drawn: how, and what they are called there.
+_TIMES = {
+    "wire ms": ("o-", "on the wire, can be hidden"),
+    "phases ms": ("s--", "on the SMs, stays"),
+    "forward ms": ("^:", "inside the node, a phase waits"),
+}
 
 
-def save(predictions: Sequence[Prediction], path: Path, title: str) -> None:
-    """Writes it; the ending of ``path`` says which kind of file."""
+def draw(lines: Sequence[Line], title: str) -> Figure:
+    """Draws the numbers of the table; a column is left out where it is empty."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     times, memory = figure.subplots(1, 2)
     for mode, colour in _COLOURS.items():
-        mine = [p for p in predictions if p.mode == mode]
-        ranks = [p.ranks for p in mine]
-        if not mine:
-            continue
-        wire = [p.wire_us / 1e3 for p in mine]
-        busy = [(p.sm_us + 2 * p.forward_us) / 1e3 for p in mine]
-        times.plot(ranks, wire, "o-", color=colour, label=f"{mode}: on the wire, can be hidden")
-        times.plot(ranks, busy, "s--", color=colour, label=f"{mode}: on the SMs, stays")
-        memory.plot(ranks, [p.buffer_bytes / 2**30 for p in mine], "o-", color=colour, label=mode)
+        mine = [line for line in lines if line.mode == mode]
+        for column, (style, meaning) in _TIMES.items():
+            points = [(line.ranks, line.numbers[column]) for line in mine]
+            if any(y for _, y in points):
+                times.plot(
+                    *zip(*points, strict=True), style, color=colour, label=f"{mode}: {meaning}"
+                )
+        if mine:
+            points = [(line.ranks, line.numbers["buffers GiB"]) for line in mine]
+            memory.plot(*zip(*points, strict=True), "o-", color=colour, label=mode)
     times.set(xlabel="ranks", ylabel="ms", title="one dispatch on the wire; all phases")
     memory.set(xlabel="ranks", ylabel="GiB per rank", title="buffers")
-    shown = sorted({p.ranks for p in predictions})
+    shown = sorted({line.ranks for line in lines})
     for axes in (times, memory):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(shown, [str(number) for number in shown])
@@ -38,4 +47,9 @@ def save(predictions: Sequence[Prediction], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def save(lines: Sequence[Line], path: Path, title: str) -> None:
+    """Writes it; the ending of ``path`` says which kind of file."""
+    draw(lines, title).savefig(path, dpi=130)

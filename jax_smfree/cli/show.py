@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,30 +12,48 @@ from typing import Any, Literal
 import click
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from jax_smfree.cli.options import Refused
+
+_LEAST_WRAPPED = 16  # characters of a column that wraps
+_NO_END = 10_000
+
+Row = Sequence[str | Text]
+
 
 def table(
-    title: str,
-    head: Sequence[str],
-    rows: Iterable[Sequence[str | Text]],
-    *,
-    text: int = 1,
-    wrap: str = "",
+    title: str, head: Sequence[str], rows: Iterable[Row], *, text: int = 1, wrap: str = ""
 ) -> None:
     """Prints a table whose first ``text`` columns are text, and the others numbers.
 
-    Heads wrap, and of the text the column ``wrap``.
+    Only the column ``wrap`` gives way where the terminal is narrow: a number is never cut off.
     """
+    rows = list(rows)
+    console = _console()
+    wide = console.options.update(width=_NO_END)
+    narrow = [
+        [_blank(c) if n == wrap else c for n, c in zip(head, row, strict=True)] for row in rows
+    ]
+    least = Measurement.get(console, wide, _built(title, head, narrow, text, wrap)).maximum
+    console.width = max(console.width, least)
+    console.print(_built(title, head, rows, text, wrap))
+
+
+def _built(title: str, head: Sequence[str], rows: Iterable[Row], text: int, wrap: str) -> Table:
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column, name in enumerate(head):
-        is_text = column < text
-        justify: Literal["left", "right"] = "left" if is_text else "right"
-        shown.add_column(name, justify=justify, no_wrap=is_text and name != wrap)
+        justify: Literal["left", "right"] = "left" if column < text else "right"
+        shown.add_column(name, justify=justify, no_wrap=name != wrap)
     for row in rows:
         shown.add_row(*row)
-    _console().print(shown)
+    return shown
+
+
+def _blank(cell: str | Text) -> str:
+    return " " * min(len(cell), _LEAST_WRAPPED)
 
 
 def message(mark: Text, text: str) -> None:
@@ -43,8 +62,15 @@ def message(mark: Text, text: str) -> None:
 
 
 def _console() -> Console:
-    """Brackets in what is shown are brackets, as in ``jax[cuda13]``, not colours."""
-    return Console(markup=False, highlight=False)
+    """Brackets in what is shown are brackets, as in ``jax[cuda13]``, not colours.
+
+    What goes to a file or another program is as wide as it wants, unless ``COLUMNS`` says
+    otherwise.
+    """
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _NO_END
+    return console
 
 
 def as_json(value: Any) -> None:
@@ -61,9 +87,9 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-      click.ClickException: for a file that holds none.
+      Refused: for a file that holds none.
     """
     try:
         return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise click.ClickException(f"got {path}, expected a JSON file: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"got {path}, expected a JSON file: {error}.") from error

@@ -9,6 +9,9 @@ import platform
 import re
 from collections.abc import Iterator
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 import jax_smfree
 from jax_smfree import _native
 from jax_smfree._src import targets
@@ -19,27 +22,48 @@ _MINOR = re.compile(r"(\d+)\.(\d+)")
 
 
 def installed() -> dict[str, str]:
-    """The version of every distribution that Python finds, by its normalised name."""
-    return {
-        re.sub(r"[-_.]+", "-", d.name).lower(): d.version
-        for d in importlib.metadata.distributions()
-        if d.name
-    }
+    """The version of every distribution that Python imports, by its normalised name."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if distribution.name:
+            # The first one on sys.path hides the others.
+            found.setdefault(_normalised(distribution.name), distribution.version)
+    return found
+
+
+def bounds() -> dict[str, SpecifierSet]:
+    """What this package requires of Python and of the packages that it imports in any case."""
+    try:
+        metadata = importlib.metadata.metadata("jax_smfree")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return {}
+    found = {"python": SpecifierSet(metadata["Requires-Python"] or "")}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found[_normalised(requirement.name)] = requirement.specifier
+    return found
 
 
 def versions(packages: dict[str, str]) -> Iterator[Finding]:
-    """Python, JAX and its plugins, which must agree with each other."""
+    """Python, and the packages that this one needs; JAX and its plugins must be of one version."""
     topic = "software"
-    yield Finding(topic, "python", platform.python_version())
     yield Finding(topic, "jax_smfree", jax_smfree.__version__)
     jaxlib = packages.get("jaxlib", "none")
-    for name in ("jax", "jaxlib", *sorted(filter(_PLUGIN.fullmatch, packages))):
-        version = packages.get(name, "none")
-        if _minor(version) == _minor(jaxlib):
-            yield Finding(topic, name, version)
-        else:
+    found = packages | {"python": platform.python_version()}
+    required = bounds()
+    plugins = sorted(filter(_PLUGIN.fullmatch, packages))
+    for name in dict.fromkeys(["python", "jax", "jaxlib", *required, *plugins]):
+        version = found.get(name, "none")
+        needed = required.get(name, SpecifierSet())
+        if version == "none" or not needed.contains(version, prereleases=True):
+            cure = f"jax_smfree needs {name}{needed}. "
+            cure += "Use another Python." if name == "python" else f"pip install '{name}{needed}'"
+            yield Finding(topic, name, version, "problem", cure)
+        elif name in ("jax", *plugins) and _minor(version) != _minor(jaxlib):
             cure = f"JAX and its parts must be of one version: pip install '{name}=={jaxlib}'."
             yield Finding(topic, name, version, "problem", cure)
+        else:
+            yield Finding(topic, name, version)
     if _minor(packages.get("jax", "")) == ("0", "10") and "absl-py" not in packages:
         cure = "The grouped matmul's Pallas kernels need it under JAX 0.10: pip install absl-py."
         yield Finding(topic, "absl-py", "none", "warning", cure)
@@ -72,6 +96,10 @@ def _registered(name: str, platform: str) -> Finding:
         cure = f"The build does not fit this jaxlib ({error}). Install jax_smfree again."
         return Finding("build", name, f"{calls}, refused", "problem", cure)
     return Finding("build", name, f"{calls}, registered")
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _minor(version: str) -> tuple[str | None, ...]:

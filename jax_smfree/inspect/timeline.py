@@ -12,6 +12,9 @@ Record = dict[str, Any]
 
 # The GPUs' clocks are taken for one if their first records are not further apart.
 _MAX_SKEW_NS = 1_000_000
+# Of ranks, peers and replicas; of times.
+_MOST = (2**31, 2**63)
+PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _PHASE_KEYS = frozenset(["rank", "phase", "begin_ns", "end_ns"])
 _WIRE_KEYS = frozenset(["rank", "peer", "begin_ns", "end_ns"])
 
@@ -43,11 +46,7 @@ class Timeline:
             ("wire", self.wire, _WIRE_KEYS),
         ):
             for record in records:
-                if missing := keys - record.keys():
-                    raise ValueError(
-                        f"Timeline: got a record of {kind} without {sorted(missing)}, expected "
-                        "those of group.trace() and group.end_wire_trace()."
-                    )
+                _check(kind, record, keys)
         if not self.phases:
             raise ValueError(
                 "Timeline: got no phases, expected those of group.trace() after a program has run "
@@ -61,12 +60,14 @@ class Timeline:
         Raises:
           ValueError: for anything else.
         """
-        if not isinstance(value, Mapping) or not isinstance(value.get("phases"), list):
+        given = value if isinstance(value, Mapping) else {}
+        phases, wire = given.get("phases"), given.get("wire", [])
+        if not isinstance(phases, list) or not isinstance(wire, list):
             raise ValueError(
                 "Timeline: got a JSON value without a list 'phases', expected "
                 '{"phases": group.trace(), "wire": group.end_wire_trace()}.'
             )
-        return cls(list(value["phases"]), list(value.get("wire", [])))
+        return cls(list(phases), list(wire))
 
     @property
     def ranks(self) -> list[tuple[int, int]]:
@@ -122,6 +123,24 @@ class Timeline:
 def rank_of(record: Record) -> tuple[int, int]:
     """(replica, rank) of a record."""
     return record.get("replica", 0), record["rank"]
+
+
+def _check(kind: str, record: Any, keys: frozenset[str]) -> None:
+    expected = "expected those of group.trace() and group.end_wire_trace()."
+    if not isinstance(record, Mapping):
+        raise ValueError(f"Timeline: got {record!r} as a record of {kind}, {expected}")
+    if missing := keys - record.keys():
+        raise ValueError(f"Timeline: got a record of {kind} without {sorted(missing)}, {expected}")
+    for name in (keys | {"replica"}) & record.keys():
+        value = record[name]
+        if name == "phase":
+            right = value in PHASES
+        else:
+            right = isinstance(value, int) and 0 <= value < _MOST[name.endswith("_ns")]
+        if not right:
+            raise ValueError(f"Timeline: got {name}={value!r} in a record of {kind}, {expected}")
+    if record["end_ns"] < record["begin_ns"]:
+        raise ValueError(f"Timeline: got a record of {kind} that ends before it begins, {expected}")
 
 
 def _name(kind: str, process: int, thread: int, name: str) -> Record:

@@ -32,6 +32,17 @@ class PhaseCost:
         arguments.positive("PhaseCost", "efficiency", self.efficiency)
 
 
+# What reading a file of another kind raises.
+_NOT_RESULTS = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    np.linalg.LinAlgError,
+)
+
+
 _H200 = {
     "dispatch_send": PhaseCost(21.5, 0.722),
     "dispatch_recv": PhaseCost(18.5, 0.934),
@@ -103,8 +114,9 @@ class Machine:
             rates = {"network_gb_s": cls.network_gb_s} | measured | given
             rates["nvlink_gb_s"]  # not in runs of one GPU, nor where there was no nvcc
             shapes = list(results["shapes"].values())
-            phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            with np.errstate(all="raise"):
+                phases = {name: _fit(shapes, name, rates["hbm_gb_s"]) for name in PHASES}
+        except _NOT_RESULTS as error:
             raise ValueError(
                 f"Machine: got results without {error}, expected the JSON file of a complete run "
                 "of `python -m benchmarks.gpu operations`."

@@ -4,7 +4,8 @@
 environment.py   `initialize`: joins whichever launcher started this process
 launch/          `launch` and ``python -m jax_smfree.testing.launch``: N processes of a program
 world.py         `World`: barrier and exchange of values between the processes
-plugin.py        the pytest plugin: ``@pytest.mark.multihost(processes=2, devices_per_process=2)``
+plugin.py        what a session with ``@pytest.mark.multihost(processes=2, devices_per_process=2)``
+                 tests does; pytest imports ``_jax_smfree_pytest`` in all others, and nothing here
 marks.py         the arguments of that mark
 controller.py    plain pytest: gives marked tests to worlds of worker processes
 worlds.py        the worker processes of one world, as the main process sees them

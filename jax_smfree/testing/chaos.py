@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,8 @@ from jax_smfree import _native
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
+
+_MAX = 2**31
 
 
 @contextlib.contextmanager
@@ -47,8 +48,8 @@ def chaos(
       stall_ms: ... for this long.
 
     Raises:
-      ValueError: for a negative time, a probability outside of [0, 1], a closed group, or one of
-        GPUs: their copies move as they move.
+      ValueError, TypeError: for a time that is no whole number from 0 to 2**31, a probability
+        outside of [0, 1], a closed group, or one of GPUs: their copies move as they move.
 
     Example::
 
@@ -56,25 +57,29 @@ def chaos(
       with chaos(group, seed=1, max_delay_us=1000):
           np.testing.assert_array_equal(step(x), expected)
     """
+    from jax_smfree._src.group import EpGroup
+
     for name, value in (("max_delay_us", max_delay_us), ("stall_ms", stall_ms), ("seed", seed)):
-        if value < 0:
-            raise ValueError(f"chaos: got {name}={value}, expected 0 or more.")
-    if not 0 <= stall_probability <= 1 or math.isnan(stall_probability):
+        if not isinstance(value, int) or not 0 <= value <= _MAX:
+            raise ValueError(f"chaos: got {name}={value!r}, expected a whole number, 0 to 2**31.")
+    if not isinstance(stall_probability, int | float) or not 0 <= stall_probability <= 1:
         raise ValueError(
-            f"chaos: got stall_probability={stall_probability}, expected a number from 0 to 1."
+            f"chaos: got stall_probability={stall_probability!r}, expected a number from 0 to 1."
         )
+    if not isinstance(group, EpGroup):
+        raise TypeError(f"chaos: got a {type(group).__name__} as group, expected an EpGroup.")
     if group.closed:
         raise ValueError("chaos: the EpGroup is closed. Enter the block while it is open.")
 
-    natives = [native for native in group._native if isinstance(native, _native.CpuGroup)]
-    if len(natives) < len(group._native):
+    natives = [native for native in group._life.natives if isinstance(native, _native.CpuGroup)]
+    if len(natives) < len(group._life.natives):
         raise ValueError("chaos: got an EpGroup of GPUs, expected one of CPU devices.")
 
     for replica, native in enumerate(natives):
         native.set_chaos(
             seed=seed + replica,
             max_delay_us=max_delay_us,
-            reorder=reorder,
+            reorder=bool(reorder),
             stall_probability=stall_probability,
             stall_ms=stall_ms,
         )

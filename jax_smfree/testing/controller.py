@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from _jax_smfree_pytest import LOGS_OPTION
 from jax_smfree.testing import reports
 from jax_smfree.testing.lockstep import teardown_until
 from jax_smfree.testing.marks import Multihost, Shape, multihost, skip_reason
 from jax_smfree.testing.world import World
 from jax_smfree.testing.worlds import RankProgress, WorkerWorld, WorldError
 
-LOGS_OPTION = "multihost_logs"
 _MAX_PROCESSES = 12  # of all worlds; idle ones cost a few hundred MB each, and no time
 
 

@@ -52,14 +52,14 @@ def detect(environ: Mapping[str, str] = os.environ) -> Rank | None:
     last because ``mpirun`` inside an allocation starts its own daemons through ``srun``.
 
     Raises:
-      RuntimeError: for a part of the three JAX variables.
+      RuntimeError: for a part of the three JAX variables, and where a number is none.
     """
     if NUM_PROCESSES in environ or PROCESS_ID in environ:
         return _from_jax_variables(environ)
     if all(name in environ for name in _OPEN_MPI) and environ[_OPEN_MPI[0]] != "1":
         return _from_open_mpi(environ)
     if all(name in environ for name in _SLURM) and environ["SLURM_NTASKS"] != "1":
-        process_id, num_processes = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
+        process_id, num_processes = _numbers(environ, "SLURM_PROCID", "SLURM_NTASKS")
         # JAX finds the first host, a port, and one GPU per task by itself.
         return Rank("SLURM", process_id, num_processes, {"cluster_detection_method": "slurm"})
     return None
@@ -80,7 +80,7 @@ def initialize(**options: Any) -> bool:
       Whether this process is now a part of a ``jax.distributed`` program.
 
     Raises:
-      RuntimeError: for incomplete variables, or when JAX has been used before.
+      RuntimeError: for incomplete or malformed variables, or when JAX has been used before.
 
     Example::
 
@@ -172,6 +172,16 @@ def _show_stacks_in(log: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=descriptor, all_threads=True)
 
 
+def _numbers(environ: Mapping[str, str], *names: str) -> list[int]:
+    for name in names:
+        if not environ[name].isdecimal():
+            raise RuntimeError(
+                f"got the environment variable {name}={environ[name]!r}, expected a number. Unset "
+                "it, or start the program with a launcher, which sets it."
+            )
+    return [int(environ[name]) for name in names]
+
+
 def _from_jax_variables(environ: Mapping[str, str]) -> Rank:
     wanted = (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)
     missing = [name for name in wanted if name not in environ]
@@ -181,7 +191,7 @@ def _from_jax_variables(environ: Mapping[str, str]) -> Rank:
             "expected all three environment variables or none. Set the missing ones, for example "
             f"{COORDINATOR_ADDRESS}=127.0.0.1:12345, or unset the others."
         )
-    process_id, num_processes = int(environ[PROCESS_ID]), int(environ[NUM_PROCESSES])
+    process_id, num_processes = _numbers(environ, PROCESS_ID, NUM_PROCESSES)
     options = {
         "coordinator_address": environ[COORDINATOR_ADDRESS],
         "num_processes": num_processes,
@@ -198,7 +208,7 @@ def _from_open_mpi(environ: Mapping[str, str]) -> Rank:
     one host we take a port that all ranks compute from the job's name, over several hosts JAX has
     to ask mpi4py.
     """
-    num_processes, process_id, local_id = (int(environ[name]) for name in _OPEN_MPI)
+    num_processes, process_id, local_id = _numbers(environ, *_OPEN_MPI)
     options: dict[str, Any] = {"num_processes": num_processes, "process_id": process_id}
     if "JAX_LOCAL_DEVICE_IDS" not in environ:
         options["local_device_ids"] = [local_id]

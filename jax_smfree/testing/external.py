@@ -20,8 +20,7 @@ _HANG_EXIT_CODE = 124  # as timeout(1)
 class ExternalSession(LockStep):
     """A pytest plugin that lets the sessions of all ranks run the marked tests together.
 
-    It does nothing at all in a session without marked tests, which may belong to somebody else.
-    Else the tests without the mark are deselected: they expect a JAX of one process.
+    The tests without the mark are deselected: they expect a JAX of one process.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -30,18 +29,15 @@ class ExternalSession(LockStep):
         self._name = f"rank {rank.process_id} of {rank.num_processes}"
         self.active = False
 
-    def pytest_report_header(self) -> str:
+    def pytest_report_collectionfinish(self) -> str:
         """Tells the processes' output apart."""
         return f"multihost: {self._name}, says {self._rank.launcher}"
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> None:
-        """Keeps the marked tests, and joins the other processes if there are any."""
-        marked = [item for item in items if multihost(item)]
-        if not marked or config.option.collectonly:
+    def join(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Keeps the marked tests, and joins the other processes."""
+        if config.option.collectonly:
             return
+        marked = [item for item in items if multihost(item)]
         self.active = True
         config.hook.pytest_deselected(items=[item for item in items if not multihost(item)])
         items[:] = marked

@@ -2,14 +2,14 @@
 """The ``multihost`` mark of a test."""
 
 import dataclasses
+import math
 
 import pytest
 
+from _jax_smfree_pytest import MARK, SIGNATURE, TIMEOUT_INI
 from jax_smfree.testing.environment import visible_gpus
 
-TIMEOUT_INI = "multihost_timeout"
 SURVIVORS_S = 5.0  # for the other ranks to end a test that has failed on one
-SIGNATURE = "multihost(processes=2, devices_per_process=2, platform='cpu', timeout_s=None)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,21 @@ class Multihost:
     processes: int = 2
     devices_per_process: int = 0  # 0: two on the CPU, one GPU
     platform: str = "cpu"
-    timeout_s: float = 0.0  # 0: the ini option
+    timeout_s: float = 0.0  # 0, or None: the ini option
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.processes, int) and isinstance(self.devices_per_process, int)
+        if not (
+            whole
+            and self.processes >= 1
+            and self.devices_per_process >= 0
+            and self.platform in ("cpu", "cuda")
+            and (not self.timeout_s or _is_seconds(self.timeout_s))
+        ):
+            raise ValueError(
+                f"got {self}, expected at least one process, at least one device, the platform "
+                "'cpu' or 'cuda', and a positive number of seconds"
+            )
 
     @property
     def shape(self) -> Shape:
@@ -44,23 +58,35 @@ def multihost(item: pytest.Item) -> Multihost | None:
     """The nearest mark of a test, with the deadline filled in, or ``None``.
 
     Raises:
-      pytest.UsageError: for arguments that the mark does not have.
+      pytest.UsageError: for arguments that the mark does not have, and a wrong ini option.
     """
-    mark = item.get_closest_marker("multihost")
+    mark = item.get_closest_marker(MARK)
     if mark is None:
         return None
     try:
         found = Multihost(*mark.args, **mark.kwargs)
-        right = found.processes > 0 and found.devices_per_process >= 0
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise pytest.UsageError(f"{item.nodeid}: {error}. Expected {SIGNATURE}.") from None
-    if not right or found.platform not in ("cpu", "cuda"):
+    if not found.timeout_s:
+        found = dataclasses.replace(found, timeout_s=_default_timeout_s(item.config))
+    return found
+
+
+def _default_timeout_s(config: pytest.Config) -> float:
+    text = config.getini(TIMEOUT_INI)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not _is_seconds(seconds):
         raise pytest.UsageError(
-            f"{item.nodeid}: got {found}, expected at least one process, at least one device, and "
-            "the platform 'cpu' or 'cuda'."
+            f"got {TIMEOUT_INI} = {text!r}, expected a positive number of seconds."
         )
-    timeout_s = found.timeout_s or float(item.config.getini(TIMEOUT_INI))
-    return dataclasses.replace(found, timeout_s=timeout_s)
+    return seconds
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def skip_reason(item: pytest.Item, shape: Shape) -> str | None:

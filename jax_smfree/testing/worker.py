@@ -12,7 +12,7 @@ import pytest
 
 from jax_smfree.testing import reports
 from jax_smfree.testing.environment import CHANNEL, detect, initialize
-from jax_smfree.testing.lockstep import LockStep, teardown_until
+from jax_smfree.testing.lockstep import PLUGIN, LockStep, teardown_until
 
 # The main process has selected the tests, and reports on them: what concerns these two is off.
 _NEUTRAL_OPTIONS: dict[str, Any] = {
@@ -40,6 +40,12 @@ _NEUTRAL_OPTIONS: dict[str, Any] = {
 _CACHE_WRITERS = ("lfplugin", "nfplugin", "stepwiseplugin")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Joins the other workers before a conftest can use a device or change a variable."""
+    early_config.pluginmanager.register(WorkerSession.start(), PLUGIN)
+
+
 class WorkerSession(LockStep):
     """A session that collects like the main one, and runs what it is told until it hears no more.
 
@@ -58,7 +64,7 @@ class WorkerSession(LockStep):
 
     @classmethod
     def start(cls) -> "WorkerSession":
-        """Joins the other workers, before any conftest can use a device or change a variable."""
+        """Joins the other workers, and checks its devices."""
         descriptor = int(os.environ.pop(CHANNEL))
         os.set_inheritable(descriptor, False)
         session = cls(Connection(descriptor))

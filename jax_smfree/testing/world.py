@@ -52,16 +52,26 @@ class World:
 
         Raises:
           TimeoutError: names the first rank whose value did not come.
+          TypeError: for a value that JSON cannot carry.
+          RuntimeError: where this process is in no program of ``jax.distributed``, or where another
+            `World` of it has made the same exchange already.
 
         Example::
 
           def test_shared_directory(world, tmp_path):
               directory = world.exchange(str(tmp_path))[0]  # rank 0's, on every rank
         """
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"World.exchange: got {value!r}, expected what JSON can carry: {error}. Send a "
+                "path, or lists of numbers."
+            ) from None
         key = f"jax_smfree/{self._scope}/{name}/{self._used[name]}"
         self._used[name] += 1
         if self.num_processes == 1:
-            return [json.loads(json.dumps(value))]
+            return [json.loads(text)]
         import jax
 
         from jax_smfree._src.compat import distributed_client
@@ -72,7 +82,13 @@ class World:
                 f"{self!r}: jax.distributed is not initialised, expected it to be in all "
                 "processes. Call jax_smfree.testing.initialize() before anything else uses JAX."
             )
-        client.key_value_set(f"{key}/{self.rank}", json.dumps(value))
+        try:
+            client.key_value_set(f"{key}/{self.rank}", text)
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(
+                f"{self!r}: got exchange {key!r} a second time ({error}). Make one World per "
+                "process, on the rank that it has there, or give the exchanges other names."
+            ) from error
         values = []
         for rank in range(self.num_processes):
             try:

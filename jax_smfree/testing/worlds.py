@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import multiprocessing.connection
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from _jax_smfree_pytest import SYS_PATH
 from jax_smfree.testing import reports, worker
 from jax_smfree.testing.launch.processes import POLL_S, Processes, describe_exit, tail
 from jax_smfree.testing.marks import SURVIVORS_S, Shape
@@ -19,9 +19,6 @@ from jax_smfree.testing.marks import SURVIVORS_S, Shape
 START_S = 120.0  # to start, import, join and collect
 SETTLE_S = 1.0  # to learn which processes die together
 CLOSE_S = 15.0  # to leave jax.distributed and exit
-
-# Taken before pytest adds the directories of tests: a worker starts as this process did.
-_SYS_PATH = list(sys.path)
 
 
 class WorldError(Exception):
@@ -65,7 +62,10 @@ class WorkerWorld:
         directory.mkdir(parents=True)
         pipes = [multiprocessing.connection.Pipe() for _ in range(shape.processes)]
         self._connections = [ours for ours, _ in pipes]
-        code = f"import sys; sys.path[:] = {_SYS_PATH!r}; import pytest; sys.exit(pytest.main())"
+        code = (
+            f"import sys; sys.path[:] = {SYS_PATH!r}; import pytest; "
+            f"sys.exit(pytest.main(plugins=[{worker.__name__!r}]))"
+        )
         self._processes = Processes(
             ["-c", code, *map(str, config.invocation_params.args)],
             processes=shape.processes,

@@ -25,13 +25,13 @@ def test_table_json_and_picture(run, tmp_path):
 
 
 def test_too_many_ranks(run):
-    assert "got --ranks 4096, expected at most" in run(*QUICK, "--ranks", 4096, exit_code=1).output
+    assert "got --ranks 512, expected at most" in run(*QUICK, "--ranks", 512, exit_code=2).output
 
 
 def test_experts_that_do_not_divide(run):
     assert (
-        "num_experts=9 over 2 ranks"
-        in run("bench", "--shape", "64x128:2of9", "--ranks", 2, exit_code=1).output
+        "experts a multiple of the ranks"
+        in run("bench", "--shape", "64x128:2of9", "--ranks", 2, exit_code=2).output
     )
 
 

@@ -55,6 +55,23 @@ def test_strict_reports_with_exit_code_1(run, program):
     run("overlap", "report", program, "--strict", exit_code=1)
 
 
+def test_strict_fails_where_there_is_nothing_to_look_at(run, tmp_path):
+    path = tmp_path / "empty.hlo"
+    path.write_text(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text())
+    assert run("overlap", "report", path).output == "no sends or recvs\n"
+    for options in ((), ("--json",)):
+        output = run("overlap", "report", path, "--strict", *options, exit_code=1).output
+        assert "the program has no operation of jax_smfree" in output
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_program(run, program, share):
+    text = program.read_text().rstrip()
+    program.write_text(text[: int(share * len(text))])
+    output = run("overlap", "report", program, exit_code=2).output
+    assert "expected" in output and "operation" not in output
+
+
 def test_report_as_json(run, program):
     value = json.loads(run("overlap", "report", program, "--json").output)
     assert {w["operation"] for w in value["windows"]} == {"dispatch", "combine"}
@@ -63,7 +80,7 @@ def test_report_as_json(run, program):
 
 
 def test_a_file_that_is_no_compiled_program(run):
-    assert "not scheduled" in run("overlap", "report", __file__, exit_code=1).output
+    assert "not scheduled" in run("overlap", "report", __file__, exit_code=2).output
 
 
 def test_timeline_files(run, recorded, tmp_path):
@@ -111,12 +128,12 @@ def test_clocks_that_differ_are_not_compared():
 def test_what_is_no_trace_is_refused(run, tmp_path, value, message):
     trace = tmp_path / "t.json"
     trace.write_text(json.dumps(value))
-    output = run("overlap", "timeline", trace, "--plot", tmp_path / "t.png", exit_code=1).output
+    output = run("overlap", "timeline", trace, "--plot", tmp_path / "t.png", exit_code=2).output
     assert message in output
 
 
 def test_a_file_that_is_no_json(run, tmp_path):
-    output = run("overlap", "timeline", __file__, "--plot", tmp_path / "t.png", exit_code=1).output
+    output = run("overlap", "timeline", __file__, "--plot", tmp_path / "t.png", exit_code=2).output
     assert "expected a JSON file" in output
 
 

@@ -156,6 +156,35 @@ def test_table_and_picture(run, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_shows_the_numbers_of_the_table(run, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    sizes = ("--shape", "8192x7168:8of256", "--ranks", "8,16,64")
+    text = run("plan", *sizes, "--plot", tmp_path / "plan.png").stdout
+    drawn = {
+        (line.get_label(), int(ranks)): value
+        for axes in figures[0].axes
+        for line in axes.get_lines()
+        for ranks, value in line.get_xydata()
+    }
+    rows = [
+        line.split()
+        for line in text.splitlines()
+        if line.split()[1:2] in (["direct"], ["hierarchical"])
+    ]
+    assert len(rows) == 5
+    for ranks, mode, buffers, _, _, phases, wire, *rest in rows:
+        shown = {"on the wire, can be hidden": wire, "on the SMs, stays": phases}
+        if mode == "hierarchical":
+            shown["inside the node, a phase waits"] = rest[0]
+        for meaning, value in shown.items():
+            assert f"{drawn.pop((f'{mode}: {meaning}', int(ranks))):.2f}" == value
+        assert f"{drawn.pop((mode, int(ranks))):.1f}" == buffers
+    assert drawn == {}
+
+
 def test_json_with_given_and_measured_rates(run, tmp_path):
     sample = tmp_path / "ids.npy"
     np.save(sample, np.random.default_rng(0).integers(0, 64, (1000, 2)))
@@ -170,22 +199,21 @@ def test_json_with_given_and_measured_rates(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "exit_code", "message"),
+    ("options", "message"),
     [
-        (("--shape", "many"), 2, "expected ROWSxHIDDEN:KofEXPERTS"),
-        (("--ranks", "2,x"), 2, "expected numbers, as 2,4,8"),
-        (("--ranks", "3"), 1, "num_experts a multiple of num_ranks"),
-        (("--ranks", "12", "--shape", "8x8:1of12"), 1, "expected a divisor of 12"),
-        (("--hbm-gb-s", "-1"), 1, "got hbm_gb_s=-1.0, expected a positive rate"),
+        (("--shape", "many"), "expected ROWSxHIDDEN:KofEXPERTS"),
+        (("--ranks", "2,x"), "expected numbers, as 2,4,8"),
+        (("--ranks", "3"), "num_experts a multiple of num_ranks"),
+        (("--ranks", "12", "--shape", "8x8:1of12"), "expected a divisor of 12"),
+        (("--hbm-gb-s", "-1"), "got '-1', expected a positive number"),
         (
             ("--machine", PATH.with_name("cpu-amd-epyc-2.json")),
-            1,
             "complete run of `python -m benchmarks",
         ),
     ],
 )
-def test_errors_say_the_cure(run, options, exit_code, message):
-    output = run("plan", *options, exit_code=exit_code).output
+def test_errors_say_the_cure(run, options, message):
+    output = run("plan", *options, exit_code=2).output
     assert message in " ".join(output.replace("│", " ").split())
 
 

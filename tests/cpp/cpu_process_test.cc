@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A group across processes: exchange, a killed process, orderly ends, faults told to others,
-// refused connections; and nothing left behind.
+// refused connections, strangers, too few file descriptors; and nothing left behind.
 #include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -255,6 +260,86 @@ TEST(AnotherJobIsRefused) {
     }
     member.Reach(member.shared.reached[0]);
   }));
+}
+
+// A connection to `address` by a process of this user that does not belong to the group.
+int ConnectAsStranger(const std::string& address) {
+  const int fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::memcpy(name.sun_path + 1, address.data(), address.size());
+  const size_t size = offsetof(sockaddr_un, sun_path) + 1 + address.size();
+  CHECK_EQ(connect(fd, reinterpret_cast<sockaddr*>(&name), static_cast<socklen_t>(size)), 0);
+  return fd;
+}
+
+// It says nothing, or not what it should, or leaves.
+TEST(AStrangerHoldsNobodyUp) {
+  CheckAllSucceeded(RunProcesses({0, 1, 2}, [](Member& member) {
+    const auto start = steady_clock::now();
+    std::vector<int> strangers;
+    CHECK_OK(member.Join(Config(3), "secret", 1, [&] {
+      const std::string lowest = member.shared.address[0];
+      for (int i = 0; i < 20; ++i) strangers.push_back(ConnectAsStranger(lowest));
+      CHECK_EQ(write(strangers[0], "who is there?", 13), 13);
+      close(strangers.back());
+      strangers.pop_back();
+      member.Reach(member.shared.reached[0]);
+    }));
+    CHECK(steady_clock::now() - start < milliseconds(8'000));
+    for (const int fd : strangers) close(fd);
+    RoundTrip(member, 0);
+    member.Reach(member.shared.reached[1]);
+    member.group->Close();
+  }));
+}
+
+// As if the program had opened as many files as it may. The lowest free number counts.
+void UseUpDescriptors() {
+  const int lowest = dup(0);
+  close(lowest);
+  rlimit limit{};
+  CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  limit.rlim_cur = static_cast<rlim_t>(lowest);
+  CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+}
+
+TEST(NoDescriptorForAnotherProcess) {
+  CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
+    GroupConfig config = Config(2);
+    config.timeout_s = 2;
+    const Status status = member.Join(config, "secret", 1, [&] {
+      if (member.process == 0) UseUpDescriptors();
+    });
+    if (member.process == 0) {
+      CheckFault(status, FaultKind::kSystem,
+                 {"accepting a connection", "Too many open files", "ulimit -n"});
+    }
+    member.Reach(member.shared.reached[0]);
+  }));
+}
+
+// Process 1 can take no memory of process 0, or has none for its own rows.
+TEST(NoDescriptorForMemory) {
+  for (const bool own : {false, true}) {
+    CheckAllSucceeded(RunProcesses({0, 1}, [&](Member& member) {
+      CHECK_OK(member.Join(Config(2)));
+      if (member.process == 1) UseUpDescriptors();
+      member.Reach(member.shared.reached[0]);
+      Arrays a(Config(2), 40);
+      std::fill(a.topk_idx.begin(), a.topk_idx.end(), -1);
+      const char* const what = own ? "memfd of 256 MiB" : "receiving the memory of a peer process";
+      if (member.process == (own ? 1 : 0)) {
+        const Status status = Send(*member.group, member.process, MakeIdentity(0), a);
+        if (own) CheckFault(status, FaultKind::kSystem, {what, "ulimit -n"});
+      }
+      CHECK(WaitFor([&] { return !member.group->Fault().ok(); }));
+      CheckFault(member.group->Check(), FaultKind::kSystem,
+                 {"rank(s) 1 (process 1)", what, "Too many open files", "ulimit -n"});
+      member.Reach(member.shared.reached[1]);
+      member.group->Close();
+    }));
+  }
 }
 
 TEST(AnUnreachableProcessIsNamed) {

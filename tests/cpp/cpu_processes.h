@@ -42,13 +42,15 @@ struct Member {
     num_processes = process_of_rank.back() + 1;
   }
 
+  // `once_listening` is called when all listen and nobody has connected.
   Status Join(const GroupConfig& config, const std::string& cookie = "secret",
-              int64_t group_id = 1) {
+              int64_t group_id = 1, const std::function<void()>& once_listening = [] {}) {
     auto created = Group::Create(group_id, 0, config, process_of_rank, process, cookie);
     if (!created.ok()) return created.status();
     group = created.value();
     std::strcpy(shared.address[process], group->address().c_str());
     Reach(shared.listening);
+    once_listening();
     return group->Connect({shared.address, shared.address + num_processes});
   }
   // Comes back when all processes of the group have come.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the C++ tests and runs them.
 
-``cmake --workflow --preset tsan`` and ``asan`` run them under sanitizers.
+``.venv/bin/cmake --workflow --preset tsan`` and ``asan`` run them under sanitizers.
 """
 
 import os

@@ -55,11 +55,21 @@ def test_an_exception_ends_it(timed):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_delay_us": -1}, {"stall_ms": -1}, {"stall_probability": 1.5}, {"seed": -1}]
+    "wrong",
+    [
+        {"max_delay_us": -1},
+        {"max_delay_us": 0.5},
+        {"stall_ms": 2**40},
+        {"stall_probability": 1.5},
+        {"stall_probability": "often"},
+        {"seed": -1},
+    ],
 )
 def test_arguments(timed, wrong):
     group, _ = timed
     with pytest.raises(ValueError, match=next(iter(wrong))), chaos(group, **wrong):
+        pass
+    with pytest.raises(TypeError, match="expected an EpGroup"), chaos("group"):
         pass
 
 

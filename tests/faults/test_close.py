@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closing a group, leaving the process and Ctrl-C end what waits, at once."""
+"""Closing a group waits for what was launched; leaving the process and Ctrl-C end what waits."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ def test_close_ends_what_waits(faulty):
     group = faulty(**LONG, at_least=2)
     waiting = start_waiting(group)
     start = time.monotonic()
-    group.close()
+    group.close(timeout_s=0.2)
     closed = (
         r"rank 0 in dispatch_recv \(running\.py:\d+ in round_trip; lane 0, forward, number 0\).*"
         "the group was closed"
@@ -93,10 +93,80 @@ def test_close_lets_a_program_under_way_end(faulty):
     assert np.isfinite(out).all()
 
 
+def test_an_error_in_the_block_ends_what_waits(faulty):
+    """Nobody wants the results any more: Ctrl-C in a program that hangs."""
+    group = faulty(**LONG, at_least=2)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), group:
+        waiting = start_waiting(group)
+        raise KeyboardInterrupt
+    assert_failed(error_of(waiting), waiting, "the group was closed")
+    assert time.monotonic() - start < 10.0
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_close_waits_for_what_was_launched(ranks):
+    """A queue of programs, of which the last ones have not begun when the group is closed."""
+    mesh = ep_mesh(as_many(ranks))
+    heavy = jnp.eye(300)
+
+    def busy_round_trip(token, x, *arrays):
+        waste = jax.lax.fori_loop(0, 30, lambda _, a: jnp.tanh(a @ heavy), heavy)
+        return round_trip(token, x + 0 * waste[0, 0], *arrays)
+
+    problem = make_problem(mesh)
+    with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+        expected = np.asarray(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+        step = compiled(group, busy_round_trip, problem)
+        results = [step(*problem.arrays[:3]) for _ in range(10)]
+    assert group.stats()["dispatch_send_calls"] == 11 * group.num_ranks
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+
+def test_check_after_close(faulty):
+    """Says what went wrong before, as often as it is asked."""
+    group = faulty(timeout_s=1.0, at_least=2)
+    run(group, first_rank_only)
+    group.close()
+    for _ in range(2):
+        with pytest.raises(smfree.SmfreeError, match=r"rank 0.* waited 1\.\d s"):
+            group.check()
+
+
+def test_a_fault_is_logged_once(faulty, caplog):
+    """Also if nobody asks, and the program never comes back from where it waits."""
+    group = faulty(timeout_s=1.0, at_least=2)
+    start_waiting(group)
+    deadline = time.monotonic() + 10
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("jax_smfree", "ERROR")
+    assert "waited 1." in record.message and "EpGroup(axis='ep', num_ranks=" in record.message
+    run(group, round_trip)  # fails because the group has
+    group.close()
+    assert len(caplog.records) == 1
+
+
+def test_a_fault_reaches_stderr_by_default(tmp_path):
+    result = in_new_process(wait_in_vain, tmp_path).check()
+    text = result.processes[0].text
+    assert text.count("EpGroup(axis='ep'") == 1 and "waited 1." in text
+
+
+def wait_in_vain():
+    """For another process: a fault that nobody asks for."""
+    _, waiting = a_group_that_waits(timeout_s=1.0)
+    while not waiting.is_ready():
+        time.sleep(0.01)
+    time.sleep(1.0)
+
+
 def test_close_by_another_thread_while_waiting(faulty):
     group = faulty(**LONG, at_least=2)
     waiting = start_waiting(group)
-    timer = threading.Timer(0.5, group.close)
+    timer = threading.Timer(0.5, group.close, [0.2])
     timer.start()
     assert_failed(error_of(waiting), waiting, "the group was closed")
     timer.join()
@@ -149,9 +219,9 @@ def test_groups_that_come_and_go():
     assert after == before
 
 
-def a_group_that_waits():
+def a_group_that_waits(**config):
     mesh = ep_mesh(as_many(4))
-    group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG | LONG))
+    group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG | LONG | config))
     return group, start_waiting(group)
 
 

@@ -22,6 +22,7 @@ import jax_smfree as smfree
 from faults.handles import BAD_IN_NODES, spoiled_round_trip
 from faults.running import CONFIG, assert_works, compiled, error_of, round_trip
 from jax_smfree import testing
+from jax_smfree._src import compat
 from support import Problem, make_problem
 
 ODD = 1  # the process that fails; not the one that JAX's coordinator lives in, see `leave`
@@ -81,8 +82,8 @@ def start(
         **CONFIG, timeout_s=timeout_s, mode=mode, ranks_per_node=ranks_per_node
     )
     group = smfree.EpGroup.create(mesh, config=config)
+    assert_works_everywhere(group)
     problem = make_problem(mesh)
-    jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
     setting = Setting(group, problem, compiled(group, local, problem))
     meet()
     return setting
@@ -284,16 +285,15 @@ def another_config() -> None:
         tell(error=str(error))
     meet()
     with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
-        problem = make_problem(mesh)
-        jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+        assert_works_everywhere(group)
         meet()
 
 
-def does_not_create() -> None:
-    """A process does not take part in the creation of the group."""
+def does_not_create(absent: int) -> None:
+    """A process does not take part in the creation of the group; later it does."""
     testing.initialize()
     mesh = Mesh(np.array(jax.devices()), ("ep",))
-    if jax.process_index() != ODD:
+    if jax.process_index() != absent:
         begin = time.monotonic()
         try:
             smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG, timeout_s=2.0))
@@ -301,3 +301,44 @@ def does_not_create() -> None:
         except smfree.SmfreeError as error:
             tell(error=str(error), seconds=time.monotonic() - begin)
     meet()
+    with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+        assert_works_everywhere(group)
+        meet()
+    tell(left=compat.distributed_client().key_value_dir_get("jax_smfree/group/"))
+
+
+def assert_works_everywhere(group: smfree.EpGroup) -> None:
+    problem = make_problem(group.mesh)
+    jax.block_until_ready(compiled(group, round_trip, problem)(*problem.arrays[:3]))
+
+
+def pauses(seconds: float) -> None:
+    """A process takes longer than the deadline, in a pause; the others go on to the next step."""
+    setting = start(2.0)
+    problem = setting.problem
+    results = [setting.step(*problem.arrays[:3]) for _ in range(3)]
+    begin = time.monotonic()
+    with setting.group.pause():
+        assert all(result.is_ready() for result in results)
+        if jax.process_index() == ODD:
+            time.sleep(seconds)
+    tell(paused=time.monotonic() - begin)
+    setting.tell_errors()
+    setting.tell_check()
+    meet()
+    setting.group.close()
+
+
+def dies_in_a_pause(directory: str) -> None:
+    """The others wait for it at the end of theirs."""
+    setting = start(60.0)
+    begin = time.monotonic()
+    try:
+        with setting.group.pause():
+            if jax.process_index() == ODD:
+                os.kill(os.getpid(), signal.SIGKILL)
+        tell(error=None)
+    except smfree.SmfreeError as error:
+        tell(error=str(error), seconds=time.monotonic() - begin)
+    setting.group.close()
+    leave(directory, [p for p in range(jax.process_count()) if p != ODD])

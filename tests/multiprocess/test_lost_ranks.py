@@ -68,7 +68,7 @@ def test_runs_another_program(tmp_path):
 
 MISMATCHES = {
     "line": r"expected dispatch number 0 .* in (\w+); .* got dispatch number 0 .* in (?!\1)\w+;",
-    "rows": "expected .* 6 rows per rank .* one of 3|expected .* 3 rows per rank .* one of 6",
+    "rows": "got another call of that line .* of (3 rows per rank instead of 6|6 .* instead of 3)",
 }
 
 
@@ -96,7 +96,7 @@ def test_closes_too_early(tmp_path):
 
 def test_exits_in_the_middle(tmp_path):
     """Its end does not wait for the others, and they learn of it at once."""
-    told, result = run(programs.exits_in_the_middle, 2.0, log_dir=tmp_path)
+    told, result = run(programs.exits_in_the_middle, 3.0, log_dir=tmp_path)
     result.check()
     assert told[1] == {"exits": True}
     named = r"rank\(s\) 2, 3 \(process 1\) closed its group, and rank [01] in combine_recv .* waits"
@@ -116,11 +116,30 @@ def test_another_config(tmp_path):
         )
 
 
-def test_does_not_create(tmp_path):
-    told, result = run(programs.does_not_create, log_dir=tmp_path)
+@pytest.mark.parametrize("absent", [0, 1])
+def test_does_not_create(tmp_path, absent):
+    """And then it does: both sides look for each other at the same place again."""
+    told, result = run(programs.does_not_create, absent, log_dir=tmp_path)
     result.check()
     assert_all_match(
-        [told[0]["error"]],
-        "process 0 waited 2 s for process 1 to create the same group.*collective",
+        [told[1 - absent]["error"]],
+        rf"process {1 - absent} waited 2 s for process {absent} to come to the same call.*"
+        "collective",
     )
-    assert told[0]["seconds"] < 4.0
+    assert told[1 - absent]["seconds"] < 6.0
+    assert [process["left"] for process in told] == [[], []]
+
+
+def test_pauses(tmp_path):
+    told, result = run(programs.pauses, 5.0, log_dir=tmp_path)
+    result.check()
+    for process in told:
+        assert process["paused"] > 4.9  # they leave together
+        assert process["errors"] == [None, None] and process["check"] is None
+
+
+def test_dies_in_a_pause(tmp_path):
+    told, result = run(programs.dies_in_a_pause, str(tmp_path), log_dir=tmp_path)
+    assert result.processes[0].returncode == 0, result.summary()
+    assert_all_match([told[0]["error"]], r"rank\(s\) 2, 3 \(process 1\) died")
+    assert told[0]["seconds"] < 10.0

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
+from jax_smfree import nn
 from jax_smfree._src import reference
 from support import (
     as_many,
@@ -168,6 +169,48 @@ def test_gradients_per_stage(groups):
     expected = [alone(x, scale) for x, scale in zip(xs, scales, strict=True)]
     actual = jax.jit(batched)(xs, scales)
     assert_trees_close(actual, jax.tree.map(lambda *v: np.stack(v), *expected))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("other", ["model", "stage"])
+def test_moe_layer_beside_another_axis(groups, other, check_vma):
+    """The layer of `nn`, replicated over ``"model"``; and several, one per ``"stage"``."""
+    mesh = mesh_with(other, first=other == "stage")
+    group, (x, *_) = groups(mesh, **CONFIG), problem_along_ep(mesh)
+    keys = jax.random.split(jax.random.key(0), mesh.shape[other])
+    sizes = {"hidden": 16, "num_experts": 8, "expert_width": 8, "shared_width": 8}
+    params = [nn.init_moe(key, **sizes) for key in keys]
+
+    def layer(implementation, params, x):
+        def local(params, x):
+            token = group.token()
+            return nn.moe_layer(token, params, x, implementation=implementation)[1]
+
+        specs, rows = nn.moe_specs(params, "ep"), P("ep")
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(specs, rows), out_specs=rows, check_vma=check_vma
+        )(params, x)
+
+    def loss(params, x):
+        one = functools.partial(layer, "smfree")
+        run = one if other == "model" else jax.vmap(one, in_axes=(0, None), spmd_axis_name="stage")
+        return jnp.sum(run(params, x) ** 2)
+
+    def reference_loss(params, x):
+        return jnp.sum(layer("reference", params, x) ** 2)
+
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1))
+    expected = [jax.jit(grad(reference_loss))(each, x) for each in params]
+    if other == "model":
+        assert_trees_close(jax.jit(grad(loss))(params[0], x), expected[0])
+    else:
+        stack = jax.tree.map(lambda *v: jnp.stack(v), *params)
+        value, (of_params, of_x) = jax.jit(grad(loss))(stack, x)
+        values, of_each = zip(*expected, strict=True)
+        assert_trees_close((value, of_x), (sum(values), sum(of for _, of in of_each)))
+        assert_trees_close(
+            of_params, jax.tree.map(lambda *v: np.stack(v), *(p for p, _ in of_each))
+        )
 
 
 @pytest.mark.parametrize("derivative", [False, True])

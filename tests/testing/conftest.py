@@ -44,8 +44,8 @@ def plugin_args():
     """Arguments for pytest: the plugin, where it is not installed, and not one that is slow."""
     args = ["-p", "no:hypothesispytest"]
     entry_points = importlib.metadata.entry_points(group="pytest11")
-    if not any(e.value == "jax_smfree.testing.plugin" for e in entry_points):
-        args += ["-p", "jax_smfree.testing.plugin"]
+    if not any(e.value == "_jax_smfree_pytest" for e in entry_points):
+        args += ["-p", "_jax_smfree_pytest"]
     return args
 
 

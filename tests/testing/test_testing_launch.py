@@ -64,6 +64,31 @@ def test_functions_that_no_other_process_can_find(program, args, message):
         launch(program, args=args)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": [1]}, r"got 1 in args=\[1\], expected strings or paths.* Write '1'"),
+        ({"args": "ab"}, "got args='ab', expected a list or tuple"),
+        ({"program": []}, r"got program=\[\], expected a script's path"),
+        ({"program": None}, "got program=None, expected a script's path"),
+        ({"program": append, "args": (1,)}, "for append: missing a required argument"),
+        ({"processes": "2"}, "got processes='2', expected a whole number"),
+        ({"devices_per_process": 0}, "got devices_per_process=0"),
+        ({"platform": "gpu"}, "got platform='gpu', expected 'cpu' or 'cuda'"),
+        ({"timeout_s": "60"}, "got timeout_s='60', expected a finite number"),
+        ({"timeout_s": float("nan")}, "got timeout_s=nan"),
+        ({"survivors_s": -1}, "got survivors_s=-1"),
+        ({"env": {"A": 1}}, "got env={'A': 1}, expected a mapping of strings"),
+        ({"cwd": "/nowhere"}, "got cwd='/nowhere', expected a directory"),
+        ({"log_dir": __file__}, "test_testing_launch.py', expected a directory"),
+    ],
+)
+def test_arguments_that_are_refused(options, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=f"^launch: .*{message}"):
+        launch(**{"program": ["-c", ""], "log_dir": tmp_path / "logs"} | options)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_rank_that_fails(tmp_path):
     code = RANK + f"print('rank', rank); rank == 1 and os._exit(3); {SLEEP}"
     result = launch(["-c", code], processes=3, survivors_s=0.3, log_dir=tmp_path)
@@ -134,7 +159,25 @@ def test_command_line(tmp_path, monkeypatch, code, expected):
     assert len(list(tmp_path.iterdir())) == (expected != 0), "logs are kept when it failed"
 
 
-def test_command_line_says_what_is_wrong():
-    command = [sys.executable, "-m", "jax_smfree.testing.launch", "--processes=0", "x.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "got processes=0" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: -- PROGRAM"),
+        (("--processes=0", "x.py"), "got processes=0"),
+        (("--processes=two", "x.py"), "invalid int value: 'two'"),
+        (("--devices-per-process=0", "x.py"), "got devices_per_process=0"),
+        (("--platform=gpu", "x.py"), "invalid choice: 'gpu'"),
+        (("--platform=cuda", "--processes=64", "x.py"), "visible GPUs, expected 64"),
+        (("--timeout=nan", "x.py"), "got timeout_s=nan"),
+        (("--timeout=-1", "x.py"), "got timeout_s=-1.0"),
+        ((f"--log-dir={__file__}", "x.py"), "expected a directory"),
+        ((f"--log-dir={__file__}/logs", "x.py"), "Not a directory"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments, message, capsys):
+    from jax_smfree.testing.launch.__main__ import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -243,11 +243,28 @@ def test_crash_at_exit(pytester, run_pytest, sample):
     assert "rank 1 was killed by SIGABRT after its last test, log: " in result.stdout.str()
 
 
-def test_wrong_mark(pytester, run_pytest):
-    pytester.makepyfile("import pytest\n@pytest.mark.multihost(nodes=2)\ndef test_it(): pass")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nodes=2", "*test_it: *unexpected*'nodes'. Expected multihost(processes=2,*"),
+        ("processes='2'", "*test_it: got Multihost(processes='2',*expected at least one process*"),
+        ("platform='gpu'", "*expected at least one process*"),
+        ("timeout_s='60'", "*a positive number of seconds*"),
+    ],
+)
+def test_wrong_mark(pytester, run_pytest, arguments, message):
+    pytester.makepyfile(f"import pytest\n@pytest.mark.multihost({arguments})\ndef test_it(): pass")
     result = run_pytest()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*test_it: *unexpected*'nodes'. Expected multihost(processes=2,*"])
+    result.stderr.fnmatch_lines([message])
+
+
+def test_wrong_ini_option(pytester, run_pytest):
+    pytester.makeini("[pytest]\nmultihost_timeout = soon")
+    pytester.makepyfile("import pytest\n@pytest.mark.multihost\ndef test_it(): pass")
+    result = run_pytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*got multihost_timeout = 'soon', expected a positive number*"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <utility>
 
+#include "csrc/cpu/processes/system_error.h"
 #include "csrc/cpu/runtime/completion_pool.h"
 #include "csrc/protocol/describe.h"
 
@@ -55,6 +57,11 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
 }
 
 Status Exchange::Open() {
+  try {
+    Mover::Get();  // its thread and its descriptor, where an error can still be returned
+  } catch (const std::system_error& error) {
+    return SystemError("starting the mover's thread", error.code().value());
+  }
   if (num_processes_ == 1) {
     arena_ = std::make_shared<Arena>(Arena::Backing::kAnonymous, nullptr);
     return Status();
@@ -159,6 +166,10 @@ std::string Exchange::RanksOf(int32_t process) const {
 
 void Exchange::OnPeerFault(const Status& fault) { Raise(fault, -1, /*tell_peers=*/false); }
 
+void Exchange::OnLoss(const Status& why) {
+  Raise(Status(why.kind(), RanksOf(my_process_) + ": " + why.message()), -1, /*tell_peers=*/true);
+}
+
 void Exchange::OnPeerDied(int32_t process, const std::string& why) {
   Raise(Status(FaultKind::kPeerDied,
                RanksOf(process) + " died" + (why.empty() ? "" : " (" + why + ")") +
@@ -240,6 +251,20 @@ Status Exchange::Check() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!fault_.ok()) return fault_;
   return std::exchange(overflow_, Status());
+}
+
+Status Exchange::Fault() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return fault_;
+}
+
+Unreceived Exchange::UnreceivedHere() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Unreceived unreceived;
+  for (const auto& mailbox : mailboxes_) {
+    if (mailbox) mailbox->AddUnreceived(std::nullopt, &unreceived);
+  }
+  return unreceived;
 }
 
 Stats Exchange::stats() const {

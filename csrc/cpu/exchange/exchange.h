@@ -43,6 +43,8 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   void Settle() const;
   void Close();
   Status Check();
+  Status Fault() const;
+  Unreceived UnreceivedHere() const;
   Stats stats() const;
   void SetChaos(const Chaos& chaos);
   int64_t memory_bytes() const;
@@ -78,6 +80,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   // NetworkEvents
   void OnArrival(Message message) override;
   void OnPeerFault(const Status& fault) override;
+  void OnLoss(const Status& why) override;
   void OnPeerClosed(int32_t process) override;
   void OnPeerDied(int32_t process, const std::string& why) override;
 

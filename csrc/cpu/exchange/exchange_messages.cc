@@ -75,7 +75,9 @@ StatusOr<std::shared_ptr<Arena::Block>> Exchange::Allocate(int64_t bytes) {
     arena = arena_;
   }
   if (!arena) return Status(FaultKind::kClosed, "the group was closed during this send");
-  return arena->Allocate(bytes);
+  auto block = arena->Allocate(bytes);
+  if (block.ok() || block.status().kind() == FaultKind::kClosed) return block;
+  return Status(block.status().kind(), RanksOf(my_process_) + ": " + block.status().message());
 }
 
 void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,

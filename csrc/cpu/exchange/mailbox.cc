@@ -12,6 +12,8 @@ namespace smfree::cpu {
 namespace {
 
 constexpr int64_t kMaxDescribed = 4;  // ranks, and messages of a rank
+// Operations of earlier runs that a rank may have in flight.
+constexpr int64_t kMaxOfEarlierRuns = 16;
 
 Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
                 const std::string& why) {
@@ -95,7 +97,16 @@ Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
                       "with a fresh group.token().");
   }
   traffic.in_flight.push_back(identity);
-  return Status();
+  if (places_.size() <= kMaxOfEarlierRuns) return Status();
+  Unreceived unreceived;
+  AddUnreceived(identity.run_id, &unreceived);
+  if (unreceived.count() <= kMaxOfEarlierRuns) return Status();
+  return Status(FaultKind::kUnreceived,
+                DescribeCall(phase, rank_, identity) +
+                    " begins, and in earlier runs this rank has sent and never received " +
+                    unreceived.Describe() +
+                    ". Cure: receive every operation with the token that its send returned, also "
+                    "where its result is not needed.");
 }
 
 StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
@@ -262,6 +273,19 @@ int64_t Mailbox::messages() const {
   int64_t count = 0;
   ForEachUnread([&](const Message&) { ++count; });
   return count;
+}
+
+void Mailbox::AddUnreceived(std::optional<int64_t> but_run_id, Unreceived* all) const {
+  for (const auto& [place, traffic] : places_) {
+    if (place.run_id == but_run_id) continue;
+    int64_t bytes = 0;
+    for (const auto& leg : traffic.arrived) {
+      for (const auto& fifo : leg) {
+        for (const Message& message : fifo) bytes += message.header.bytes;
+      }
+    }
+    for (const Identity& sent : traffic.in_flight) all->Add(sent, std::exchange(bytes, 0));
+  }
 }
 
 void Mailbox::ForEachUnread(const std::function<void(const Message&)>& body) const {

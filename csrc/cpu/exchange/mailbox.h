@@ -6,8 +6,10 @@
 //
 // A receive takes from each region of its leg (nodes.h) the first message of its identity. So
 // operations of different places, and of different instances at one place (identity.h), do not
-// depend on each other, in whatever order ranks run them. Two things are refused:
+// depend on each other, in whatever order ranks run them. Three things are refused:
 //   * a send while the same operation, or one of another line, is in flight at its place;
+//   * a send while many of earlier runs of programs are in flight: what is never received would
+//     pile up. A token in flight may leave its program, so a few are fine;
 //   * a message of another line, or with other shapes, than what is waited for at its place: ranks
 //     disagree. It is found at once, where one token was threaded through what they did so far.
 #ifndef SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
@@ -23,6 +25,7 @@
 
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/exchange/message.h"
+#include "csrc/cpu/exchange/unreceived.h"
 #include "csrc/cpu/runtime/mover.h"
 
 namespace smfree::cpu {
@@ -80,6 +83,8 @@ class Mailbox {
   Contents TakeAll();
   std::vector<ReceivePtr> Waiting() const;
   int64_t messages() const;
+  // Adds what this rank has sent and not received, in other runs than this one if it is given.
+  void AddUnreceived(std::optional<int64_t> but_run_id, Unreceived* all) const;
 
  private:
   struct Traffic {  // of one place

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "csrc/cpu/processes/pages.h"
+#include "csrc/cpu/processes/system_error.h"
 #include "csrc/protocol/layout.h"
 
 namespace smfree::cpu {
@@ -22,9 +23,10 @@ namespace {
 constexpr int64_t kSegmentBytes = 256 << 20;  // address space only: pages come when first used
 
 Status MemoryError(const std::string& what, int64_t bytes, int error) {
+  const std::string mib = what + " of " + std::to_string(bytes >> 20) + " MiB for rows in flight";
+  if (IsOutOfDescriptors(error)) return SystemError(mib, error);
   return Status(FaultKind::kOutOfMemory,
-                what + " of " + std::to_string(bytes >> 20) +
-                    " MiB for rows in flight failed: " + std::strerror(error) +
+                mib + " failed: " + std::strerror(error) +
                     ". Cure: send fewer rows per operation (max_tokens), keep fewer operations in "
                     "flight (lanes), or give the process more memory.");
 }

@@ -15,22 +15,22 @@
 #include <utility>
 
 #include "csrc/cpu/processes/link.h"
+#include "csrc/cpu/processes/system_error.h"
+#include "csrc/protocol/describe.h"
 
 namespace smfree::cpu {
 namespace {
 
-Status SystemError(const std::string& what, int error) {
-  return Status(FaultKind::kSystem, what + " failed: " + std::strerror(error));
-}
+// How long a connection may be silent before it is hung up on.
+constexpr std::chrono::seconds kSilenceLimit{10};
 
-// False when the deadline passes first.
-bool WaitReadable(int fd, Clock::time_point deadline) {
+// Waits until one of `polled` is ready or the deadline has passed; false then.
+bool Poll(std::vector<pollfd>& polled, Clock::time_point deadline) {
   for (;;) {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    pollfd polled{fd, POLLIN, 0};
-    const int ready = poll(&polled, 1, static_cast<int>(std::clamp<int64_t>(left + 1, 0, 60'000)));
-    if (ready > 0) return true;
+    const int limit_ms = static_cast<int>(std::clamp<int64_t>(left + 1, 0, 60'000));
+    if (poll(polled.data(), polled.size(), limit_ms) > 0) return true;
     if (Clock::now() >= deadline) return false;
   }
 }
@@ -49,14 +49,15 @@ bool SameUser(int fd) {
   return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
 }
 
-bool ReceiveHello(int fd, Clock::time_point deadline, wire::HelloPacket* hello) {
-  return WaitReadable(fd, deadline) &&
-         recv(fd, hello, sizeof(*hello), MSG_TRUNC) == static_cast<ssize_t>(sizeof(*hello)) &&
+// Of a connection that has something to read, or is at its end.
+bool ReceiveHello(int fd, wire::HelloPacket* hello) {
+  return recv(fd, hello, sizeof(*hello), MSG_TRUNC | MSG_DONTWAIT) ==
+             static_cast<ssize_t>(sizeof(*hello)) &&
          hello->kind == wire::PacketKind::kHello && hello->magic == wire::kMagic;
 }
 
 int SendHello(int fd, const wire::HelloPacket& hello) {
-  return SendPacket(fd, reinterpret_cast<const char*>(&hello), sizeof(hello), -1, 0);
+  return SendPacket(fd, reinterpret_cast<const char*>(&hello), sizeof(hello), -1, MSG_DONTWAIT);
 }
 
 bool SameCookie(const wire::HelloPacket& a, const wire::HelloPacket& b) {
@@ -99,6 +100,152 @@ Status Refused(int process) {
                     " did not greet properly: it belongs to another user or job, or it ended");
 }
 
+// The greetings of this process with all others.
+class Greeting {
+ public:
+  Greeting(const Socket& listener, const std::vector<std::string>& addresses,
+           const wire::HelloPacket& hello, const std::vector<int32_t>& ranks_of_process,
+           Clock::time_point deadline)
+      : listener_(listener),
+        addresses_(addresses),
+        hello_(hello),
+        ranks_of_process_(ranks_of_process),
+        deadline_(deadline),
+        me_(hello.process),
+        sockets_(addresses.size()) {}
+
+  StatusOr<std::vector<Socket>> Run() {
+    // S1. Greet the lower processes. They listen already, since their addresses are known, and the
+    //     kernel completes the connection.
+    for (int32_t p = 0; p < me_; ++p) {
+      const Status status = Connect(p);
+      if (!status.ok()) return status;
+    }
+    // S2. Be greeted by the higher ones, and answer.
+    Status status = BeGreeted();
+    // S3. The answers of the lower ones. They wait for higher processes only, so there is no
+    //     circle.
+    for (int32_t p = 0; p < me_ && status.ok(); ++p) status = Answer(p);
+    if (!status.ok()) return status;
+    return std::move(sockets_);
+  }
+
+ private:
+  // A connection of which nobody knows yet whose it is.
+  struct Guest {
+    Socket socket;
+    Clock::time_point leaves;  // if it has said nothing by then
+  };
+
+  Status Connect(int32_t process) {
+    const std::string& name = addresses_[static_cast<size_t>(process)];
+    Socket socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    if (!socket.open()) return SystemError("opening a socket", errno);
+    // Connecting waits where strangers fill the queue of the listener.
+    const double left_s = std::max(0.001, Seconds(deadline_ - Clock::now()));
+    timeval limit{};
+    limit.tv_sec = static_cast<time_t>(left_s);
+    limit.tv_usec = static_cast<suseconds_t>(1e6 * (left_s - static_cast<double>(limit.tv_sec)));
+    setsockopt(socket.fd(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+    sockaddr_un address;
+    const socklen_t size = FillAddress(name, &address);
+    while (connect(socket.fd(), reinterpret_cast<sockaddr*>(&address), size) != 0) {
+      if (errno == EINTR) continue;
+      return Status(FaultKind::kSystem,
+                    "process " + std::to_string(process) + " cannot be reached at '" + name +
+                        "': " + std::strerror(errno) +
+                        ". Cure: run all processes of the group on one host and in one network "
+                        "namespace, and look at the log of that process if it ended.");
+    }
+    if (!SameUser(socket.fd()) || SendHello(socket.fd(), hello_) != 0) return Refused(process);
+    sockets_[static_cast<size_t>(process)] = std::move(socket);
+    return Status();
+  }
+
+  // In any order. Strangers are hung up on, and nobody waits for one that says nothing.
+  Status BeGreeted() {
+    while (!Missing().empty()) {
+      std::vector<pollfd> polled{{listener_.fd(), POLLIN, 0}};
+      Clock::time_point until = deadline_;
+      for (const Guest& guest : guests_) {
+        polled.push_back({guest.socket.fd(), POLLIN, 0});
+        until = std::min(until, guest.leaves);
+      }
+      const bool ready = Poll(polled, until);
+      if (!ready && Clock::now() >= deadline_) {
+        return Status(FaultKind::kDeadline, "process(es) " + JoinNumbers(Missing()) +
+                                                " did not connect in time. Cure: see whether they "
+                                                "run, or raise timeout_s.");
+      }
+      std::vector<Guest> guests = std::exchange(guests_, {});
+      for (size_t i = 0; i < guests.size(); ++i) {
+        if (polled[i + 1].revents != 0) {
+          const Status status = Meet(std::move(guests[i].socket));
+          if (!status.ok()) return status;
+        } else if (Clock::now() < guests[i].leaves) {
+          guests_.push_back(std::move(guests[i]));
+        }
+      }
+      if (polled[0].revents == 0) continue;
+      Socket socket(accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (!socket.open() && IsOutOfDescriptors(errno)) {
+        return SystemError("accepting a connection of another process", errno);
+      }
+      if (socket.open() && SameUser(socket.fd())) {
+        guests_.push_back({std::move(socket), Clock::now() + kSilenceLimit});
+      }
+    }
+    return Status();
+  }
+
+  // Of a guest that says something. A stranger's socket ends here.
+  Status Meet(Socket socket) {
+    wire::HelloPacket theirs;
+    if (!ReceiveHello(socket.fd(), &theirs) || !SameCookie(theirs, hello_)) return Status();
+    // Answered even if it does not fit, so that the other side can tell what is wrong as well.
+    const int error = SendHello(socket.fd(), hello_);
+    const Status status = CheckHello(hello_, theirs, ranks_of_process_);
+    if (!status.ok()) return status;
+    Socket& slot = sockets_[static_cast<size_t>(theirs.process)];
+    if (error != 0 || theirs.process < me_ || slot.open()) return Refused(theirs.process);
+    slot = std::move(socket);
+    return Status();
+  }
+
+  Status Answer(int32_t process) {
+    std::vector<pollfd> polled{{sockets_[static_cast<size_t>(process)].fd(), POLLIN, 0}};
+    if (!Poll(polled, deadline_)) {
+      return Status(FaultKind::kDeadline,
+                    "process " + std::to_string(process) +
+                        " did not answer in time. Cure: see what it does, or raise timeout_s.");
+    }
+    wire::HelloPacket theirs;
+    if (!ReceiveHello(polled[0].fd, &theirs) || !SameCookie(theirs, hello_)) {
+      return Refused(process);
+    }
+    const Status status = CheckHello(hello_, theirs, ranks_of_process_);
+    return !status.ok() || theirs.process == process ? status : Refused(process);
+  }
+
+  // The higher processes that have not greeted yet.
+  std::vector<int32_t> Missing() const {
+    std::vector<int32_t> missing;
+    for (size_t p = static_cast<size_t>(me_) + 1; p < sockets_.size(); ++p) {
+      if (!sockets_[p].open()) missing.push_back(static_cast<int32_t>(p));
+    }
+    return missing;
+  }
+
+  const Socket& listener_;
+  const std::vector<std::string>& addresses_;
+  const wire::HelloPacket& hello_;
+  const std::vector<int32_t>& ranks_of_process_;
+  const Clock::time_point deadline_;
+  const int32_t me_;
+  std::vector<Socket> sockets_;  // by process
+  std::vector<Guest> guests_;
+};
+
 }  // namespace
 
 Socket& Socket::operator=(Socket&& other) noexcept {
@@ -136,65 +283,7 @@ StatusOr<std::vector<Socket>> Greet(const Socket& listener,
                                     const wire::HelloPacket& hello,
                                     const std::vector<int32_t>& ranks_of_process,
                                     Clock::time_point deadline) {
-  const int32_t me = hello.process;
-  std::vector<Socket> sockets(addresses.size());
-  // S1. Greet the lower processes. They listen already, since their addresses are known, and the
-  //     kernel completes the connection: nobody waits here.
-  for (int32_t p = 0; p < me; ++p) {
-    Socket socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    if (!socket.open()) return SystemError("socket", errno);
-    sockaddr_un address;
-    const socklen_t size = FillAddress(addresses[static_cast<size_t>(p)], &address);
-    while (connect(socket.fd(), reinterpret_cast<sockaddr*>(&address), size) != 0) {
-      if (errno == EINTR) continue;
-      return Status(FaultKind::kSystem,
-                    "process " + std::to_string(p) + " cannot be reached at '" +
-                        addresses[static_cast<size_t>(p)] + "': " + std::strerror(errno) +
-                        ". Cure: run all processes of the group on one host and in one network "
-                        "namespace, and look at the log of that process if it ended.");
-    }
-    if (!SameUser(socket.fd()) || SendHello(socket.fd(), hello) != 0) return Refused(p);
-    sockets[static_cast<size_t>(p)] = std::move(socket);
-  }
-  // S2. Be greeted by the higher ones, in any order, and answer. Strangers are hung up on.
-  auto missing = static_cast<int32_t>(addresses.size()) - 1 - me;
-  while (missing > 0) {
-    if (!WaitReadable(listener.fd(), deadline)) {
-      std::string names;
-      for (size_t p = static_cast<size_t>(me) + 1; p < sockets.size(); ++p) {
-        if (!sockets[p].open()) names += (names.empty() ? "" : ", ") + std::to_string(p);
-      }
-      return Status(FaultKind::kDeadline, "process(es) " + names +
-                                              " did not connect in time. Cure: see whether they "
-                                              "run, or raise timeout_s.");
-    }
-    Socket socket(accept4(listener.fd(), nullptr, nullptr, SOCK_CLOEXEC));
-    wire::HelloPacket theirs;
-    if (!socket.open() || !SameUser(socket.fd()) || !ReceiveHello(socket.fd(), deadline, &theirs) ||
-        !SameCookie(theirs, hello)) {
-      continue;
-    }
-    // Answered even if it does not fit, so that the other side can tell what is wrong as well.
-    const int error = SendHello(socket.fd(), hello);
-    const Status status = CheckHello(hello, theirs, ranks_of_process);
-    if (!status.ok()) return status;
-    Socket& slot = sockets[static_cast<size_t>(theirs.process)];
-    if (error != 0 || theirs.process < me || slot.open()) return Refused(theirs.process);
-    slot = std::move(socket);
-    --missing;
-  }
-  // S3. The answers of the lower ones. They wait for higher processes only, so there is no circle.
-  for (int32_t p = 0; p < me; ++p) {
-    wire::HelloPacket theirs;
-    if (!ReceiveHello(sockets[static_cast<size_t>(p)].fd(), deadline, &theirs) ||
-        !SameCookie(theirs, hello)) {
-      return Refused(p);
-    }
-    const Status status = CheckHello(hello, theirs, ranks_of_process);
-    if (!status.ok()) return status;
-    if (theirs.process != p) return Refused(p);
-  }
-  return sockets;
+  return Greeting(listener, addresses, hello, ranks_of_process, deadline).Run();
 }
 
 }  // namespace smfree::cpu

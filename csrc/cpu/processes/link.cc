@@ -9,6 +9,7 @@
 #include <cstring>
 #include <utility>
 
+#include "csrc/cpu/processes/system_error.h"
 #include "csrc/cpu/runtime/mover.h"
 
 namespace smfree::cpu {
@@ -151,6 +152,11 @@ bool Link::ReceiveOne(LinkEvents& events) {
   if (size == 0) {
     End(events, "");
     return false;
+  }
+  // The kernel drops a descriptor that does not fit into this process, and says no more than this.
+  if (message.msg_flags & MSG_CTRUNC) {
+    events.OnLoss(process_, SystemError("receiving the memory of a peer process", EMFILE));
+    return true;
   }
   int fd = -1;
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {

@@ -35,6 +35,8 @@ class LinkEvents {
   virtual void OnRelease(int32_t process, int64_t ticket) = 0;
   virtual void OnFault(int32_t process, const Status& fault) = 0;
   virtual void OnGoodbye(int32_t process) = 0;
+  // Something of the process was lost on this side; it is alive.
+  virtual void OnLoss(int32_t process, const Status& why) = 0;
   // The stream ended, without a goodbye: the process is dead. `why` is empty or tells more.
   virtual void OnDeath(int32_t process, const std::string& why) = 0;
 };

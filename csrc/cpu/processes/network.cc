@@ -76,10 +76,7 @@ void Network::OnSegment(int32_t process, const wire::SegmentPacket& packet, int 
     return OnDeath(process, "it numbered its memory wrongly");
   }
   auto mapping = MapForeignSegment(fd, packet.bytes);
-  if (!mapping.ok()) {
-    if (const auto events = events_.lock()) events->OnPeerFault(mapping.status());
-    return;
-  }
+  if (!mapping.ok()) return OnLoss(process, mapping.status());
   segments.push_back(std::move(mapping.value()));
 }
 
@@ -111,6 +108,10 @@ void Network::OnRelease(int32_t process, int64_t ticket) {
 
 void Network::OnFault(int32_t, const Status& fault) {
   if (const auto events = events_.lock()) events->OnPeerFault(fault);
+}
+
+void Network::OnLoss(int32_t, const Status& why) {
+  if (const auto events = events_.lock()) events->OnLoss(why);
 }
 
 void Network::OnGoodbye(int32_t process) {

@@ -25,6 +25,8 @@ class NetworkEvents {
   virtual ~NetworkEvents() = default;
   virtual void OnArrival(Message message) = 0;
   virtual void OnPeerFault(const Status& fault) = 0;
+  // Something of the process was lost on this side.
+  virtual void OnLoss(const Status& why) = 0;
   virtual void OnPeerClosed(int32_t process) = 0;
   virtual void OnPeerDied(int32_t process, const std::string& why) = 0;
 };
@@ -58,6 +60,7 @@ class Network : public LinkEvents, public std::enable_shared_from_this<Network> 
   void OnMessage(int32_t process, const wire::MessagePacket& packet) override;
   void OnRelease(int32_t process, int64_t ticket) override;
   void OnFault(int32_t process, const Status& fault) override;
+  void OnLoss(int32_t process, const Status& why) override;
   void OnGoodbye(int32_t process) override;
   void OnDeath(int32_t process, const std::string& why) override;
   // The process will read nothing more.

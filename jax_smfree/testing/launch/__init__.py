@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts, watches and ends the processes of a multi-process program on this host.
 
-launcher.py    `launch`, what it returns, and how a program is named
+launcher.py    `launch`, and what it returns
+arguments.py   its arguments: how a program is named, what is refused
 processes.py   the processes themselves: environment, logs, process groups, signals
 tied_exec.py   what each process starts as, so that it cannot outlive its parent
 __main__.py    the command line

@@ -37,13 +37,15 @@ def main(argv: list[str] | None = None) -> int:
         "program", nargs="+", metavar="-- PROGRAM", help="script.py args, or -m module args"
     )
     options = parser.parse_args(argv)
+    devices = options.devices_per_process
+    if devices is None:
+        devices = 2 if options.platform == "cpu" else 1
     signal.signal(signal.SIGTERM, _exit)
     try:
         result = launch(
             options.program,
             processes=options.processes,
-            devices_per_process=options.devices_per_process
-            or (2 if options.platform == "cpu" else 1),
+            devices_per_process=devices,
             platform=options.platform,
             timeout_s=options.timeout,
             log_dir=options.log_dir,
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if not result.ok:
         print(result.summary(), file=sys.stderr)

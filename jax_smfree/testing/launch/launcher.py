@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`launch`: runs one program as N JAX processes on this host, and tells what became of each."""
 
-import ast
 import dataclasses
-import inspect
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from jax_smfree.testing.launch import arguments
+from jax_smfree.testing.launch.arguments import Program
 from jax_smfree.testing.launch.processes import POLL_S, Processes, describe_exit, tail
-
-Program = str | os.PathLike[str] | Sequence[str] | Callable[..., object]
 
 
 class LaunchError(RuntimeError):
@@ -142,12 +139,16 @@ def launch(
       result = launch(["-m", "package.train", "--steps", "10"], processes=4).check()
       print(result.processes[0].text)
     """
-    if processes < 1 or devices_per_process < 1:
-        raise ValueError(
-            f"launch: got processes={processes}, devices_per_process={devices_per_process}, "
-            "expected at least 1 of each."
-        )
-    arguments = _command_line(program, args)
+    words = arguments.command_line(program, args)
+    arguments.check_count("processes", processes)
+    arguments.check_count("devices_per_process", devices_per_process)
+    arguments.check_platform(platform)
+    arguments.check_seconds("timeout_s", timeout_s)
+    if survivors_s is not None:
+        arguments.check_seconds("survivors_s", survivors_s)
+    arguments.check_environment(env)
+    arguments.check_directory("cwd", cwd, exists=True)
+    arguments.check_directory("log_dir", log_dir, exists=False)
     directory = Path(log_dir or tempfile.mkdtemp(prefix="jax_smfree_launch_"))
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -155,7 +156,7 @@ def launch(
     first_failed: int | None = None
     with (
         Processes(
-            arguments,
+            words,
             processes=processes,
             devices_per_process=devices_per_process,
             platform=platform,
@@ -191,38 +192,3 @@ def launch(
     )
     elapsed_s = time.monotonic() - start
     return LaunchResult(tuple(results), timed_out, first_failed, elapsed_s, directory)
-
-
-def _command_line(program: Program, args: Sequence[Any]) -> list[str]:
-    """What follows ``python`` to run ``program`` with ``args``."""
-    if callable(program):
-        return ["-c", _call(program, tuple(args))]
-    words = [program] if isinstance(program, str | os.PathLike) else program
-    return [os.fspath(word) for word in (*words, *args)]
-
-
-def _call(function: Callable[..., object], args: tuple[Any, ...]) -> str:
-    """Python source that imports ``function`` as this process did, and calls it."""
-    name = getattr(function, "__qualname__", repr(function))
-    if not inspect.isfunction(function) or "." in name or "<" in name:
-        raise TypeError(
-            f"launch: got {name}, expected a function of a module's top level, because a new "
-            "process has to find it by its name. Move it there, and pass what it needs as args."
-        )
-    if not _is_literal(args):
-        raise TypeError(
-            f"launch: got args={args!r} for {name}, expected literals (numbers, strings, tuples, "
-            "lists, dicts of them), because another process has to read them. Pass a path instead."
-        )
-    if function.__module__ == "__main__":
-        lookup = f"import runpy; f = runpy.run_path({inspect.getfile(function)!r})[{name!r}]"
-    else:
-        lookup = f"from {function.__module__} import {name} as f"
-    return f"import sys; sys.path[:] = {sys.path!r}; {lookup}; f(*{args!r})"
-
-
-def _is_literal(value: object) -> bool:
-    try:
-        return bool(ast.literal_eval(repr(value)) == value)
-    except (ValueError, SyntaxError):
-        return False
