@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_smfree._src import (
+    arguments,
     backends,
     bootstrap,
     checks,
@@ -98,6 +99,8 @@ class EpGroup:
                 f"EpGroup.create: got a {type(mesh).__name__} as mesh, expected a "
                 "jax.sharding.Mesh of devices: the group connects them."
             )
+        arguments.instance("EpGroup.create", "config", config, EpConfig)
+        arguments.instance("EpGroup.create", "axis", axis, str)
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
@@ -153,9 +156,10 @@ class EpGroup:
         the program; a layer that starts from a fresh one must be ordered by its data.
 
         Raises:
-          ValueError: for a lane outside of ``range(config.num_lanes)``, or a closed group.
+          ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
         """
         checks.check_open("EpGroup.token", self)
+        lane = arguments.integer("EpGroup.token", "lane", lane, least=-(2**31))
         if lane not in range(self.config.num_lanes):
             raise ValueError(
                 f"EpGroup.token: got lane={lane}, expected 0 to {self.config.num_lanes - 1} "
@@ -343,9 +347,11 @@ class EpGroup:
     def __enter__(self) -> EpGroup:
         return self
 
-    def __exit__(self, error_type: Any, error: BaseException | None, *_: Any) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: Any
+    ) -> None:
         # After an error, or Ctrl-C, nobody waits for results.
-        self.close(timeout_s=None if error_type is None else life.GRACE_S)
+        self.close(timeout_s=None if error is None else life.GRACE_S)
         if ours := errors.from_xla(error):
             raise ours from error
 

@@ -8,6 +8,7 @@ from jax import Array
 from jax.tree_util import SequenceKey
 
 from jax_smfree._src import arguments, compat
+from jax_smfree._src.config import EpConfig
 from jax_smfree.nn import operations, router
 from jax_smfree.nn.experts import check_swiglu, grouped_mlp, mlp
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
@@ -81,9 +82,9 @@ def moe_layer(
       ...     return x
     """
     ops, op_token = operations.enter("moe_layer", implementation, token)
-    check_layer("moe_layer", token.group, params, x, grouped_matmul)
-    top_k = token.group.config.top_k
-    routes = router.route(x, params.router, top_k, balance_bias=balance_bias)
+    config, experts = token.group.config, experts_here("moe_layer", token.group)
+    check_layer("moe_layer", config, experts, params, x, balance_bias, grouped_matmul)
+    routes = router.route(x, params.router, config.top_k, balance_bias=balance_bias)
 
     op_token = ops.dispatch_send(op_token, x, routes.topk_idx, routes.topk_weights)
     if params.shared is not None:
@@ -100,10 +101,29 @@ def moe_layer(
 
 
 def check_layer(
-    where: str, group: Any, params: MoeParams, x: Array, grouped_matmul: GroupedMatmul
+    where: str,
+    config: EpConfig,
+    experts: int,
+    params: MoeParams,
+    x: Array,
+    balance_bias: Array | None,
+    grouped_matmul: GroupedMatmul,
 ) -> None:
-    """The parameters and rows of a layer are of the sizes of its group, per rank."""
-    config = group.config
+    """The operands of a layer fit its group; ``experts`` are those in ``params``."""
+    arguments.instance(where, "params", params, MoeParams, "Make it with nn.init_moe.")
+    arguments.function(where, "grouped_matmul", grouped_matmul)
+    hidden, dtype = config.hidden, config.dtype
+    arguments.array(where, "x", x, ("T", hidden), dtype)
+    arguments.array(where, "params.router", params.router, (hidden, config.num_experts))
+    check_swiglu(where, "params.experts", params.experts, (experts,), hidden, dtype)
+    if params.shared is not None:
+        check_swiglu(where, "params.shared", params.shared, (), hidden, dtype)
+    if balance_bias is not None:
+        arguments.array(where, "balance_bias", balance_bias, (config.num_experts,))
+
+
+def experts_here(where: str, group: Any) -> int:
+    """Of this rank: the call stands inside of a ``shard_map``."""
     axes = group.axis if isinstance(group.axis, tuple) else (group.axis,)
     if not compat.manual_axes().issuperset(axes):
         raise ValueError(
@@ -111,12 +131,5 @@ def check_layer(
             f"axes of the group's mesh, {', '.join(axes)} included. On global arrays it is "
             "nn.moe_layer_on_mesh."
         )
-    arguments.instance(where, "params", params, MoeParams, "Make it with nn.init_moe.")
-    arguments.function(where, "grouped_matmul", grouped_matmul)
-    x = arguments.array(where, "x", x, ("T", config.hidden), config.dtype)
-    experts, hidden, dtype = config.num_experts, config.hidden, config.dtype
-    arguments.array(where, "params.router", params.router, (hidden, experts))
-    local = experts // jax.lax.axis_size(group.axis)
-    check_swiglu(where, "params.experts", params.experts, (local,), hidden, dtype)
-    if params.shared is not None:
-        check_swiglu(where, "params.shared", params.shared, (), hidden, dtype)
+    experts: int = group.config.num_experts // jax.lax.axis_size(group.axis)
+    return experts

@@ -50,7 +50,7 @@ def init_swiglu(
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
     """
-    _check_key("init_swiglu", key)
+    check_key("init_swiglu", key)
     hidden = arguments.integer("init_swiglu", "hidden", hidden)
     width = arguments.integer("init_swiglu", "width", width)
     if not isinstance(leading, Sequence) or isinstance(leading, str | bytes):
@@ -89,7 +89,7 @@ def init_moe(
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
     """
-    _check_key("init_moe", key)
+    check_key("init_moe", key)
     hidden = arguments.integer("init_moe", "hidden", hidden)
     num_experts = arguments.integer("init_moe", "num_experts", num_experts)
     expert_width = arguments.integer("init_moe", "expert_width", expert_width)
@@ -133,7 +133,7 @@ def _float_dtype(where: str, value: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
-def _check_key(where: str, key: Array) -> None:
+def check_key(where: str, key: Array) -> None:
     """A key of ``jax.random.key``, or one of ``jax.random.PRNGKey``."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
