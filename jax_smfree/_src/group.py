@@ -76,10 +76,11 @@ class EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of NVIDIA GPUs, those of one process that reach one another's memory, or of several
-            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
-            of CPU devices of one host (in one process or several). A mesh of devices that one can
-            only compile for (``jax.experimental.topologies``) makes a group that only compiles.
+          mesh: of NVIDIA GPUs of one process that reach one another's memory; of NVIDIA GPUs of
+            several processes with one each, all processes of the job, on one host or several
+            (NVSHMEM); or of CPU devices of one host (in one process or several). A mesh of devices
+            that one can only compile for (``jax.experimental.topologies``) makes a group that only
+            compiles.
           axis: the mesh axis of the group; its size is the number of ranks.
           config: sizes and policies, the same in all processes.
 

@@ -6,7 +6,9 @@ freed from inside of the process.
 """
 
 import dataclasses
+import faulthandler
 import os
+import re
 import time
 import warnings
 
@@ -75,9 +77,14 @@ def fails_and_goes_on(name):
     assert time.monotonic() - begin < TIMEOUT_S / 3
     with pytest.raises(smfree.SmfreeError, match=FAULT):
         group.check()
-    # Later ones are refused on all devices.
-    with pytest.raises(Exception, match=f"failed before.*{FAULT}"):
-        jax.block_until_ready(step(*problem.arrays[:3]))
+    # Later ones are refused on all devices; or, where XLA replays a CUDA graph, which no code of
+    # ours sees, they are NaN.
+    try:
+        out = np.asarray(step(*problem.arrays[:3]))
+    except jax.errors.JaxRuntimeError as error:
+        assert re.search(f"failed before.*{FAULT}", str(error), re.DOTALL), error
+    else:
+        assert np.isnan(out).all()
     beside = smfree.EpGroup.create(mesh, config=config)
     assert_works(beside)
     begin = time.monotonic()
@@ -175,11 +182,13 @@ def closes_beside_what_goes_on():
     free = free_bytes(device.local_hardware_id)
     begin = time.monotonic()
     long = compute(steps, heavy)
+    faulthandler.dump_traceback_later(CLOSES_IN_S)  # says what close() waits for, if it does
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         group.close()
     took = time.monotonic() - begin
-    assert took < 2.0 + CLOSES_IN_S < seconds - 5.0
+    faulthandler.cancel_dump_traceback_later()
+    assert took < 2.0 + CLOSES_IN_S < seconds - 5.0, took
     assert any("has not ended" in str(warning.message) for warning in told), told
     assert group.stats() == stats
     assert not long.is_ready()
