@@ -11,12 +11,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_smfree._src import arguments
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.placement import placed
 from jax_smfree._src.token import Token
-from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.layer import MoeAux, check_layer, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
-from jax_smfree.nn.params import MoeParams, init_moe, moe_specs
+from jax_smfree.nn.params import MoeParams, check_key, init_moe, moe_specs
 
 _Bias = TypeVar("_Bias")
 
@@ -35,7 +36,11 @@ def init_moe_on_mesh(
       expert_width: F of a routed expert.
       shared_width: F of the shared expert; 0 leaves it out.
     """
-    config = group.config
+    name = "init_moe_on_mesh"
+    config = arguments.instance(name, "group", group, EpGroup).config
+    check_key(name, key)
+    expert_width = arguments.integer(name, "expert_width", expert_width)
+    shared_width = arguments.integer(name, "shared_width", shared_width, least=0)
     init = _init_on_mesh(
         group.mesh,
         group.axis,
@@ -69,6 +74,7 @@ def _placed(params: MoeParams, mesh: Mesh, specs: MoeParams) -> MoeParams:
 
 def init_balance_bias_on_mesh(group: EpGroup) -> Array:
     """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices."""
+    arguments.instance("init_balance_bias_on_mesh", "group", group, EpGroup)
     everywhere = NamedSharding(group.mesh, P())
     return jnp.zeros(group.config.num_experts, jnp.float32, device=everywhere)
 
@@ -130,11 +136,23 @@ def moe_layer_on_mesh(
     Returns:
       ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts. With
       ``token`` the next one as well: ``(token, out, aux)``.
+
+    Raises:
+      ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
+        than the group's, rows that do not divide over the devices, a token of another group.
     """
-    if token is not None and token.group is not group:
+    name = "moe_layer_on_mesh"
+    config = arguments.instance(name, "group", group, EpGroup).config
+    check_layer(name, config, config.num_experts, params, x, balance_bias, grouped_matmul)
+    if x.shape[0] % group.mesh.size:
         raise ValueError(
-            "moe_layer_on_mesh: got a token of another group, expected one that began with "
-            "group.token() of this one."
+            f"{name}: got x{list(x.shape)}, expected a multiple of {group.mesh.size} rows: they "
+            "are split over all devices of the mesh."
+        )
+    if token is not None and arguments.instance(name, "token", token, Token).group is not group:
+        raise ValueError(
+            f"{name}: got a token of another group, expected one that began with group.token() of "
+            "this one."
         )
     axes = group.mesh_axes
 

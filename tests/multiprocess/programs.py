@@ -4,8 +4,10 @@
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
+import resource
 import signal
 import threading
 import time
@@ -152,6 +154,39 @@ def killed(
     tell(close_seconds=time.monotonic() - begin)
     assert_local_group_works()
     leave(directory, [p for p in range(jax.process_count()) if p != ODD])
+
+
+def killed_while_others_wait_elsewhere(directory: str) -> None:
+    """As `killed`, in a step that ends in a collective of JAX, from which nobody may come back."""
+
+    def local(token, *arrays):
+        d, token = smfree.dispatch(token, *arrays)
+        odd = jax.lax.axis_index("ep") // jax.local_device_count() == ODD
+        forever = jnp.where(odd, 2**31 - 1, 0)
+        y = jax.lax.fori_loop(0, forever, lambda _, y: jnp.sin(y), d.x)
+        out = smfree.combine(token, d, y)[0]
+        return out + jax.lax.pmean(jnp.sum(out), "ep")
+
+    setting = start(60.0, local)
+    begin = time.monotonic()
+    if jax.process_index() == ODD:
+        threading.Thread(target=die_after_dispatch, args=[setting.group], daemon=True).start()
+    else:
+        logging.getLogger("jax_smfree").addHandler(TellAndLeave(directory, begin))
+    setting.errors()
+    time.sleep(30)
+
+
+class TellAndLeave(logging.Handler):
+    """Ends this process at the first record, wherever its main thread is."""
+
+    def __init__(self, directory: str, begin: float):
+        super().__init__()
+        self.directory, self.begin = directory, begin
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(log=record.getMessage(), seconds=time.monotonic() - self.begin)
+        leave(self.directory, [p for p in range(jax.process_count()) if p != ODD])
 
 
 def die_after_dispatch(group: smfree.EpGroup) -> None:
@@ -305,6 +340,27 @@ def does_not_create(absent: int) -> None:
         assert_works_everywhere(group)
         meet()
     tell(left=compat.distributed_client().key_value_dir_get("jax_smfree/group/"))
+
+
+def creates_without_descriptors() -> None:
+    """A process has as many files open as it may."""
+    testing.initialize()
+    mesh = Mesh(np.array(jax.devices()), ("ep",))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if jax.process_index() == ODD:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
+    try:
+        smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG, timeout_s=3.0))
+        tell(error=None)
+    except smfree.SmfreeError as error:
+        tell(error=str(error))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    meet()
+    with smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG)) as group:
+        assert_works_everywhere(group)
+        meet()
 
 
 def assert_works_everywhere(group: smfree.EpGroup) -> None:

@@ -34,6 +34,16 @@ def test_killed(tmp_path, mode, processes, devices):
         assert told[rank]["close_seconds"] < 10.0
 
 
+def test_killed_while_others_wait_elsewhere(tmp_path):
+    """The survivors say what has happened, where JAX would be silent for minutes."""
+    told, result = run(
+        programs.killed_while_others_wait_elsewhere, str(tmp_path), log_dir=tmp_path, devices=2
+    )
+    assert result.processes[0].returncode == 0, result.summary()
+    assert_all_match([told[0]["log"]], r"EpGroup.* failed: rank\(s\) 2, 3 \(process 1\) died")
+    assert told[0]["seconds"] < 20.0
+
+
 NEVER_SENDS = {
     "direct": r"rank [01] waited 2\.\d s in dispatch_recv \(.*\) for rank 2: .*; for rank 3: ",
     # Each rank receives from the one of its index in the other node.
@@ -128,6 +138,15 @@ def test_does_not_create(tmp_path, absent):
     )
     assert told[1 - absent]["seconds"] < 6.0
     assert [process["left"] for process in told] == [[], []]
+
+
+def test_creates_without_descriptors(tmp_path):
+    told, result = run(programs.creates_without_descriptors, log_dir=tmp_path)
+    result.check()
+    assert_all_match(
+        [told[1]["error"]], r"^EpGroup\.create: .*failed: Too many open files.*Cure: .*ulimit -n"
+    )
+    assert_all_match([told[0]["error"]], r"^EpGroup\.create: .* process(\(es\))? 1 ")
 
 
 def test_pauses(tmp_path):
