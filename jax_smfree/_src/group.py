@@ -152,8 +152,9 @@ class EpGroup:
         """A token that is ready for the first operation on ``lane``.
 
         Inside ``jax.shard_map`` it is this rank's; outside it is a global one, which enters a
-        ``shard_map`` with the spec `token_spec`. Start each lane once and thread the token through
-        the program; a layer that starts from a fresh one must be ordered by its data.
+        ``shard_map`` with the spec `token_spec`. Calls that begin with fresh tokens are ordered by
+        their data, or not at all: on CPUs they need not be; on GPUs those of one lane have to be,
+        or one token is threaded through them.
 
         Raises:
           ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
