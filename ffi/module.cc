@@ -87,6 +87,7 @@ NB_MODULE(_native, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.attr("MAX_TIMEOUT_S") = kMaxTimeoutS;
   m.def("register_call_site", &RegisterCallSite, nb::arg("call_site"), nb::arg("name"));
 
   m.def("rdma_size_hint", &RdmaSizeHint, nb::arg("config"));

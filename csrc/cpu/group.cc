@@ -59,13 +59,16 @@ Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& proces
   } else if (config.top_k < 1 || config.top_k > config.num_experts) {
     wrong = "top_k " + std::to_string(config.top_k) + " is not between 1 and num_experts";
   } else if (config.num_lanes < 1 || config.expert_alignment < 1 || config.hidden < 1 ||
-             config.max_tokens < 1 || config.recv_capacity < 0 || !(config.timeout_s > 0)) {
-    wrong = "a size or the timeout is not positive";
+             config.max_tokens < 1 || config.recv_capacity < 0) {
+    wrong = "a size is not positive";
+  } else if (!IsTimeout(config.timeout_s)) {
+    wrong = "timeout_s is " + std::to_string(config.timeout_s) +
+            ", expected more than 0 and at most " + std::to_string(kMaxTimeoutS);
   } else if (config.max_tokens > std::numeric_limits<int32_t>::max() / config.num_ranks ||
              RowsCapacity(config, config.max_tokens) > std::numeric_limits<int32_t>::max()) {
     wrong = "max_tokens times num_ranks does not fit 32 bits";
-  } else if (cookie.size() > static_cast<size_t>(wire::kMaxCookieBytes)) {
-    wrong = "the cookie is longer than " + std::to_string(wire::kMaxCookieBytes) + " bytes";
+  } else if (cookie.size() > static_cast<size_t>(packets::kMaxCookieBytes)) {
+    wrong = "the cookie is longer than " + std::to_string(packets::kMaxCookieBytes) + " bytes";
   } else if (!is_process(my_process)) {
     wrong = "process " + std::to_string(my_process) + " has no rank";
   } else {

@@ -10,8 +10,9 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-import jax_smfree._src.autodiff  # noqa: F401  (registers the rules of the primitives)
-from jax_smfree._src import checks, compat, targets
+import jax_smfree._src.autodiff
+import jax_smfree._src.remat  # noqa: F401  (both register rules of the primitives)
+from jax_smfree._src import arguments, checks, compat, targets
 from jax_smfree._src import primitives as p
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import DispatchResult, Handle, InFlight, Token
@@ -59,8 +60,10 @@ def dispatch_send(
       ValueError, TypeError: while tracing, for a token that is in flight, wrong shapes or dtypes,
         a closed group, a call outside of ``shard_map``, a ``shard_map`` over another mesh than the
         group's. Other devices than the group's are refused when the program is lowered.
-      SmfreeError: at run time, for an index outside of [-1, num_experts), the same expert twice in
-        a row, a rank that runs another program, a missed deadline.
+      jax.errors.JaxRuntimeError: when the result is awaited, on CPUs; and
+      SmfreeError: from ``group.check()``, and where the group's ``with`` block is left; both for an
+        index outside of [-1, num_experts), the same expert twice in a row, a rank that runs another
+        program, a missed deadline. On GPUs the results are NaN until somebody checks.
 
     Example:
       >>> token = smfree.dispatch_send(token, x, topk_idx, topk_weights)  # doctest: +SKIP
@@ -184,9 +187,18 @@ def tie(token: Token, *values: Any) -> tuple[Any, ...]:
     """Makes all of the results wait for all of the arguments, in the forward and backward pass.
 
     ``token, x = tie(token, x)``: whatever uses the new ``x`` starts after the operation that
-    returned the old token. Values are any pytrees; nothing is computed.
+    returned the old token. Values are any pytrees of arrays; nothing is computed.
+
+    Raises:
+      TypeError: for what is no token of the library, or no arrays.
     """
-    leaves, tree = jax.tree.flatten((token, *values))
+    arguments.instance("tie", "the token", token, Token, "Start with group.token().")
+    arguments.tree("tie", "the values", values)
+    return _tied(token, *values)
+
+
+def _tied(*values: Any) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(values)
     result: tuple[Any, ...] = jax.tree.unflatten(tree, p.tie_p.bind(*leaves))
     return result
 
@@ -200,6 +212,10 @@ def overlap(token: Token, fn: Callable[..., Any], *args: Any) -> tuple[Token, An
 
     Returns: ``(token, fn(*args))``.
 
+    Raises:
+      ValueError, TypeError: for a token that is not in flight, what is no function, arguments or
+        results that are no pytrees of arrays.
+
     Example:
       >>> token, s = smfree.overlap(token, shared_expert, x, params)  # doctest: +SKIP
     """
@@ -208,8 +224,12 @@ def overlap(token: Token, fn: Callable[..., Any], *args: Any) -> tuple[Token, An
             "overlap: got no token in flight, expected the one that dispatch_send or combine_send "
             "returned: there is nothing to overlap with."
         )
-    token, *tied = tie(token, *args)
-    token, out = tie(token, fn(*tied))
+    arguments.function("overlap", "fn", fn)
+    arguments.tree("overlap", "the arguments of fn", args)
+    token, *tied = _tied(token, *args)
+    out = fn(*tied)
+    arguments.tree("overlap", "the results of fn", out)
+    token, out = _tied(token, out)
     return token, out
 
 
@@ -270,6 +290,7 @@ def dispatch(
     Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
     """
+    arguments.flag("dispatch", "return_recv_hook", return_recv_hook)
     token = dispatch_send(token, x, topk_idx, topk_weights)
     return RecvHook(token, dispatch_recv) if return_recv_hook else dispatch_recv(token)
 
@@ -305,6 +326,7 @@ def combine(
     Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
     """
+    arguments.flag("combine", "return_recv_hook", return_recv_hook)
     token = combine_send(token, d, y, weights)
     return RecvHook(token, combine_recv) if return_recv_hook else combine_recv(token)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differentiation and rematerialisation of the primitives, so that the overlap turns around.
+"""Differentiation of the primitives, so that the overlap turns around.
 
 With the routing fixed, dispatch is linear in the rows and in the numbers that its slots carry, and
 combine (without weights) is its transpose. So every half is the transpose of the other operation's
@@ -22,14 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.interpreters import partial_eval as pe
 
 from jax_smfree._src import compat
 from jax_smfree._src.primitives import (
-    RECV_PRIMITIVES,
-    REPLAY,
     TANGENT,
     TRANSPOSE,
     Call,
@@ -43,6 +40,9 @@ from jax_smfree._src.primitives import (
     dispatch_send_p,
     tie_p,
 )
+
+TANGENTS: dict[Primitive, Any] = {}
+"""How the result of a primitive varies; see `_differentiable`."""
 
 
 def _is_zero(value: Any) -> bool:
@@ -62,24 +62,36 @@ def _tangent_call(call: Call) -> Call:
     return call.derived(TANGENT)
 
 
+def _differentiable(primitive: Primitive, tangent: Any) -> None:
+    """``tangent(out, primals, tangents, call=...)`` is the tangent of the result ``out``."""
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+        out = primitive.bind(*primals, call=call)
+        return out, tangent(out, primals, tangents, call=call)
+
+    ad.primitive_jvps[primitive] = jvp
+    TANGENTS[primitive] = tangent
+
+
 # ---- linear halves -------------------------------------------------------------------------------
 
 
 def _linear(primitive: Primitive, num_linear: int, transpose_of: Primitive) -> None:
-    """JVP and transpose of a primitive that is linear in the token and some of its operands.
+    """Tangent and transpose of a primitive that is linear in the token and some of its operands.
 
     Operands are (token, *linear, *routing), results (token, *linear). The transpose takes (token,
     *cotangents of the results, *routing) and returns the token's cotangent and the others in
     order. Without slots a half has an operand of width 0 in their place.
     """
 
-    def jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
-        out = primitive.bind(*primals, call=call)
+    def tangent(
+        out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+    ) -> Any:
         linear, routing = tangents[: 1 + num_linear], primals[1 + num_linear :]
         if all(_is_zero(t) for t in linear):
-            return out, _zeros_of(out)
+            return _zeros_of(out)
         operands = [*map(ad.instantiate_zeros, linear), *routing]
-        return out, primitive.bind(*operands, call=_tangent_call(call))
+        return primitive.bind(*operands, call=_tangent_call(call))
 
     def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
         if all(_is_zero(c) for c in cotangents):
@@ -92,7 +104,7 @@ def _linear(primitive: Primitive, num_linear: int, transpose_of: Primitive) -> N
             b if ad.is_undefined_primal(o) else None for b, o in zip(bars, operands, strict=True)
         ]
 
-    ad.primitive_jvps[primitive] = jvp
+    _differentiable(primitive, tangent)
     ad.primitive_transposes[primitive] = transpose
 
 
@@ -105,11 +117,12 @@ _linear(combine_send_p, 2, dispatch_recv_cached_p)
 # ---- the routed dispatch: linear once its routing is known ---------------------------------------
 
 
-def _dispatch_send_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
-    out = dispatch_send_p.bind(*primals, call=call)
+def _dispatch_send_tangent(
+    out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+) -> Any:
     token, x, _, weights = tangents
     if all(_is_zero(t) for t in (token, x, weights)):
-        return out, _zeros_of(out)
+        return _zeros_of(out)
     _, places, send_counts = out
     (token_dot,) = dispatch_send_cached_p.bind(
         ad.instantiate_zeros(token),
@@ -119,20 +132,21 @@ def _dispatch_send_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call:
         send_counts,
         call=_tangent_call(call),
     )
-    return out, [token_dot, *_zeros_of(out[1:])]
+    return [token_dot, *_zeros_of(out[1:])]
 
 
-def _dispatch_recv_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
-    out = dispatch_recv_p.bind(*primals, call=call)
+def _dispatch_recv_tangent(
+    out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+) -> Any:
     if _is_zero(tangents[0]):
-        return out, _zeros_of(out)
+        return _zeros_of(out)
     routing = out[5:]
     tangents_out = dispatch_recv_cached_p.bind(tangents[0], *routing, call=_tangent_call(call))
-    return out, [*tangents_out, *_zeros_of(out[3:])]
+    return [*tangents_out, *_zeros_of(out[3:])]
 
 
-ad.primitive_jvps[dispatch_send_p] = _dispatch_send_jvp
-ad.primitive_jvps[dispatch_recv_p] = _dispatch_recv_jvp
+_differentiable(dispatch_send_p, _dispatch_send_tangent)
+_differentiable(dispatch_recv_p, _dispatch_recv_tangent)
 
 
 # ---- the weighted combine: bilinear, with its tangent fused for the backward pass ----------------
@@ -167,16 +181,15 @@ compat.impl(combine_tangent_p)
 mlir.register_lowering(combine_tangent_p, mlir.lower_fun(_combine_tangent, multiple_results=True))
 
 
-def _combine_send_weighted_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+def _combine_send_weighted_tangent(
+    out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> Any:
-    out = combine_send_weighted_p.bind(*primals, call=call)
     token, y_dot, weights_dot, *_ = tangents
     if all(_is_zero(t) for t in (token, y_dot, weights_dot)):
-        return out, _zeros_of(out)
+        return _zeros_of(out)
     _, y, weights, *routing = primals
     dots = [ad.instantiate_zeros(t) for t in (y_dot, weights_dot)]
-    return out, combine_tangent_p.bind(
+    return combine_tangent_p.bind(
         ad.instantiate_zeros(token), *dots, y, weights, *routing,
         call=_tangent_call(call),
     )  # fmt: skip
@@ -196,20 +209,27 @@ def _combine_tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: 
     return [*bars, None, None, *[None] * len(routing)]
 
 
-def _jvp_of(meaning: Any) -> Any:
-    """The JVP of a fused primitive is that of its meaning."""
+def _differentiable_by(meaning: Any, primitive: Primitive) -> None:
+    """A fused primitive is differentiated as its meaning is."""
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
         _tangent_call(call)
         dots = tuple(ad.instantiate_zeros(t) for t in tangents)
         return jax.jvp(lambda *p: meaning(*p, call=call), tuple(primals), dots)
 
-    return jvp
+    def tangent(
+        out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+    ) -> Any:
+        del out
+        return jvp(primals, tangents, call=call)[1]
+
+    ad.primitive_jvps[primitive] = jvp
+    TANGENTS[primitive] = tangent
 
 
-ad.primitive_jvps[combine_send_weighted_p] = _combine_send_weighted_jvp
-ad.primitive_jvps[combine_tangent_p] = _jvp_of(_combine_tangent)
-ad.primitive_jvps[dispatch_recv_weighted_p] = _jvp_of(_recv_weighted)
+_differentiable(combine_send_weighted_p, _combine_send_weighted_tangent)
+_differentiable_by(_combine_tangent, combine_tangent_p)
+_differentiable_by(_recv_weighted, dispatch_recv_weighted_p)
 ad.primitive_transposes[combine_tangent_p] = _combine_tangent_transpose
 
 
@@ -234,48 +254,16 @@ batching.primitive_batchers[tie_p] = lambda values, dims: (tie_p.bind(*values), 
 compat.set_dce_rule(tie_p, _tie_dce)
 
 
-# ---- jax.checkpoint ------------------------------------------------------------------------------
-
-
-def _replay(saveable: Any, unknown: Sequence[bool], known_here: Sequence[bool], eqn: Any) -> Any:
-    """What ``jax.checkpoint`` keeps of an operation, and what it runs again in the backward pass.
-
-    The routing (integers) is always kept, so that rows are not sent again for its sake. The copy
-    that runs again has a derivation of its own: on the CPU it may run beside the original. A send
-    is never kept on its own, because its recv would have nothing to receive from.
-    """
-    residuals = [
-        v for v, here in zip(eqn.invars, known_here, strict=True) if not here and not _literal(v)
-    ]
-    everything, nothing = [True] * len(eqn.outvars), [False] * len(eqn.outvars)
-    if any(unknown):  # a tangent: it runs in the backward pass only
-        return None, eqn, everything, everything, residuals
-    if eqn.primitive in RECV_PRIMITIVES and compat.is_saved(
-        saveable(eqn.primitive, *[v.aval for v in eqn.invars], **eqn.params)
-    ):
-        return eqn, None, nothing, nothing, []
-    again = [not jnp.issubdtype(v.aval.dtype, jnp.integer) for v in eqn.outvars]
-    unused = [type(v)(v.aval) for v in eqn.outvars]
-    copy = eqn.replace(
-        outvars=[v if a else u for v, u, a in zip(eqn.outvars, unused, again, strict=True)],
-        params={"call": eqn.params["call"].derived(REPLAY)},
-    )
-    return eqn, copy, nothing, again, residuals
-
-
-def _literal(var: Any) -> bool:
-    return isinstance(var, Literal)
-
-
 # ---- vmap ----------------------------------------------------------------------------------------
 
 
-def _batch(primitive: Primitive) -> Any:
+def batch_of_one(primitive: Primitive) -> Any:
     """A batch of one entry per rank is that entry: ``jax.vmap(..., spmd_axis_name=...)``."""
 
     def rule(
-        axes: frozenset[str], operands: Sequence[Any], dims: Sequence[int | None], *, call: Call
-    ) -> Any:
+        axes: frozenset[str], operands: Sequence[Any], dims: Sequence[int | None], *,
+        call: Call, **params: Any,
+    ) -> Any:  # fmt: skip
         size = max(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
         if size != 1:
             raise NotImplementedError(
@@ -291,7 +279,7 @@ def _batch(primitive: Primitive) -> Any:
         if call.varying:  # under check_vma=True
             entries = [compat.varying_too(entry, axes) for entry in entries]
             call = dataclasses.replace(call, varying=call.varying | axes)
-        out = primitive.bind(*entries, call=call)
+        out = primitive.bind(*entries, call=call, **params)
         return [jax.lax.expand_dims(o, [0]) for o in out], [0] * len(out)
 
     return rule
@@ -309,5 +297,4 @@ DATA_PRIMITIVES = (
     combine_recv_p,
 )
 for _primitive in DATA_PRIMITIVES:
-    compat.set_batch_rule(_primitive, _batch(_primitive))
-    pe.partial_eval_jaxpr_custom_rules[_primitive] = _replay
+    compat.set_batch_rule(_primitive, batch_of_one(_primitive))

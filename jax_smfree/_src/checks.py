@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
-from jax_smfree._src import compat
+from jax_smfree._src import arguments, compat
 from jax_smfree._src.token import DispatchResult, Token
 
 if TYPE_CHECKING:
@@ -131,11 +131,7 @@ def check_array(
     name: str, what: str, value: Any, shape: tuple[int, ...], dtype: Any, meaning: str
 ) -> jax.Array:
     """``value`` as an array of this shape and dtype; ``meaning`` names the sizes."""
-    if not isinstance(value, (jax.Array, jnp.ndarray)) and not hasattr(value, "dtype"):
-        raise TypeError(
-            f"{name}: got a {type(value).__name__} as {what}, expected an array {meaning}."
-        )
-    array: jax.Array = jnp.asarray(value)
+    array = arguments.as_array(name, what, value, f"an array {meaning}{list(shape)}")
     if array.shape != shape:
         raise ValueError(f"{name}: got {what}{list(array.shape)}, expected {meaning}{list(shape)}.")
     if array.dtype != dtype:
@@ -149,11 +145,18 @@ def check_array(
 def check_rows(name: str, group: EpGroup, x: Any) -> jax.Array:
     """``x`` is [T, H] with T up to ``max_tokens``."""
     config = group.config
-    shape = getattr(x, "shape", None)
-    if shape is None or len(shape) != 2:
+    x = arguments.as_array(name, "x", x, "an array [T, H], one row per token")
+    shape = x.shape
+    if len(shape) != 2:
         raise ValueError(
             f"{name}: got x of shape {shape}, expected [T, H], one row per token. Reshape "
             "x[B, T, H] to x[B * T, H]."
+        )
+    if not isinstance(shape[0], int):
+        raise ValueError(
+            f"{name}: got x{list(shape)}, expected a number of rows: messages and their places "
+            "are laid out for it while tracing, so a symbolic size cannot be exported. Export the "
+            "program for each size, or for max_tokens, and pad with topk_idx of -1."
         )
     if not 1 <= shape[0] <= config.max_tokens:
         raise ValueError(

@@ -9,6 +9,7 @@ import jax
 import jax.monitoring
 from jax._src import core, dispatch, distributed
 from jax._src.interpreters import partial_eval as pe
+from jax._src.interpreters import remat
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 from jax.sharding import Mesh, PartitionSpec
@@ -94,6 +95,27 @@ def set_dce_rule(primitive: Primitive, keep: Callable[[Sequence[bool], Any], Any
 
     # (used, eqn) up to jax 0.11, (used, live_ins, eqn) from 0.12 on.
     pe.dce_rules[primitive] = lambda used, *rest: keep(used, rest[-1])
+
+
+def set_remat3_rule(
+    primitive: Primitive, run: Callable[..., tuple[Any, Any]], run_again: Callable[..., Any]
+) -> None:
+    """What ``jax.checkpoint`` does with ``primitive`` where ``jax_remat3`` is set.
+
+    In the forward pass ``run(policy, *operands, **params)`` returns its results and what is kept of
+    them; in the backward pass ``run_again(kept, *operands, **params)`` returns its results.
+    """
+    # The first argument is the policy in jax 0.10 and has it since; what is kept is a result of its
+    # own, and an argument of what runs again, since 0.12.
+    hands_over = "res" in remat.RematTrace.process_primitive.__code__.co_varnames
+
+    def rule(policy: Any, *operands: Any, **params: Any) -> Any:
+        policy = policy.policy if isinstance(policy, remat.RematTrace) else policy
+        out, kept = run(policy, *operands, **params)
+        again = functools.partial(run_again, **params)
+        return (out, kept, again) if hands_over else (out, functools.partial(again, kept))
+
+    remat.rules[primitive] = rule
 
 
 def is_saved(policy_result: Any) -> bool:

@@ -2,15 +2,16 @@
 """`EpConfig`: what all ranks of an expert-parallel group agree on before anything is sent."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_smfree import _native
+from jax_smfree._src import arguments
 
 _DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
+_COUNTS = ("num_experts", "top_k", "hidden", "max_tokens", "expert_alignment", "num_lanes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,9 @@ class EpConfig:
       hidden: length of a row, in elements.
       max_tokens: the most rows that one rank sends in one operation.
       dtype: of the rows: float32, bfloat16 or float16. Sums are always taken in float32.
-      recv_capacity: rows of ``d.x``. ``None`` is the worst case (every row of every rank comes
-        here), so that nothing is ever dropped; a smaller number bounds memory, see ``overflow``.
+      recv_capacity: rows of ``d.x``, a multiple of ``expert_alignment``. ``None`` is the worst case
+        (every row of every rank comes here), so that nothing is ever dropped; a smaller number
+        bounds memory, see ``overflow``.
       expert_alignment: every entry of ``d.group_sizes`` is a multiple of it, filled up with zero
         rows.
       num_lanes: operations that may be in flight at the same time (micro-batches).
@@ -41,7 +43,8 @@ class EpConfig:
         in that order. GPUs of one node exchange rows over NVLink, those of different nodes always
         by NVSHMEM's puts, also where NVLink would reach them.
       mode: ``"direct"`` or ``"hierarchical"``; ``None`` follows the rule above.
-      timeout_s: deadline of every wait for a peer, in seconds.
+      timeout_s: deadline of every wait for a peer, in seconds; at most 1e6, which is eleven days:
+        every clock that a deadline is counted on can hold that, also those of 32 bits.
       overflow: when more rows arrive than ``recv_capacity``: ``"error"`` poisons the outputs with
         NaN and raises in ``group.check()``; ``"drop"`` drops in a fixed order (the last experts,
         and in an expert the last rows, go first) and counts ``d.num_dropped``.
@@ -75,44 +78,53 @@ class EpConfig:
     differentiable: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("dtype", arguments.dtype("EpConfig", "dtype", self.dtype))
         if self.dtype not in _DTYPES:
             raise TypeError(
                 f"EpConfig: got dtype={self.dtype}, expected one of "
                 f"{', '.join(d.name for d in _DTYPES)}. Cast the rows, or quantise them yourself."
             )
-        positive = ["num_experts", "top_k", "hidden", "max_tokens", "expert_alignment", "num_lanes"]
-        positive += [n for n in ("recv_capacity", "ranks_per_node") if getattr(self, n) is not None]
-        for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"EpConfig: got {name}={value!r}, expected a positive integer.")
-            object.__setattr__(self, name, int(value))
+        for name in _COUNTS:
+            put(name, arguments.integer("EpConfig", name, getattr(self, name)))
+        for name in ("recv_capacity", "ranks_per_node"):
+            if getattr(self, name) is not None:
+                put(name, arguments.integer("EpConfig", name, getattr(self, name)))
+        if self.sm_push_bytes is not None:
+            most = 2**63 - 1
+            value = arguments.integer(
+                "EpConfig", "sm_push_bytes", self.sm_push_bytes, least=0, most=most
+            )
+            put("sm_push_bytes", value)
+        put("differentiable", arguments.flag("EpConfig", "differentiable", self.differentiable))
+        arguments.choice("EpConfig", "mode", self.mode, ("direct", "hierarchical", None))
+        arguments.choice("EpConfig", "puts", self.puts, ("host", "device"))
+        arguments.choice("EpConfig", "overflow", self.overflow, ("error", "drop"))
+        self._check_timeout()
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"EpConfig: got top_k={self.top_k} of num_experts={self.num_experts}, expected "
                 "top_k <= num_experts: a row goes to an expert at most once."
             )
-        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
+        capacity, alignment = self.recv_capacity, self.expert_alignment
+        if capacity is not None and capacity % alignment:
+            below = capacity // alignment * alignment
+            fits = f"{below} or {below + alignment}" if below else f"{alignment}"
             raise ValueError(
-                f"EpConfig: got timeout_s={self.timeout_s!r}, expected a positive, finite number "
-                "of seconds: every wait has a deadline."
+                f"EpConfig: got recv_capacity={capacity} with expert_alignment={alignment}, "
+                "expected a multiple of it, because every group of rows is one, also the last one "
+                f"that fits. Set recv_capacity={fits}."
             )
-        push = self.sm_push_bytes
-        if push is not None and (not isinstance(push, (int, np.integer)) or push < 0):
-            raise ValueError(
-                f"EpConfig: got sm_push_bytes={push!r}, expected None or a number of bytes."
-            )
-        if self.mode not in (None, "direct", "hierarchical"):
-            raise ValueError(
-                f"EpConfig: got mode={self.mode!r}, expected 'direct', 'hierarchical' or None."
-            )
-        if self.puts not in ("host", "device"):
-            raise ValueError(f"EpConfig: got puts={self.puts!r}, expected 'host' or 'device'.")
-        if self.overflow not in ("error", "drop"):
-            raise ValueError(
-                f"EpConfig: got overflow={self.overflow!r}, expected 'error' or 'drop'."
-            )
+
+    def _check_timeout(self) -> None:
+        most = _native.MAX_TIMEOUT_S
+        expected = f"a positive number of seconds of at most {most:,.0f}: every wait has a deadline"
+        value = arguments.number("EpConfig", "timeout_s", self.timeout_s, expected)
+        if not 0 < value <= most:
+            raise ValueError(f"EpConfig: got timeout_s={self.timeout_s!r}, expected {expected}.")
+        object.__setattr__(self, "timeout_s", value)
 
     def num_recv_rows(self, num_tokens: int, num_ranks: int) -> int:
         """Rows of ``d.x`` when every rank sends ``num_tokens`` rows.
@@ -121,12 +133,25 @@ class EpConfig:
         many experts of this rank as it can, and the rows of every expert are rounded up to
         ``expert_alignment``.
         """
+        name = "EpConfig.num_recv_rows"
+        tokens = arguments.integer(name, "num_tokens", num_tokens)
+        ranks = arguments.integer(name, "num_ranks", num_ranks)
+        if self.num_experts % ranks:
+            raise ValueError(
+                f"{name}: got num_experts={self.num_experts} over {ranks} ranks, expected a "
+                "multiple of the number of ranks: each owns the same number of experts."
+            )
         if self.recv_capacity is not None:
             return self.recv_capacity
+        local_experts = self.num_experts // ranks
+        # Of Python's integers, which the ones of the layout code might not hold.
+        copies = ranks * tokens * min(self.top_k, local_experts)
+        most = copies + (min(copies, local_experts) + 1) * self.expert_alignment
+        if most > arguments.INT32_MAX:
+            raise ValueError(
+                f"{name}: got up to {most} rows on a rank, expected less than 2**31: rows are "
+                "numbered by int32. Lower max_tokens or set recv_capacity."
+            )
         return _native.max_recv_rows(
-            num_ranks,
-            num_tokens,
-            self.top_k,
-            self.num_experts // num_ranks,
-            self.expert_alignment,
+            ranks, tokens, self.top_k, local_experts, self.expert_alignment
         )

@@ -16,10 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_smfree._src import (
+    arguments,
     backends,
     bootstrap,
     checks,
     compat,
+    errors,
     life,
     nodes,
     placement,
@@ -38,8 +40,9 @@ class EpGroup:
     """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
 
     Along every other axis of the mesh each coordinate is a group of its own. A context manager:
-    leaving it closes the group. A group that is dropped is closed, too, with a ResourceWarning:
-    when neither it nor a token of it is held any more, even if a compiled program of it is.
+    leaving it closes the group, and makes a `SmfreeError` of a JAX error that the group has caused.
+    A group that is dropped is closed, too, with a ResourceWarning: when neither it nor a token of
+    it is held any more, even if a compiled program of it is.
 
     Attributes:
       mesh, axis: as given to `create`.
@@ -96,6 +99,8 @@ class EpGroup:
                 f"EpGroup.create: got a {type(mesh).__name__} as mesh, expected a "
                 "jax.sharding.Mesh of devices: the group connects them."
             )
+        arguments.instance("EpGroup.create", "config", config, EpConfig)
+        arguments.instance("EpGroup.create", "axis", axis, str)
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
@@ -147,13 +152,15 @@ class EpGroup:
         """A token that is ready for the first operation on ``lane``.
 
         Inside ``jax.shard_map`` it is this rank's; outside it is a global one, which enters a
-        ``shard_map`` with the spec `token_spec`. Start each lane once and thread the token through
-        the program; a layer that starts from a fresh one must be ordered by its data.
+        ``shard_map`` with the spec `token_spec`. Calls that begin with fresh tokens are ordered by
+        their data, or not at all: on CPUs they need not be; on GPUs those of one lane have to be,
+        or one token is threaded through them.
 
         Raises:
-          ValueError: for a lane outside of ``range(config.num_lanes)``, or a closed group.
+          ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
         """
         checks.check_open("EpGroup.token", self)
+        lane = arguments.integer("EpGroup.token", "lane", lane, least=-(2**31))
         if lane not in range(self.config.num_lanes):
             raise ValueError(
                 f"EpGroup.token: got lane={lane}, expected 0 to {self.config.num_lanes - 1} "
@@ -179,6 +186,10 @@ class EpGroup:
         A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
         An overflow of ``recv_capacity`` is reported once, and the group goes on.
 
+        Costs some microseconds: it looks at host memory, and waits neither for the devices nor for
+        other processes. So it sees what has run by then; to see all, wait for the results first.
+        Call it once per step or per logging interval.
+
         Raises:
           SmfreeError: with the rank, peer, operation, lane and number of the first fault.
         """
@@ -187,11 +198,37 @@ class EpGroup:
             raise SmfreeError(message)
 
     def stats(self) -> dict[str, int]:
-        """Counters since creation, summed over the ranks of this process; final after `close`."""
+        """Counters since creation, summed over the ranks of this process; final after `close`.
+
+        Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
+        the operations of the backward pass included:
+
+        - ``dispatch_send_calls``, …: how often it ran.
+        - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
+        - ``dispatch_send_bytes``, …: bytes of these rows; on CPUs with weights and expert ids.
+        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
+          phase to the last arrival.
+
+        Of the group:
+
+        - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
+        - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
+        - ``rows_dropped``: copies of rows that did not fit into ``recv_capacity``.
+        - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
+          arrived and was not received yet.
+
+        On GPUs the counters are copied from each device, which takes tens of microseconds each and
+        does not wait for what runs there.
+        """
         return _sum(self._life.stats())
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the group holds in this process."""
+        """Bytes that the group holds in this process.
+
+        On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
+        ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
+        rows now and ``arena_bytes_high_water`` did at most.
+        """
         return _sum([native.memory_report() for native in self._life.natives])
 
     def trace(self) -> list[dict[str, Any]]:
@@ -311,9 +348,13 @@ class EpGroup:
     def __enter__(self) -> EpGroup:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: Any
+    ) -> None:
         # After an error, or Ctrl-C, nobody waits for results.
-        self.close(timeout_s=None if error_type is None else life.GRACE_S)
+        self.close(timeout_s=None if error is None else life.GRACE_S)
+        if ours := errors.from_xla(error):
+            raise ours from error
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""

@@ -2,9 +2,12 @@
 """How many bytes a GPU group takes, from the code that lays the buffers out."""
 
 from jax_smfree import _native
-from jax_smfree._src import nodes
+from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.native_config import native_config
+
+# Of a rank, in bytes: an exbibyte, beyond which the arithmetic of the layout would not hold.
+_MOST_BYTES = 2**60
 
 
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -15,10 +18,10 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     headers; in direct mode ``ranks`` in the place of ``nodes``; zero for a single node.
 
     Raises:
-      ValueError: for experts that do not divide over the ranks, or ranks that do not over the
-        nodes.
+      ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
+        over the nodes; for what is no config or no number of ranks.
     """
-    return _native.rdma_size_hint(_resolved(config, num_ranks))
+    return _native.rdma_size_hint(_resolved("rdma_size_hint", config, num_ranks))
 
 
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
@@ -26,20 +29,28 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
 
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
     """
-    return _native.nvl_size_hint(_resolved(config, num_ranks))
+    return _native.nvl_size_hint(_resolved("nvl_size_hint", config, num_ranks))
 
 
 def buffer_bytes(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of all buffers."""
-    native = _resolved(config, num_ranks)
+    native = _resolved("buffer_bytes", config, num_ranks)
     return _native.nvl_size_hint(native) + _native.rdma_size_hint(native)
 
 
-def _resolved(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
+def _resolved(where: str, config: EpConfig, num_ranks: int) -> _native.GroupConfig:
+    arguments.instance(where, "config", config, EpConfig)
+    num_ranks = arguments.integer(where, "num_ranks", num_ranks, most=arguments.MOST_RANKS)
     if config.num_experts % num_ranks:
         raise ValueError(
-            f"size hint: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
+            f"{where}: got num_experts={config.num_experts} and num_ranks={num_ranks}, expected "
             "num_experts a multiple of num_ranks: each rank owns the same number."
         )
-    config = nodes.resolve("size hint", config, [[0] * num_ranks])
-    return native_config(config, num_ranks)
+    slots = config.top_k * 8 + config.hidden * config.dtype.itemsize
+    regions = num_ranks * config.num_lanes
+    if regions * (config.max_tokens * slots + config.num_experts * 4) > _MOST_BYTES // 64:
+        raise ValueError(
+            f"{where}: got {config} for {num_ranks} ranks, expected buffers of less than an "
+            "exbibyte. Lower max_tokens, hidden or num_lanes."
+        )
+    return native_config(nodes.resolve(where, config, [[0] * num_ranks]), num_ranks)

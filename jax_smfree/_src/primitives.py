@@ -72,10 +72,21 @@ class Call:
     derivation: int = 0
 
     def derived(self, *steps: int) -> Call:
-        """The call of the operation that differentiation or rematerialisation makes of this."""
+        """The call of the operation that differentiation or rematerialisation makes of this.
+
+        Raises:
+          ValueError: when the digits no longer fit into a message, from the sixteenth on.
+        """
         derivation = self.derivation
         for step in steps:
             derivation = derivation * 4 + step
+        if derivation >= 2**31:
+            raise ValueError(
+                f"jax_smfree: the operation at {self.call_site} is differentiated or replayed "
+                "more than 15 times over, expected fewer: a message says by 31 bits what it is "
+                "derived from. Differentiate the block around it less often, or nest fewer "
+                "jax.checkpoint."
+            )
         return dataclasses.replace(self, derivation=derivation)
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-from jax_smfree._src import hlo, targets
+from jax_smfree._src import arguments, hlo, targets
 from jax_smfree.inspect.windows import Orphan, Step, Window
 from jax_smfree.inspect.work import Work, is_free
 
@@ -34,8 +34,8 @@ class _Parameter:
 class Reader:
     """Pairs the sends and recvs of a program by their tokens."""
 
-    def __init__(self, program: jax.stages.Compiled | str) -> None:
-        text = (program if isinstance(program, str) else program.as_text()) or ""
+    def __init__(self, where: str, program: jax.stages.Compiled | str) -> None:
+        text = program if isinstance(program, str) else _text_of(where, program)
         self._computations = hlo.parse(text)
         self._call_sites = {targets.call_site_number(s): s for s in hlo.source_lines(text)}
         self._work = Work(self._computations)
@@ -152,6 +152,15 @@ class Reader:
             call.attribute("derivation"),
             self._call_sites.get(number) or targets.call_site_name(number),
         )
+
+
+def _text_of(where: str, program: Any) -> str:
+    if not isinstance(program, jax.stages.Compiled):
+        raise TypeError(
+            f"{where}: got {arguments.shown(program)} as the program, expected "
+            "jax.jit(f).lower(...).compile(), or its as_text()."
+        )
+    return program.as_text() or ""
 
 
 def _phase(call: hlo.Instruction) -> Literal["send", "recv"]:

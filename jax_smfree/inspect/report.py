@@ -74,7 +74,7 @@ def overlap_report(program: jax.stages.Compiled | str) -> OverlapReport:
         ``as_text()``.
 
     Raises:
-      ValueError: for a program that is not compiled.
+      ValueError, TypeError: for a program that is not compiled, or is none.
 
     Example:
       >>> import jax
@@ -83,7 +83,7 @@ def overlap_report(program: jax.stages.Compiled | str) -> OverlapReport:
       >>> print(smfree.overlap_report(compiled))
       no sends or recvs
     """
-    reader = Reader(program)
+    reader = Reader("overlap_report", program)
     return OverlapReport(tuple(reader.windows), tuple(reader.orphans))
 
 
@@ -91,22 +91,22 @@ def overlap(program: jax.stages.Compiled | str) -> list[Window]:
     """The windows of a compiled program: what it runs between each send and its recv.
 
     Raises:
-      ValueError: for a program that is not compiled.
+      ValueError, TypeError: for a program that is not compiled, or is none.
 
     Example:
       >>> for w in smfree.inspect.overlap(jax.jit(step).lower(*args).compile()):  # doctest: +SKIP
       ...     assert w.matmuls, f"nothing hides {w}"
     """
-    return Reader(program).windows
+    return Reader("overlap", program).windows
 
 
 def orphans(program: jax.stages.Compiled | str) -> list[Orphan]:
     """Sends that nothing receives, recvs that nothing sends to, recvs that were cloned.
 
     Raises:
-      ValueError: for a program that is not compiled.
+      ValueError, TypeError: for a program that is not compiled, or is none.
     """
-    return Reader(program).orphans
+    return Reader("orphans", program).orphans
 
 
 def _amount(window: Window) -> str:

@@ -53,17 +53,20 @@ class Operation:
 
     @property
     def is_replay(self) -> bool:
-        """Whether ``jax.checkpoint`` runs it again."""
-        return 3 in _digits(self.derivation)
+        """Whether ``jax.checkpoint`` runs it again; the gradient of a replay runs once."""
+        return "replayed" in self.derived
 
     @property
     def derived(self) -> str:
         """How it came from what the user wrote, in words: ``"forward"``, ``"gradient"``, …"""
         names = {1: "tangent", 2: "gradient", 3: "replayed"}
-        words = [names[d] for d in _digits(self.derivation)] or ["forward"]
-        if "gradient" in words:
-            words = [w for w in words if w != "tangent"]
-        return " ".join(words)
+        digits = _digits(self.derivation)
+        words = [
+            names[digit]
+            for place, digit in enumerate(digits)
+            if not (digit == 1 and 2 in digits) and not (digit == 3 and 2 in digits[place:])
+        ]
+        return " ".join(words or ["forward"])
 
     def __str__(self) -> str:
         return f"{self.operation}, lane {self.lane}, {self.derived}, {self.call_site}"

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import jax
 from jax import Array
 
 from jax_smfree._src.group import EpGroup
+from jax_smfree._src.token import Token
 from jax_smfree.nn import matmul
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.on_mesh import (
@@ -71,12 +74,20 @@ class MoeLayer(equinox.Module):
         )
         self.balance_bias = init_balance_bias_on_mesh(group) if balanced else None
 
-    def __call__(self, x: Array) -> tuple[Array, MoeAux]:
-        """``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts."""
+    @overload
+    def __call__(self, x: Array, *, token: None = None, lane: int = 0) -> tuple[Array, MoeAux]: ...
+    @overload
+    def __call__(self, x: Array, *, token: Token, lane: int = 0) -> tuple[Token, Array, MoeAux]: ...
+    def __call__(
+        self, x: Array, *, token: Token | None = None, lane: int = 0
+    ) -> tuple[Array, MoeAux] | tuple[Token, Array, MoeAux]:
+        """``(out, aux)``, or ``(token, out, aux)`` with a token; see `moe_layer_on_mesh`."""
         return moe_layer_on_mesh(
             self.group,
             self.params,
             x,
+            token=token,
+            lane=lane,
             balance_bias=jax.lax.stop_gradient(self.balance_bias),
             grouped_matmul=self.grouped_matmul,
         )

@@ -7,8 +7,10 @@ import jax
 from jax import Array
 from jax.tree_util import SequenceKey
 
+from jax_smfree._src import arguments, compat
+from jax_smfree._src.config import EpConfig
 from jax_smfree.nn import operations, router
-from jax_smfree.nn.experts import grouped_mlp, mlp
+from jax_smfree.nn.experts import check_swiglu, grouped_mlp, mlp
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -67,6 +69,10 @@ def moe_layer(
     Returns:
       ``(token, out, aux)``.
 
+    Raises:
+      ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
+        than the group's, what is no token; and as `jax_smfree.dispatch_send`.
+
     Example:
       >>> def model(layers, x):  # inside shard_map
       ...     token = group.token()
@@ -75,9 +81,10 @@ def moe_layer(
       ...         x = x + out
       ...     return x
     """
-    ops, op_token = operations.enter(implementation, token)
-    top_k = token.group.config.top_k
-    routes = router.route(x, params.router, top_k, balance_bias=balance_bias)
+    ops, op_token = operations.enter("moe_layer", implementation, token)
+    config, experts = token.group.config, experts_here("moe_layer", token.group)
+    check_layer("moe_layer", config, experts, params, x, balance_bias, grouped_matmul)
+    routes = router.route(x, params.router, config.top_k, balance_bias=balance_bias)
 
     op_token = ops.dispatch_send(op_token, x, routes.topk_idx, routes.topk_weights)
     if params.shared is not None:
@@ -91,3 +98,38 @@ def moe_layer(
         out = out + shared
     token = operations.leave(implementation, token, op_token)
     return token, out, MoeAux.of(routes, d.num_dropped)
+
+
+def check_layer(
+    where: str,
+    config: EpConfig,
+    experts: int,
+    params: MoeParams,
+    x: Array,
+    balance_bias: Array | None,
+    grouped_matmul: GroupedMatmul,
+) -> None:
+    """The operands of a layer fit its group; ``experts`` are those in ``params``."""
+    arguments.instance(where, "params", params, MoeParams, "Make it with nn.init_moe.")
+    arguments.function(where, "grouped_matmul", grouped_matmul)
+    hidden, dtype = config.hidden, config.dtype
+    arguments.array(where, "x", x, ("T", hidden), dtype)
+    arguments.array(where, "params.router", params.router, (hidden, config.num_experts))
+    check_swiglu(where, "params.experts", params.experts, (experts,), hidden, dtype)
+    if params.shared is not None:
+        check_swiglu(where, "params.shared", params.shared, (), hidden, dtype)
+    if balance_bias is not None:
+        arguments.array(where, "balance_bias", balance_bias, (config.num_experts,))
+
+
+def experts_here(where: str, group: Any) -> int:
+    """Of this rank: the call stands inside of a ``shard_map``."""
+    axes = group.axis if isinstance(group.axis, tuple) else (group.axis,)
+    if not compat.manual_axes().issuperset(axes):
+        raise ValueError(
+            f"{where}: got a call outside of jax.shard_map, expected one inside of it, over all "
+            f"axes of the group's mesh, {', '.join(axes)} included. On global arrays it is "
+            "nn.moe_layer_on_mesh."
+        )
+    experts: int = group.config.num_experts // jax.lax.axis_size(group.axis)
+    return experts

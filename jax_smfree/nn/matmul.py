@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_smfree._src import compat
+from jax_smfree._src import arguments, compat
 
 # (x [N, H], w [G, H, F], group_sizes int32 [G]) -> [N, F], as jax.lax.ragged_dot: the first
 # group_sizes[0] rows times w[0], and so on. Rows past sum(group_sizes) may be anything.
@@ -29,10 +29,14 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     those of ``x`` reach no other row, neither forward nor backward.
     Differentiation: of ``x`` and ``w``, once, in reverse mode; again grouped matmuls.
 
+    Raises:
+      ValueError, TypeError: for wrong shapes, or ``x`` and ``w`` that are not of one float dtype.
+
     On a Hopper GPU, for bfloat16 and float16 with H and F multiples of 64, these are the kernels
     of `jax_smfree.nn.hopper`; anything else is ``jax.lax.ragged_dot``. Inside ``jax.shard_map``
     the mesh says which device it is, outside the default device does.
     """
+    x, w, group_sizes = _operands("grouped_matmul", x, w, group_sizes)
     num_sms = _sms_of_hopper()
     if num_sms is None or not _suits_kernels(x, w) or _kernels() is None:
         return jax.lax.ragged_dot(x, w, group_sizes)
@@ -44,15 +48,19 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> Array:
     """A grouped matmul as a batch of equal matmuls, one for every ``block_rows`` rows.
 
-    All group sizes must be multiples of ``block_rows``: create the group with
-    ``EpConfig(expert_alignment=block_rows)``. On a CPU, where XLA multiplies every row with every
-    expert for ``ragged_dot``, this is the faster one from two experts per rank on.
+    Shapes: as `grouped_matmul`. All group sizes must be multiples of ``block_rows``: create the
+    group with ``EpConfig(expert_alignment=block_rows)``. Rows past ``sum(group_sizes)`` may be
+    anything in ``x``, and are zero in the result. On a CPU, where XLA multiplies every row with
+    every expert for ``ragged_dot``, this is the faster one from two experts per rank on.
 
+    Differentiation: of ``x`` and ``w``. What lies past the groups reaches no gradient.
     Memory: a copy of the weights for each block, so blocks should not be small.
 
     Raises:
-      ValueError: if N is not a multiple of ``block_rows``.
+      ValueError, TypeError: as `grouped_matmul`; if N is not a multiple of ``block_rows``.
     """
+    x, w, group_sizes = _operands("block_matmul", x, w, group_sizes)
+    block_rows = arguments.integer("block_matmul", "block_rows", block_rows)
     if x.shape[0] % block_rows:
         raise ValueError(
             f"block_matmul: got {x.shape[0]} rows, expected a multiple of block_rows={block_rows}. "
@@ -60,10 +68,26 @@ def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> 
         )
     blocks = x.reshape(-1, block_rows, x.shape[1])
     first_rows = jnp.arange(blocks.shape[0], dtype=jnp.int32) * block_rows
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), first_rows, side="right")
-    group = jnp.minimum(group, w.shape[0] - 1)  # blocks of the empty tail: any expert will do
-    out = jnp.einsum("brh,bhf->brf", blocks, w[group])
-    return out.reshape(x.shape[0], w.shape[2])
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, first_rows, side="right")
+    # A block of the tail is multiplied too, with some expert. Zeros go in and come out, and, as
+    # these selections are transposed, zeros for its gradients.
+    in_a_group = (group < w.shape[0])[:, None, None]
+    blocks = jnp.where(in_a_group, blocks, 0)
+    out = jnp.einsum("brh,bhf->brf", blocks, w[jnp.minimum(group, w.shape[0] - 1)])
+    return jnp.where(in_a_group, out, 0).reshape(x.shape[0], w.shape[2])
+
+
+def _operands(where: str, x: Array, w: Array, group_sizes: Array) -> tuple[Array, Array, Array]:
+    x = arguments.array(where, "x", x, ("N", "H"))
+    w = arguments.array(where, "w", w, ("G", x.shape[1], "F"))
+    if x.dtype != w.dtype:
+        raise TypeError(
+            f"{where}: got x of {x.dtype} and w of {w.dtype}, expected one dtype. Cast one with "
+            ".astype."
+        )
+    sizes = arguments.array(where, "group_sizes", group_sizes, (w.shape[0],), jnp.integer)
+    return x, w, sizes.astype(jnp.int32)
 
 
 def _sms_of_hopper() -> int | None:

@@ -23,9 +23,10 @@ from typing import Any
 
 from jax import Array
 
+from jax_smfree._src import arguments
 from jax_smfree.nn import operations, router
 from jax_smfree.nn.experts import grouped_mlp, mlp
-from jax_smfree.nn.layer import MoeAux
+from jax_smfree.nn.layer import MoeAux, check_layer, experts_here
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -56,13 +57,26 @@ def moe_two_batches(
 
     Returns:
       ``(tokens, outs, auxs)``, a pair each.
+
+    Raises:
+      ValueError, TypeError: as `moe_layer`.
     """
+    name = "moe_two_batches"
+    for what, pair in (("tokens", tokens), ("xs", xs)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                f"{name}: got {arguments.shown(pair)} as {what}, expected a pair, one for each "
+                "micro-batch."
+            )
     x0, x1 = xs
+    ops, token0 = operations.enter(name, implementation, tokens[0])
+    ops, token1 = operations.enter(name, implementation, tokens[1])
+    for token, x in zip(tokens, xs, strict=True):
+        config, num_experts = token.group.config, experts_here(name, token.group)
+        check_layer(name, config, num_experts, params, x, balance_bias, grouped_matmul)
     top_k = tokens[0].group.config.top_k
     route = functools.partial(router.route, top_k=top_k, balance_bias=balance_bias)
     experts = functools.partial(grouped_mlp, grouped_matmul=grouped_matmul)
-    ops, token0 = operations.enter(implementation, tokens[0])
-    ops, token1 = operations.enter(implementation, tokens[1])
 
     routes0 = route(x0, params.router)
     token0 = ops.dispatch_send(token0, x0, routes0.topk_idx, routes0.topk_weights)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from jax import Array
 
 from jax_smfree._src.group import EpGroup
+from jax_smfree._src.token import Token
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.on_mesh import (
@@ -84,13 +87,21 @@ class MoeLayer(nnx.Module):
         self.shared = Swiglu(params.shared) if params.shared is not None else None
         self.balance_bias = BalanceBias(init_balance_bias_on_mesh(group)) if balanced else None
 
-    def __call__(self, x: Array) -> tuple[Array, MoeAux]:
-        """``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts."""
+    @overload
+    def __call__(self, x: Array, *, token: None = None, lane: int = 0) -> tuple[Array, MoeAux]: ...
+    @overload
+    def __call__(self, x: Array, *, token: Token, lane: int = 0) -> tuple[Token, Array, MoeAux]: ...
+    def __call__(
+        self, x: Array, *, token: Token | None = None, lane: int = 0
+    ) -> tuple[Array, MoeAux] | tuple[Token, Array, MoeAux]:
+        """``(out, aux)``, or ``(token, out, aux)`` with a token; see `moe_layer_on_mesh`."""
         shared = self.shared.values() if self.shared is not None else None
         return moe_layer_on_mesh(
             self.group,
             MoeParams(self.router[...], self.experts.values(), shared),
             x,
+            token=token,
+            lane=lane,
             balance_bias=self.balance_bias[...] if self.balance_bias is not None else None,
             grouped_matmul=self.grouped_matmul,
         )

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_smfree._src import arguments
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.placement import placed
-from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree._src.token import Token
+from jax_smfree.nn.layer import MoeAux, check_layer, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
-from jax_smfree.nn.params import MoeParams, init_moe, moe_specs
+from jax_smfree.nn.params import MoeParams, check_key, init_moe, moe_specs
 
 _Bias = TypeVar("_Bias")
 
@@ -34,7 +36,11 @@ def init_moe_on_mesh(
       expert_width: F of a routed expert.
       shared_width: F of the shared expert; 0 leaves it out.
     """
-    config = group.config
+    name = "init_moe_on_mesh"
+    config = arguments.instance(name, "group", group, EpGroup).config
+    check_key(name, key)
+    expert_width = arguments.integer(name, "expert_width", expert_width)
+    shared_width = arguments.integer(name, "shared_width", shared_width, least=0)
     init = _init_on_mesh(
         group.mesh,
         group.axis,
@@ -68,25 +74,52 @@ def _placed(params: MoeParams, mesh: Mesh, specs: MoeParams) -> MoeParams:
 
 def init_balance_bias_on_mesh(group: EpGroup) -> Array:
     """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices."""
+    arguments.instance("init_balance_bias_on_mesh", "group", group, EpGroup)
     everywhere = NamedSharding(group.mesh, P())
     return jnp.zeros(group.config.num_experts, jnp.float32, device=everywhere)
 
 
+@overload
 def moe_layer_on_mesh(
     group: EpGroup,
     params: MoeParams,
     x: Array,
     *,
+    token: None = None,
+    lane: int = 0,
     balance_bias: Array | None = None,
     grouped_matmul: GroupedMatmul = grouped_matmul,
-) -> tuple[Array, MoeAux]:
-    """`moe_layer` on global arrays: opens its own ``jax.shard_map`` and takes a token there.
+) -> tuple[Array, MoeAux]: ...
+@overload
+def moe_layer_on_mesh(
+    group: EpGroup,
+    params: MoeParams,
+    x: Array,
+    *,
+    token: Token,
+    lane: int = 0,
+    balance_bias: Array | None = None,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
+) -> tuple[Token, Array, MoeAux]: ...
+def moe_layer_on_mesh(
+    group: EpGroup,
+    params: MoeParams,
+    x: Array,
+    *,
+    token: Token | None = None,
+    lane: int = 0,
+    balance_bias: Array | None = None,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
+) -> tuple[Array, MoeAux] | tuple[Token, Array, MoeAux]:
+    """`moe_layer` on global arrays: opens its own ``jax.shard_map``.
 
     Shapes: ``x`` [R * T, H] -> [R * T, H], rows split over all axes of the group's mesh; T at most
     ``config.max_tokens``.
     Sharding: ``params`` as by `init_moe_on_mesh`. On a mesh with explicit axes the output is of the
-    sharding of ``x``. Call it under ``jax.jit``, outside of ``jax.shard_map``; layers of one model
-    must be ordered by their data, as in a stack.
+    sharding of ``x``. Call it under ``jax.jit``, outside of ``jax.shard_map``.
+    Order: calls begin with fresh tokens, so nothing but their data orders them. On CPUs a program
+    may have any number of such calls side by side; on GPUs those of one lane must be ordered by
+    their data, as layers in a stack are, or by a ``token`` that is threaded through them.
     Differentiation: of ``params`` and ``x``; gradients move under the backward pass of the shared
     expert.
 
@@ -94,32 +127,66 @@ def moe_layer_on_mesh(
       group: of ``EpConfig`` with ``differentiable=True`` for training.
       params: of the layer.
       x: the rows.
+      token: of the group, made outside of ``jax.shard_map``: the call begins after the one that
+        returned it.
+      lane: of the fresh token, without ``token``.
       balance_bias: float32 [E], see `update_balance_bias`.
       grouped_matmul: multiplies groups of rows with their experts.
 
     Returns:
-      ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts.
+      ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts. With
+      ``token`` the next one as well: ``(token, out, aux)``.
+
+    Raises:
+      ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
+        than the group's, rows that do not divide over the devices, a token of another group.
     """
+    name = "moe_layer_on_mesh"
+    config = arguments.instance(name, "group", group, EpGroup).config
+    check_layer(name, config, config.num_experts, params, x, balance_bias, grouped_matmul)
+    if x.shape[0] % group.mesh.size:
+        raise ValueError(
+            f"{name}: got x{list(x.shape)}, expected a multiple of {group.mesh.size} rows: they "
+            "are split over all devices of the mesh."
+        )
+    if token is not None and arguments.instance(name, "token", token, Token).group is not group:
+        raise ValueError(
+            f"{name}: got a token of another group, expected one that began with group.token() of "
+            "this one."
+        )
     axes = group.mesh_axes
 
-    def on_each_rank(params: MoeParams, bias: Array | None, x: Array) -> tuple[Array, MoeAux]:
-        _, out, aux = moe_layer(
-            group.token(), params, x, balance_bias=bias, grouped_matmul=grouped_matmul
+    def on_each_rank(
+        token: Token | None, params: MoeParams, bias: Array | None, x: Array
+    ) -> tuple[Token | None, Array, MoeAux]:
+        next_token, out, aux = moe_layer(
+            group.token(lane) if token is None else token,
+            params,
+            x,
+            balance_bias=bias,
+            grouped_matmul=grouped_matmul,
         )
-        return out, MoeAux(
+        of_all = MoeAux(
             load_balancing_loss=jax.lax.pmean(aux.load_balancing_loss, axes),
             load=jax.lax.psum(aux.load, axes),
             num_dropped=jax.lax.psum(aux.num_dropped, axes),
         )
+        return None if token is None else next_token, out, of_all
 
     mesh, rows, specs = group.mesh, P(axes), moe_specs(params, group.axis)
     sharded = jax.shard_map(
-        on_each_rank, mesh=mesh, in_specs=(specs, P(), rows), out_specs=(rows, P())
+        on_each_rank,
+        mesh=mesh,
+        in_specs=(group.token_spec, specs, P(), rows),
+        out_specs=(group.token_spec, rows, P()),
     )
     if balance_bias is not None:
         balance_bias = placed(balance_bias, mesh, P())
-    out, aux = sharded(_placed(params, mesh, specs), balance_bias, placed(x, mesh, rows))
-    return placed(out, mesh, jax.typeof(x).sharding.spec), aux
+    next_token, out, aux = sharded(
+        token, _placed(params, mesh, specs), balance_bias, placed(x, mesh, rows)
+    )
+    out = placed(out, mesh, jax.typeof(x).sharding.spec)
+    return (out, aux) if next_token is None else (next_token, out, aux)
 
 
 def bias_of_balanced(bias: _Bias | None) -> _Bias:

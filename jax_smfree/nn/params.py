@@ -2,12 +2,17 @@
 """Parameters of a mixture-of-experts layer: plain dataclasses of arrays."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
+
+from jax_smfree._src import arguments
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +38,27 @@ class MoeParams:
 def init_swiglu(
     key: Array, hidden: int, width: int, *, leading: tuple[int, ...] = (), dtype: DTypeLike
 ) -> SwigluParams:
-    """Normal weights with variance 1 / fan-in."""
+    """Normal weights with variance 1 / fan-in.
+
+    Args:
+      key: a PRNG key.
+      hidden: H.
+      width: F.
+      leading: axes before the others, as [E] for one MLP per expert.
+      dtype: of the weights, floating-point.
+
+    Raises:
+      ValueError, TypeError: for a value outside of what is said above.
+    """
+    check_key("init_swiglu", key)
+    hidden = arguments.integer("init_swiglu", "hidden", hidden)
+    width = arguments.integer("init_swiglu", "width", width)
+    if not isinstance(leading, Sequence) or isinstance(leading, str | bytes):
+        raise TypeError(
+            f"init_swiglu: got leading={arguments.shown(leading)}, expected a tuple of sizes."
+        )
+    leading = tuple(arguments.integer("init_swiglu", "leading", size) for size in leading)
+    dtype = _float_dtype("init_swiglu", dtype)
     keys = jax.random.split(key, 3)
     return SwigluParams(
         gate=_init(keys[0], (*leading, hidden, width), dtype),
@@ -60,7 +85,16 @@ def init_moe(
       expert_width: F of a routed expert.
       shared_width: F of the shared expert; 0 leaves it out.
       dtype: of the experts. The router is float32 always.
+
+    Raises:
+      ValueError, TypeError: for a value outside of what is said above.
     """
+    check_key("init_moe", key)
+    hidden = arguments.integer("init_moe", "hidden", hidden)
+    num_experts = arguments.integer("init_moe", "num_experts", num_experts)
+    expert_width = arguments.integer("init_moe", "expert_width", expert_width)
+    shared_width = arguments.integer("init_moe", "shared_width", shared_width, least=0)
+    dtype = _float_dtype("init_moe", dtype)
     router_key, experts_key, shared_key = jax.random.split(key, 3)
     return MoeParams(
         router=_init(router_key, (hidden, num_experts), jnp.float32),
@@ -70,7 +104,17 @@ def init_moe(
 
 
 def moe_specs(params: MoeParams, axis: str) -> MoeParams:
-    """The ``PartitionSpec`` of every parameter: experts over ``axis``, the rest replicated."""
+    """The ``PartitionSpec`` of every parameter: experts over ``axis``, the rest replicated.
+
+    Raises:
+      TypeError: for what is no `MoeParams` or no name of an axis.
+    """
+    arguments.instance("moe_specs", "params", params, MoeParams, "Make it with nn.init_moe.")
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not all(isinstance(name, str) for name in axes):
+        raise TypeError(
+            f"moe_specs: got axis={arguments.shown(axis)}, expected the name of the group's axis."
+        )
     replicated, split = PartitionSpec(), PartitionSpec(axis)
     specs: MoeParams = jax.tree.map(lambda _: replicated, params)
     return dataclasses.replace(specs, experts=jax.tree.map(lambda _: split, params.experts))
@@ -78,5 +122,26 @@ def moe_specs(params: MoeParams, axis: str) -> MoeParams:
 
 def _init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     fan_in = shape[-2]
-    weights: Array = jax.random.normal(key, shape) * fan_in**-0.5
+    weights: Array = jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
     return weights.astype(dtype)
+
+
+def _float_dtype(where: str, value: DTypeLike) -> np.dtype[Any]:
+    dtype = arguments.dtype(where, "dtype", value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{where}: got dtype={dtype}, expected one of floating-point numbers.")
+    return dtype
+
+
+def check_key(where: str, key: Array) -> None:
+    """A key of ``jax.random.key``, or one of ``jax.random.PRNGKey``."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        is_key = shape == ()
+    else:
+        is_key = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not is_key:
+        raise TypeError(
+            f"{where}: got {arguments.shown(key)} as key, expected one PRNG key: "
+            "jax.random.key(seed)."
+        )

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from jax_smfree._src import arguments
 
 PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
@@ -27,16 +28,13 @@ class PhaseCost:
     efficiency: float
 
     def __post_init__(self) -> None:
-        if not (_is_finite(self.fixed_us) and _is_finite(self.efficiency) and self.efficiency > 0):
-            raise ValueError(
-                f"PhaseCost: got {self}, expected microseconds and a positive part of the rate of "
-                "a copy."
-            )
+        arguments.number("PhaseCost", "fixed_us", self.fixed_us)
+        arguments.positive("PhaseCost", "efficiency", self.efficiency)
 
 
 # What reading a file of another kind raises.
 _NOT_RESULTS = (
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     ValueError,
@@ -45,16 +43,15 @@ _NOT_RESULTS = (
 )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 _H200 = {
     "dispatch_send": PhaseCost(21.5, 0.722),
     "dispatch_recv": PhaseCost(18.5, 0.934),
     "combine_send": PhaseCost(15.2, 0.812),
     "combine_recv": PhaseCost(8.3, 0.91),
 }
+
+
+_RATE = "a positive rate, in units as its name says"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +78,16 @@ class Machine:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "phases" and not (_is_finite(value) and value > 0):
-                raise ValueError(
-                    f"Machine: got {field.name}={value!r}, expected a positive rate, in units as "
-                    "its name says."
-                )
+            if field.name != "phases":
+                value = getattr(self, field.name)
+                arguments.positive("Machine", field.name, value, _RATE)
+        arguments.instance("Machine", "phases", self.phases, Mapping)  # type: ignore[type-abstract]
+        costs = [self.phases.get(name) for name in PHASES]
+        if not all(isinstance(cost, PhaseCost) for cost in costs):
+            raise TypeError(
+                f"Machine: got phases of {sorted(map(str, self.phases))}, expected a PhaseCost "
+                f"for each of {', '.join(PHASES)}."
+            )
 
     @classmethod
     def from_results(cls, results: Mapping[str, Any], **given: float) -> Machine:
@@ -95,8 +96,22 @@ class Machine:
         The costs of a phase are those with the least relative squares over the shapes.
 
         Raises:
-          ValueError: for another file, or one in which a rate is missing and not given.
+          ValueError, TypeError: for another file, or one in which a rate is missing and not given.
         """
+        arguments.instance(
+            "Machine.from_results",
+            "results",
+            results,
+            Mapping,  # type: ignore[type-abstract]
+        )
+        names = {field.name for field in dataclasses.fields(cls)} - {"phases"}
+        if unknown := given.keys() - names:
+            raise TypeError(
+                f"Machine.from_results: got {', '.join(sorted(unknown))}, expected some of "
+                f"{', '.join(sorted(names))}."
+            )
+        for name, value in given.items():
+            arguments.positive("Machine.from_results", name, value, _RATE)
         try:
             measured = {
                 "hbm_gb_s": results["copy_rate"]["gb_s"],

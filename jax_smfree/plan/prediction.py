@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from jax_smfree._src import nodes
+from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.hints import buffer_bytes
 from jax_smfree.plan import traffic
@@ -72,8 +72,8 @@ def predict(
       routing: by default uniform.
 
     Raises:
-      ValueError: for ranks that do not divide, or ``mode="hierarchical"`` where there are not
-        several nodes of several ranks.
+      ValueError, TypeError: for ranks that do not divide, ``mode="hierarchical"`` where there are
+        not several nodes of several ranks, a routing of other experts.
 
     Example:
       >>> config = smfree.EpConfig(num_experts=256, top_k=8, hidden=7168, max_tokens=8192)
@@ -81,8 +81,18 @@ def predict(
       >>> round(prediction.sm_us), round(prediction.wire_us)  # measured: 951 for the first
       (964, 310)
     """
-    machine = machine or Machine()
-    routing = routing or Routing(config.num_experts, config.top_k)
+    bytes_of_buffers = buffer_bytes(config, num_ranks)
+    if machine is None:
+        machine = Machine()
+    if routing is None:
+        routing = Routing(config.num_experts, config.top_k)
+    arguments.instance("predict", "machine", machine, Machine)
+    arguments.instance("predict", "routing", routing, Routing)
+    if (routing.num_experts, routing.top_k) != (config.num_experts, config.top_k):
+        raise ValueError(
+            f"predict: got a routing of top_k={routing.top_k} of {routing.num_experts} experts, "
+            f"expected that of the config, {config.top_k} of {config.num_experts}."
+        )
     config = nodes.resolve("predict", config, [[0] * num_ranks])
     assert config.mode is not None and config.ranks_per_node is not None
     direct = config.mode == "direct"
@@ -96,7 +106,7 @@ def predict(
     return Prediction(
         ranks=num_ranks,
         mode=config.mode,
-        buffer_bytes=buffer_bytes(config, num_ranks),
+        buffer_bytes=bytes_of_buffers,
         network_bytes=moved.network * row_bytes,
         nvlink_bytes=moved.nvlink * row_bytes,
         phase_us={
@@ -121,8 +131,16 @@ def sweep(
 
     A group of fewer ranks than ``config.ranks_per_node`` is one node.
     """
+    arguments.instance("sweep", "config", config, EpConfig)
+    try:
+        numbers = list(ranks)
+    except TypeError as error:
+        raise TypeError(
+            f"sweep: got ranks={arguments.shown(ranks)}, expected several numbers: [2, 4, 8]."
+        ) from error
     found = []
-    for number in ranks:
+    for each in numbers:
+        number = arguments.integer("sweep", "ranks", each, most=arguments.MOST_RANKS)
         per_node = min(config.ranks_per_node or number, number)
         modes: tuple[Mode, ...] = ("direct", "hierarchical")
         for mode in modes if 1 < per_node < number else modes[:1]:

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jax_smfree._src import arguments
+
+# So many that no model has them, and so few that tables of them fit into memory.
+_MOST_EXPERTS = 2**20
 
 Shares = NDArray[np.float64]
 
@@ -23,7 +27,8 @@ class Routing:
         is K of E at random, without repetition.
 
     Raises:
-      ValueError: for a sample of another shape, or with ids that there are not.
+      ValueError, TypeError: for sizes that are no positive integers, ``top_k`` above
+        ``num_experts``, a sample of another shape, or with ids that there are not.
 
     Example:
       >>> Routing(num_experts=4, top_k=2).row_shares(2).round(2)  # 1 - (2 of 4) / (2 of 2)
@@ -37,9 +42,23 @@ class Routing:
     sample: NDArray[np.integer] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k"):
+            value = arguments.integer("Routing", name, getattr(self, name), most=_MOST_EXPERTS)
+            object.__setattr__(self, name, value)
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"Routing: got top_k={self.top_k} of num_experts={self.num_experts}, expected "
+                "top_k <= num_experts: a row goes to an expert at most once."
+            )
         if self.sample is None:
             return
-        ids = np.asarray(self.sample)
+        try:
+            ids = np.asarray(self.sample)
+        except (TypeError, ValueError) as error:  # rows of several lengths, keys of JAX
+            raise ValueError(
+                f"Routing: got {arguments.shown(self.sample)} as the sample, expected an array of "
+                f"integers [rows, {self.top_k}]."
+            ) from error
         if ids.ndim != 2 or ids.shape[1] != self.top_k or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 f"Routing: got a sample {ids.dtype} {list(ids.shape)}, expected integers "
@@ -53,17 +72,28 @@ class Routing:
             )
 
     def row_shares(self, owners: int) -> Shares:
-        """[owners] the share of rows that visit each of ``owners`` equal blocks of experts."""
+        """[owners] the share of rows that visit each of ``owners`` equal blocks of experts.
+
+        Raises:
+          ValueError, TypeError: for ``owners`` that ``num_experts`` is no multiple of.
+        """
+        block = self._block(owners)
         if self.sample is None:
-            there = self.num_experts - self.num_experts // owners
-            missed = math.comb(there, self.top_k) / math.comb(self.num_experts, self.top_k)
+            # As comb(E - block, K) / comb(E, K), one expert chosen after the other.
+            left = self.num_experts - np.arange(self.top_k)
+            missed = np.prod(np.maximum(left - block, 0) / left)
             return np.full(owners, 1 - missed)
         visited = np.sort(self._owners(owners), axis=1)
         first = np.diff(visited, axis=1, prepend=-1) > 0  # a row counts once; -1 counts never
         return np.bincount(visited[first], minlength=owners) / len(visited)
 
     def copy_shares(self, owners: int) -> Shares:
-        """[owners] copies per row, one for each expert that it visits there."""
+        """[owners] copies per row, one for each expert that it visits there.
+
+        Raises:
+          ValueError, TypeError: as `row_shares`.
+        """
+        self._block(owners)
         if self.sample is None:
             return np.full(owners, self.top_k / owners)
         ids = self._owners(owners)
@@ -71,4 +101,14 @@ class Routing:
 
     def _owners(self, owners: int) -> NDArray[np.integer]:
         ids = np.asarray(self.sample)
-        return np.where(ids >= 0, ids // (self.num_experts // owners), -1)
+        return np.where(ids >= 0, ids // self._block(owners), -1)
+
+    def _block(self, owners: int) -> int:
+        """The experts of each owner."""
+        owners = arguments.integer("Routing", "owners", owners, most=self.num_experts)
+        if self.num_experts % owners:
+            raise ValueError(
+                f"Routing: got owners={owners} of num_experts={self.num_experts}, expected a "
+                "divisor: the blocks are equally large."
+            )
+        return self.num_experts // owners

@@ -30,8 +30,8 @@ def chaos(
     A correct program gives the same bits under chaos as without: only times change. So run a
     program twice, and compare; or run it once, with a deadline.
 
-    The messages of one lane and one pass (forward, backward) from one rank to another stay in
-    order, because every mover guarantees that. What is sent in this process is held back here, so
+    The messages of one operation from one rank to another stay in order, as a loop repeats it,
+    because every mover guarantees that. What is sent in this process is held back here, so
     in a program of several processes each of them enters the block, with a ``seed`` of its own.
 
     Enter and leave the block while nothing of ``group`` runs: wait for results inside of it.
@@ -42,7 +42,7 @@ def chaos(
       seed: of the random numbers. The delays are the same for the same seed only as far as the
         program sends in the same order.
       max_delay_us: every message is held back by a random time up to this.
-      reorder: whether messages may overtake those of other peers, lanes and passes; it takes
+      reorder: whether messages may overtake those of other peers and other operations; it takes
         delays or stalls for them to do so.
       stall_probability: per message, of a pause in which nothing of the group is delivered ...
       stall_ms: ... for this long.

@@ -441,3 +441,22 @@ def test_weights_of_combine(groups):
     np.testing.assert_array_equal(doubled, twice)
     count = np.sum(np.asarray(problem.topk_idx) >= 0, axis=1, keepdims=True)
     np.testing.assert_allclose(plain_sum, count * np.asarray(problem.x), rtol=1e-6)
+
+
+def test_a_derivation_that_no_message_holds(groups):
+    """Nested 16 times, a replay could not be told from another: refused while tracing."""
+    mesh = ep_mesh(as_many(2))
+    group, problem = groups(mesh, **CONFIG), make_problem(mesh)
+
+    def gradient_of(depth):
+        def model(ops, *operands):
+            layer = functools.partial(block, ops)
+            for _ in range(depth):
+                layer = jax.checkpoint(layer)
+            return layer(*operands)
+
+        jax.eval_shape(jax.grad(loss_fn(smfree, group.token, problem, model)), *problem.arrays)
+
+    gradient_of(8)
+    with pytest.raises(ValueError, match=r"support\.py:\d+ in block is .*more than 15 times over"):
+        gradient_of(20)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
+from jax_smfree import _native
 from jax_smfree._src import nodes
-from support import ep_mesh
+from jax_smfree._src.native_config import native_config
+from support import as_many, ep_mesh, make_problem
 
 GOOD = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8}
+CONFIG = smfree.EpConfig(**GOOD)
 
 
 def test_defaults():
@@ -33,6 +38,28 @@ def test_defaults():
         ({"recv_capacity": 0}, ValueError, "recv_capacity=0"),
         ({"timeout_s": 0.0}, ValueError, "deadline"),
         ({"timeout_s": float("inf")}, ValueError, "deadline"),
+        ({"timeout_s": 1.1e6}, ValueError, "at most 1,000,000: every wait has a deadline"),
+        ({"timeout_s": 1e10}, ValueError, "timeout_s=10000000000.0"),
+        ({"timeout_s": 10**400}, ValueError, "deadline"),
+        ({"timeout_s": "60"}, TypeError, "timeout_s='60', expected a positive number of seconds"),
+        ({"max_tokens": 2**63}, ValueError, "max_tokens=9223372036854775808, .*at most 2147483647"),
+        ({"num_experts": 2**33}, ValueError, "num_experts=8589934592"),
+        ({"expert_alignment": 2**31}, ValueError, "expert_alignment=2147483648"),
+        ({"sm_push_bytes": 2**63}, ValueError, "sm_push_bytes"),
+        ({"sm_push_bytes": -1}, ValueError, "sm_push_bytes=-1, expected 0 to"),
+        ({"top_k": "2"}, TypeError, "top_k='2', expected a positive integer"),
+        ({"hidden": [16]}, TypeError, "hidden=a list, expected a positive integer"),
+        ({"dtype": "x"}, TypeError, "dtype='x', expected a dtype such as"),
+        ({"dtype": None}, TypeError, "dtype=None, expected a dtype"),
+        ({"differentiable": "no"}, TypeError, "differentiable='no', expected True or False"),
+        ({"differentiable": 1}, TypeError, "differentiable=1, expected True or False"),
+        ({"overflow": ["error"]}, ValueError, "overflow=a list, expected 'error' or 'drop'"),
+        (
+            {"recv_capacity": 10, "expert_alignment": 4},
+            ValueError,
+            "recv_capacity=10 with expert_alignment=4, expected a multiple.*recv_capacity=8 or 12",
+        ),
+        ({"recv_capacity": 3, "expert_alignment": 4}, ValueError, "Set recv_capacity=4"),
         ({"overflow": "ignore"}, ValueError, "'error' or 'drop'"),
         ({"mode": "ring"}, ValueError, "'direct', 'hierarchical' or None"),
         ({"puts": "nic"}, ValueError, "'host' or 'device'"),
@@ -71,6 +98,75 @@ def test_bad_group(groups, config, axis, match):
 def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
     group = groups(ep_mesh(4), **(GOOD | config))
     assert (group.config.mode, group.config.ranks_per_node) == (mode, ranks_per_node)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: smfree.EpGroup.create(ep_mesh(1), config={}), TypeError, "a dict as config"),
+        (lambda: smfree.EpGroup.create(None, config=CONFIG), TypeError, "NoneType as mesh"),
+        (
+            lambda: smfree.EpGroup.create(ep_mesh(1), ["ep"], config=CONFIG),
+            TypeError, "a list as axis",
+        ),
+        (lambda: smfree.nvl_size_hint(CONFIG, 0), ValueError, "num_ranks=0, expected a positive"),
+        (lambda: smfree.rdma_size_hint(CONFIG, 2.0), ValueError, r"num_ranks=2\.0"),
+        (lambda: smfree.rdma_size_hint(CONFIG, 3), ValueError, "num_experts=8 and num_ranks=3"),
+        (lambda: smfree.rdma_size_hint({}, 2), TypeError, "a dict as config, expected a EpConfig"),
+        (
+            lambda: smfree.nvl_size_hint(
+                dataclasses.replace(CONFIG, hidden=2**31 - 1, max_tokens=2**31 - 1), 8
+            ),
+            ValueError, "less than an exbibyte",
+        ),
+        (lambda: CONFIG.num_recv_rows(2**31 - 1, 8), ValueError, "numbered by int32"),
+        (lambda: CONFIG.num_recv_rows(8, 3), ValueError, "num_experts=8 over 3 ranks"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_the_native_groups_bound_deadlines_too():
+    config = native_config(nodes.resolve("test", CONFIG, [[0]]), 1)
+    config.timeout_s = 1e10
+    with pytest.raises(RuntimeError, match=r"timeout_s is 1e\+?10|timeout_s is 10000000000"):
+        _native.CpuGroup(
+            group_id=1, replica=0, config=config, process_of_rank=[0], process=0, secret=""
+        )
+
+
+def test_the_longest_deadline(groups):
+    """It is no overflow of a clock: an operation that waits for others gets through."""
+    group = groups(ep_mesh(as_many(2)), **(GOOD | {"timeout_s": _native.MAX_TIMEOUT_S}))
+    problem = make_problem(group.mesh, hidden=16, dtype=jnp.bfloat16)
+
+    def step(x, idx, weights):
+        d, token = smfree.dispatch(group.token(), x, idx, weights)
+        return smfree.combine(token, d, d.x)[0]
+
+    smap = jax.shard_map(step, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    out = jax.jit(smap)(*problem.arrays[:3])
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
+def test_symbolic_rows_are_refused(groups):
+    """`jax.export` with symbolic shapes: places of rows are laid out while tracing."""
+    group = groups(ep_mesh(as_many(2)), **(GOOD | {"dtype": jnp.float32}))
+
+    def step(x, idx):
+        return smfree.dispatch(group.token(), x, idx)[0].x
+
+    smap = jax.shard_map(step, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    scope = jax.export.SymbolicScope()
+    shapes = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), dtype)
+        for shape, dtype in ((f"{group.num_ranks}*t, 16", "float32"),
+                             (f"{group.num_ranks}*t, 2", "int32"))
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"dispatch_send: got x\[.*t, 16\], expected a number of"):
+        jax.export.export(jax.jit(smap))(*shapes)
 
 
 HARDWARE = {  # the nodes of the ranks of each group: ranks_per_node
