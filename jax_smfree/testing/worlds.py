@@ -66,8 +66,10 @@ class WorkerWorld:
             f"import sys; sys.path[:] = {SYS_PATH!r}; import pytest; "
             f"sys.exit(pytest.main(plugins=[{worker.__name__!r}]))"
         )
+        # What starts the processes has imported this package before pytest would have.
+        imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
         self._processes = Processes(
-            ["-c", code, *map(str, config.invocation_params.args)],
+            ["-c", code, "-W", imported, *map(str, config.invocation_params.args)],
             processes=shape.processes,
             devices_per_process=shape.devices_per_process,
             platform=shape.platform,

@@ -146,7 +146,7 @@ BENCHMARKS = [c.split()[3] for c in ELSEWHERE if c.startswith("python -m benchma
 def run(*arguments: str, cwd: pathlib.Path = ROOT) -> str:
     """As a user runs it, with the programs of this environment."""
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": path}
     if arguments[0] == "python":
         arguments = (sys.executable, *arguments[1:])
     elif arguments[0] == "jax-smfree":
@@ -204,7 +204,7 @@ def test_pytest_has_these_paths(command):
 
 
 def test_the_option_of_the_gpu_tests():
-    text = run("python", "-m", "pytest", "--backend", "cuda", "-rs", "--co", "-q", "tests/gpu")
+    text = run("pytest", "--backend", "cuda", "-rs", "--co", "-q", "tests/gpu")
     assert "tests/gpu/test_late_ranks.py::" in text
 
 
