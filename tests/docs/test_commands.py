@@ -149,6 +149,7 @@ def run(*arguments: str, cwd: pathlib.Path = ROOT) -> str:
     environment = {**os.environ, "PATH": path}
     if arguments[0] == "python":
         arguments = (sys.executable, *arguments[1:])
+        environment["PYTHONPATH"] = str(ROOT)  # has the benchmarks
     elif arguments[0] == "jax-smfree":
         arguments = (sys.executable, "-m", "jax_smfree", *arguments[1:])
     done = subprocess.run(
