@@ -66,7 +66,14 @@ def dispatch_send(
         program, a missed deadline. On GPUs the results are NaN until somebody checks.
 
     Example:
-      >>> token = smfree.dispatch_send(token, x, topk_idx, topk_weights)  # doctest: +SKIP
+      >>> @on_ranks
+      ... def rows_of_experts(x, topk_idx):
+      ...     token = smfree.dispatch_send(group.token(), x, topk_idx)
+      ...     token, y = smfree.overlap(token, jnp.tanh, x)  # while the rows move
+      ...     d, token = smfree.dispatch_recv(token)
+      ...     return d.group_sizes
+      >>> rows_of_experts(x, topk_idx)  # two experts per rank
+      Array([4, 4, 4, 4, 4, 4, 4, 4], dtype=int32)
     """
     name = "dispatch_send"
     group = checks.check_token(name, token, None)
@@ -101,6 +108,15 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
 
     Raises: as `dispatch_send`. What exceeds ``recv_capacity`` under ``overflow="error"`` poisons
       ``d.x`` and ``d.weights`` with NaN and raises in ``group.check()``.
+
+    Example:
+      >>> @on_ranks
+      ... def received(x, topk_idx):
+      ...     token = smfree.dispatch_send(group.token(), x, topk_idx)
+      ...     d, token = smfree.dispatch_recv(token)
+      ...     return d.x
+      >>> received(x, topk_idx).shape  # on each of 4 ranks, room for 2 copies of all 16 rows
+      (128, 16)
     """
     group = checks.check_token("dispatch_recv", token, "dispatch")
     checks.check_not_received("dispatch_recv", token)
@@ -134,6 +150,16 @@ def combine_send(
     pass this is the recv phase of a dispatch.
 
     Raises: as `dispatch_send`.
+
+    Example:
+      >>> @on_ranks
+      ... def doubled(x, topk_idx, topk_weights):
+      ...     d, token = smfree.dispatch(group.token(), x, topk_idx, topk_weights)
+      ...     token = smfree.combine_send(token, d, 2 * d.x)
+      ...     out, token = smfree.combine_recv(token)
+      ...     return out
+      >>> jnp.allclose(doubled(x, topk_idx, topk_weights), 2 * x)  # weights of 1/2, two experts
+      Array(True, dtype=bool)
     """
     name = "combine_send"
     group = checks.check_token(name, token, None)
@@ -169,6 +195,16 @@ def combine_recv(token: Token) -> tuple[jax.Array, Token]:
     Differentiation: in the backward pass this is the send phase of a dispatch.
 
     Raises: as `dispatch_send`.
+
+    Example:
+      >>> @on_ranks
+      ... def summed(x, topk_idx):
+      ...     d, token = smfree.dispatch(group.token(), x, topk_idx)
+      ...     token = smfree.combine_send(token, d, d.x, weights=None)
+      ...     out, token = smfree.combine_recv(token)
+      ...     return out
+      >>> jnp.allclose(summed(x, topk_idx), x + x)
+      Array(True, dtype=bool)
     """
     group = checks.check_token("combine_recv", token, "combine")
     checks.check_not_received("combine_recv", token)
@@ -191,6 +227,18 @@ def tie(token: Token, *values: Any) -> tuple[Any, ...]:
 
     Raises:
       TypeError: for what is no token of the library, or no arrays.
+
+    Example:
+      >>> @on_ranks
+      ... def after_the_send(x, topk_idx):
+      ...     token = smfree.dispatch_send(group.token(), x, topk_idx)
+      ...     token, x = smfree.tie(token, x)
+      ...     y = x @ x.T  # not before the send
+      ...     d, token = smfree.dispatch_recv(token)  # may be before y
+      ...     return y, d.group_sizes
+      >>> y, group_sizes = after_the_send(x, topk_idx)
+      >>> y.shape
+      (16, 4)
     """
     arguments.instance("tie", "the token", token, Token, "Start with group.token().")
     arguments.tree("tie", "the values", values)
@@ -217,7 +265,15 @@ def overlap(token: Token, fn: Callable[..., Any], *args: Any) -> tuple[Token, An
         results that are no pytrees of arrays.
 
     Example:
-      >>> token, s = smfree.overlap(token, shared_expert, x, params)  # doctest: +SKIP
+      >>> @on_ranks
+      ... def under_the_dispatch(x, topk_idx):
+      ...     token = smfree.dispatch_send(group.token(), x, topk_idx)
+      ...     token, y = smfree.overlap(token, lambda x: x @ x.T, x)
+      ...     d, token = smfree.dispatch_recv(token)
+      ...     return y, d.group_sizes
+      >>> y, group_sizes = under_the_dispatch(x, topk_idx)
+      >>> y.shape
+      (16, 4)
     """
     if not isinstance(token, Token) or token.state is None:
         raise ValueError(
@@ -289,6 +345,16 @@ def dispatch(
 
     Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
+
+    Example:
+      >>> @on_ranks
+      ... def by_hook(x, topk_idx):
+      ...     hook = smfree.dispatch(group.token(), x, topk_idx, return_recv_hook=True)
+      ...     y = hook.overlap(jnp.tanh, x)
+      ...     d, token = hook()
+      ...     return d.group_sizes
+      >>> by_hook(x, topk_idx).sum()
+      Array(32, dtype=int32)
     """
     arguments.flag("dispatch", "return_recv_hook", return_recv_hook)
     token = dispatch_send(token, x, topk_idx, topk_weights)
@@ -325,6 +391,15 @@ def combine(
 
     Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
+
+    Example:
+      >>> @on_ranks
+      ... def there_and_back(x, topk_idx, topk_weights):
+      ...     d, token = smfree.dispatch(group.token(), x, topk_idx, topk_weights)
+      ...     out, token = smfree.combine(token, d, d.x)
+      ...     return out
+      >>> jnp.allclose(there_and_back(x, topk_idx, topk_weights), x)
+      Array(True, dtype=bool)
     """
     arguments.flag("combine", "return_recv_hook", return_recv_hook)
     token = combine_send(token, d, y, weights)
@@ -336,6 +411,17 @@ def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
 
     ``jax.checkpoint(layer, policy=smfree.save_comm_policy)`` saves the results of every recv phase
     and computes everything else again. Without it a rematerialised layer sends its rows again.
+
+    Example:
+      >>> @on_ranks
+      ... def gradient(x, topk_idx):
+      ...     def layer(x):
+      ...         d, token = smfree.dispatch(group.token(), x, topk_idx)
+      ...         return smfree.combine(token, d, jnp.tanh(d.x))[0]
+      ...     layer = jax.checkpoint(layer, policy=smfree.save_comm_policy)
+      ...     return jax.grad(lambda x: layer(x).sum())(x)
+      >>> gradient(x, topk_idx).shape
+      (16, 16)
     """
     return primitive in p.RECV_PRIMITIVES
 

@@ -59,6 +59,11 @@ class EpConfig:
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
+
+    Example:
+      >>> config = smfree.EpConfig(num_experts=8, top_k=2, hidden=16, max_tokens=4)
+      >>> config.dtype, config.timeout_s
+      (dtype(bfloat16), 60.0)
     """
 
     num_experts: int

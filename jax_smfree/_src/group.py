@@ -48,6 +48,11 @@ class EpGroup:
       mesh, axis: as given to `create`.
       config: as given to `create`, with what the group chose for ``ranks_per_node`` and ``mode``.
       num_ranks: the size of the axis.
+
+    Example:
+      >>> with smfree.EpGroup.create(mesh, axis="ep", config=config) as other:
+      ...     other.num_ranks, other.config.mode
+      (4, 'direct')
     """
 
     def __init__(

@@ -20,6 +20,13 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     Raises:
       ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
         over the nodes; for what is no config or no number of ranks.
+
+    Example:
+      >>> smfree.rdma_size_hint(config, num_ranks=4)  # one node
+      0
+      >>> two_nodes = dataclasses.replace(config, ranks_per_node=2)
+      >>> smfree.rdma_size_hint(two_nodes, num_ranks=4) > 0
+      True
     """
     return _native.rdma_size_hint(_resolved("rdma_size_hint", config, num_ranks))
 
@@ -28,6 +35,10 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that ranks of the same node reach over NVLink.
 
     See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
+
+    Example:
+      >>> smfree.nvl_size_hint(config, num_ranks=8) > smfree.nvl_size_hint(config, num_ranks=4)
+      True
     """
     return _native.nvl_size_hint(_resolved("nvl_size_hint", config, num_ranks))
 

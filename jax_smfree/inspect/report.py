@@ -94,8 +94,13 @@ def overlap(program: jax.stages.Compiled | str) -> list[Window]:
       ValueError, TypeError: for a program that is not compiled, or is none.
 
     Example:
-      >>> for w in smfree.inspect.overlap(jax.jit(step).lower(*args).compile()):  # doctest: +SKIP
-      ...     assert w.matmuls, f"nothing hides {w}"
+      >>> @on_ranks
+      ... def step(x, topk_idx):
+      ...     d, token = smfree.dispatch(group.token(), x, topk_idx)
+      ...     return smfree.combine(token, d, d.x)[0]
+      >>> compiled = step.lower(x, topk_idx).compile()
+      >>> [window.operation for window in smfree.inspect.overlap(compiled)]
+      ['dispatch', 'combine']
     """
     return Reader("overlap", program).windows
 
@@ -105,6 +110,11 @@ def orphans(program: jax.stages.Compiled | str) -> list[Orphan]:
 
     Raises:
       ValueError, TypeError: for a program that is not compiled, or is none.
+
+    Example:
+      >>> compiled = jax.jit(lambda x: x @ x).lower(x).compile()
+      >>> smfree.inspect.orphans(compiled)
+      []
     """
     return Reader("orphans", program).orphans
 

@@ -19,6 +19,10 @@ def mlp(x: Array, params: SwigluParams) -> Array:
 
     Raises:
       ValueError, TypeError: for wrong shapes or dtypes.
+
+    Example:
+      >>> nn.mlp(x, params.shared).shape
+      (16, 16)
     """
     x = arguments.array("mlp", "x", x, ("T", "H"))
     check_swiglu("mlp", "params", params, (), x.shape[1], x.dtype)
@@ -39,6 +43,11 @@ def grouped_mlp(
 
     Raises:
       ValueError, TypeError: for wrong shapes or dtypes.
+
+    Example:
+      >>> two_rows_each = jnp.full(8, 2, jnp.int32)
+      >>> nn.grouped_mlp(x, two_rows_each, params.experts).shape
+      (16, 16)
     """
     name = "grouped_mlp"
     x = arguments.array(name, "x", x, ("N", "H"))

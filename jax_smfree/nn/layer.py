@@ -80,6 +80,10 @@ def moe_layer(
       ...         token, out, aux = nn.moe_layer(token, layer, x)
       ...         x = x + out
       ...     return x
+      >>> in_specs = [specs, specs], P("ep")
+      >>> step = jax.shard_map(model, mesh=mesh, in_specs=in_specs, out_specs=P("ep"))
+      >>> jax.jit(step)([params, params], x).shape
+      (16, 16)
     """
     ops, op_token = operations.enter("moe_layer", implementation, token)
     config, experts = token.group.config, experts_here("moe_layer", token.group)

@@ -35,6 +35,12 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     On a Hopper GPU, for bfloat16 and float16 with H and F multiples of 128, these are the kernels
     of `jax_smfree.nn.hopper`; anything else is ``jax.lax.ragged_dot``. Inside ``jax.shard_map``
     the mesh says which device it is, outside the default device does.
+
+    Example:
+      >>> w = jnp.stack([jnp.eye(16), 3 * jnp.eye(16)])
+      >>> y = nn.grouped_matmul(x, w, jnp.array([10, 6]))
+      >>> jnp.allclose(y[:10], x[:10]), jnp.allclose(y[10:], 3 * x[10:])
+      (Array(True, dtype=bool), Array(True, dtype=bool))
     """
     x, w, group_sizes = _operands("grouped_matmul", x, w, group_sizes)
     num_sms = _sms_of_hopper()
@@ -58,6 +64,12 @@ def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> 
 
     Raises:
       ValueError, TypeError: as `grouped_matmul`; if N is not a multiple of ``block_rows``.
+
+    Example:
+      >>> w = jnp.stack([jnp.eye(16), 3 * jnp.eye(16)])
+      >>> y = nn.block_matmul(x, w, jnp.array([12, 4]), block_rows=4)
+      >>> jnp.allclose(y[:12], x[:12]), jnp.allclose(y[12:], 3 * x[12:])
+      (Array(True, dtype=bool), Array(True, dtype=bool))
     """
     x, w, group_sizes = _operands("block_matmul", x, w, group_sizes)
     block_rows = arguments.integer("block_matmul", "block_rows", block_rows)

@@ -60,6 +60,15 @@ def moe_two_batches(
 
     Raises:
       ValueError, TypeError: as `moe_layer`.
+
+    Example:
+      >>> def two(params, x):  # inside shard_map
+      ...     tokens = group.token(0), group.token(1)
+      ...     tokens, outs, auxs = nn.moe_two_batches(tokens, params, tuple(jnp.split(x, 2)))
+      ...     return jnp.concatenate(outs)
+      >>> step = jax.shard_map(two, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
+      >>> jax.jit(step)(params, x).shape
+      (16, 16)
     """
     name = "moe_two_batches"
     for what, pair in (("tokens", tokens), ("xs", xs)):

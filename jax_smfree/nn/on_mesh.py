@@ -35,6 +35,11 @@ def init_moe_on_mesh(
       group: its config has H, E and the dtype.
       expert_width: F of a routed expert.
       shared_width: F of the shared expert; 0 leaves it out.
+
+    Example:
+      >>> params = nn.init_moe_on_mesh(jax.random.key(0), group, expert_width=32)
+      >>> params.experts.gate.shape, params.experts.gate.sharding.spec
+      ((8, 16, 32), P('ep',))
     """
     name = "init_moe_on_mesh"
     config = arguments.instance(name, "group", group, EpGroup).config
@@ -73,7 +78,12 @@ def _placed(params: MoeParams, mesh: Mesh, specs: MoeParams) -> MoeParams:
 
 
 def init_balance_bias_on_mesh(group: EpGroup) -> Array:
-    """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices."""
+    """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices.
+
+    Example:
+      >>> nn.init_balance_bias_on_mesh(group)
+      Array([0., 0., 0., 0., 0., 0., 0., 0.], dtype=float32)
+    """
     arguments.instance("init_balance_bias_on_mesh", "group", group, EpGroup)
     everywhere = NamedSharding(group.mesh, P())
     return jnp.zeros(group.config.num_experts, jnp.float32, device=everywhere)
@@ -140,6 +150,12 @@ def moe_layer_on_mesh(
     Raises:
       ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
         than the group's, rows that do not divide over the devices, a token of another group.
+
+    Example:
+      >>> params = nn.init_moe_on_mesh(jax.random.key(0), group, expert_width=32)
+      >>> out, aux = jax.jit(nn.moe_layer_on_mesh, static_argnums=0)(group, params, x)
+      >>> out.shape, aux.load.sum()  # 16 rows, two experts each
+      ((16, 16), Array(32, dtype=int32))
     """
     name = "moe_layer_on_mesh"
     config = arguments.instance(name, "group", group, EpGroup).config

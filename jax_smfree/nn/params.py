@@ -49,6 +49,10 @@ def init_swiglu(
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
+
+    Example:
+      >>> nn.init_swiglu(jax.random.key(0), hidden=16, width=32, dtype="float32").down.shape
+      (32, 16)
     """
     check_key("init_swiglu", key)
     hidden = arguments.integer("init_swiglu", "hidden", hidden)
@@ -88,6 +92,11 @@ def init_moe(
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
+
+    Example:
+      >>> params = nn.init_moe(jax.random.key(0), hidden=16, num_experts=8, expert_width=32)
+      >>> params.router.shape, params.experts.down.shape
+      ((16, 8), (8, 32, 16))
     """
     check_key("init_moe", key)
     hidden = arguments.integer("init_moe", "hidden", hidden)
@@ -108,6 +117,11 @@ def moe_specs(params: MoeParams, axis: str) -> MoeParams:
 
     Raises:
       TypeError: for what is no `MoeParams` or no name of an axis.
+
+    Example:
+      >>> specs = nn.moe_specs(params, "ep")
+      >>> specs.router == P(), specs.experts.gate == P("ep")
+      (True, True)
     """
     arguments.instance("moe_specs", "params", params, MoeParams, "Make it with nn.init_moe.")
     axes = axis if isinstance(axis, tuple) else (axis,)

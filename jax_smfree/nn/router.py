@@ -95,6 +95,10 @@ def load_balancing_loss(probabilities: Array, load: Array) -> Array:
     loss of this rank's rows, 0 if none of them goes to an expert; add a small multiple (0.01) of it
     to the training loss.
     Differentiation: through the probabilities.
+
+    Example:
+      >>> nn.load_balancing_loss(jnp.full((4, 8), 1 / 8), jnp.ones(8, jnp.int32))
+      Array(1., dtype=float32)
     """
     name = "load_balancing_loss"
     probabilities = arguments.array(name, "probabilities", probabilities, ("T", "E"))
@@ -111,6 +115,10 @@ def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
 
     It is state, not a parameter: keep it away from the optimizer. The result has the dtype of
     ``bias``. Without any load it stays as it is.
+
+    Example:
+      >>> nn.update_balance_bias(jnp.zeros(3), jnp.array([5, 0, 1]), rate=0.5)
+      Array([-0.5,  0.5,  0.5], dtype=float32)
     """
     name = "update_balance_bias"
     bias = arguments.array(name, "bias", bias, ("E",))

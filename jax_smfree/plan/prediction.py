@@ -130,6 +130,11 @@ def sweep(
     """`predict` for several numbers of ranks: direct, and hierarchical where that is a mode.
 
     A group of fewer ranks than ``config.ranks_per_node`` is one node.
+
+    Example:
+      >>> config = dataclasses.replace(config, ranks_per_node=2)
+      >>> [(p.ranks, p.mode) for p in plan.sweep(config, [2, 4])]
+      [(2, 'direct'), (4, 'direct'), (4, 'hierarchical')]
     """
     arguments.instance("sweep", "config", config, EpConfig)
     try:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jax_smfree.nn.equinox` against the functional layer."""
 
-import doctest
-
 import equinox
 import jax
 import jax.numpy as jnp
@@ -60,9 +58,3 @@ def test_the_bias_follows_the_load(groups):
     np.testing.assert_array_equal(layer.balance_bias, np.zeros(EXPERTS))
     with pytest.raises(ValueError, match="made with balanced=True"):
         layer_on(group).update_balance(None)
-
-
-def test_the_example_runs(groups):
-    group = groups(ep_mesh(as_many(4)), **config())
-    names = {"group": group, "x": rows_on(group)}
-    assert doctest.testmod(smfree_equinox, extraglobs=names).failed == 0

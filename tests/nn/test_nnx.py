@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jax_smfree.nn.nnx` against the functional layer."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +71,3 @@ def test_experts_are_split_over_the_ranks(groups):
     layer = layer_on(group)
     (shard, *_) = layer.experts.gate[...].addressable_shards
     assert shard.data.shape == (EXPERTS // group.num_ranks, HIDDEN, 16)
-
-
-def test_the_example_runs(groups):
-    group = groups(ep_mesh(as_many(4)), **config())
-    names = {"group": group, "x": rows_on(group)}
-    assert doctest.testmod(smfree_nnx, extraglobs=names).failed == 0
