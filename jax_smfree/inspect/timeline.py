@@ -34,7 +34,7 @@ class Timeline:
 
     Example:
       >>> phase = {"rank": 0, "phase": "dispatch_send", "begin_ns": 1000, "end_ns": 3000}
-      >>> timeline = Timeline([phase])
+      >>> timeline = smfree.inspect.Timeline([phase])
       >>> timeline.span_us(phase)
       (0.0, 2.0)
     """

@@ -31,9 +31,9 @@ class Routing:
         ``num_experts``, a sample of another shape, or with ids that there are not.
 
     Example:
-      >>> Routing(num_experts=4, top_k=2).row_shares(2).round(2)  # 1 - (2 of 4) / (2 of 2)
+      >>> plan.Routing(num_experts=4, top_k=2).row_shares(2).round(2)  # 1 - (2 of 4) / (2 of 2)
       array([0.83, 0.83])
-      >>> Routing(4, 1, sample=np.array([[0], [1], [3], [0]])).row_shares(2)
+      >>> plan.Routing(4, 1, sample=np.array([[0], [1], [3], [0]])).row_shares(2)
       array([0.75, 0.25])
     """
 
