@@ -135,3 +135,9 @@ def test_gpus_are_divided():
             address="127.0.0.1:1",
             base={"CUDA_VISIBLE_DEVICES": "4,5,6,7"},
         )
+
+
+def test_looking_for_a_launcher_does_not_import_jax():
+    code = "import sys; from jax_smfree import testing; testing.initialize(); "
+    code += "assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
