@@ -5,7 +5,7 @@
 //
 // Threads: every function may be called from any thread. A send returns when its rows are packed
 // and its input may be reused. A receive returns at once; its Done is called exactly once, inline
-// if all messages are there, else on a pool thread, never on the mover. The arrays of a receive
+// if all messages are there, else on a pool thread, never on the event loop. The arrays of a receive
 // must live until then. fork() without exec() is not supported once a group exists.
 #ifndef SMFREE_CSRC_CPU_BACKEND_H_
 #define SMFREE_CSRC_CPU_BACKEND_H_

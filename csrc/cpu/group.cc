@@ -67,8 +67,8 @@ Status CheckConfig(const GroupConfig& config, const std::vector<int32_t>& proces
   } else if (config.max_tokens > std::numeric_limits<int32_t>::max() / config.num_ranks ||
              RowsCapacity(config, config.max_tokens) > std::numeric_limits<int32_t>::max()) {
     wrong = "max_tokens times num_ranks does not fit 32 bits";
-  } else if (cookie.size() > static_cast<size_t>(wire::kMaxCookieBytes)) {
-    wrong = "the cookie is longer than " + std::to_string(wire::kMaxCookieBytes) + " bytes";
+  } else if (cookie.size() > static_cast<size_t>(packets::kMaxCookieBytes)) {
+    wrong = "the cookie is longer than " + std::to_string(packets::kMaxCookieBytes) + " bytes";
   } else if (!is_process(my_process)) {
     wrong = "process " + std::to_string(my_process) + " has no rank";
   } else {

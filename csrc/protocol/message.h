@@ -3,7 +3,7 @@
 // What stands at the start of a region: whose message it is, and in how many chunks it comes. The
 // counts per local expert of the destination (int32) follow at kHeaderIdentityBytes.
 //
-// For the CPU backend's form, which travels in a packet, see wire.h.
+// For the CPU backend's form, see csrc/cpu/exchange/message_header.h.
 #ifndef SMFREE_CSRC_PROTOCOL_MESSAGE_H_
 #define SMFREE_CSRC_PROTOCOL_MESSAGE_H_
 

@@ -17,22 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_smfree import _native
+from jax_smfree._src.shown import shown as shown
+
 T = TypeVar("T")
 
 # Experts, rows, lanes and ranks are numbered by int32 on the wire and in the kernels.
 INT32_MAX = 2**31 - 1
 # Of a group that is only planned.
 MOST_RANKS = 2**20
-
-
-def shown(value: Any) -> str:
-    """``value`` for an error's text: itself if that is short, else its type."""
-    if value is None or isinstance(value, (bool, numbers.Number, np.generic, str, bytes)):
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def integer(where: str, name: str, value: Any, *, least: int = 1, most: int = INT32_MAX) -> int:
@@ -83,12 +76,21 @@ def positive(where: str, name: str, value: Any, expected: str = "a positive numb
     return float(value)
 
 
+def seconds(where: str, name: str, value: Any) -> float:
+    """How long somebody waits at most, from 0 on."""
+    most = _native.MAX_TIMEOUT_S
+    expected = f"a number of seconds from 0 to {most:,.0f}"
+    if not 0 <= number(where, name, value, expected) <= most:
+        raise ValueError(f"{where}: got {name}={shown(value)}, expected {expected}.")
+    return float(value)
+
+
 def instance(where: str, name: str, value: Any, kind: type[T], cure: str = "") -> T:
     """An object of the class ``kind``."""
     if not isinstance(value, kind):
-        raise TypeError(
-            f"{where}: got {shown(value)} as {name}, expected a {kind.__name__}. {cure}".rstrip()
-        )
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        expected = f"{article} {kind.__name__}. {cure}".rstrip()
+        raise TypeError(f"{where}: got {shown(value)} as {name}, expected {expected}")
     return value
 
 
@@ -129,7 +131,8 @@ def tree(where: str, name: str, value: Any) -> None:
     for leaf in jax.tree.leaves(value):
         try:
             jax.typeof(leaf)
-        except TypeError as error:
+            jnp.asarray(leaf)
+        except (TypeError, ValueError, OverflowError) as error:
             raise TypeError(
                 f"{where}: got {shown(leaf)} among {name}, expected arrays, or pytrees of them."
             ) from error

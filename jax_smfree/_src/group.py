@@ -284,8 +284,11 @@ class EpGroup:
         A program over a single device of this process is only waited for if the calling thread has
         launched it, or if it has begun.
         """
+        if timeout_s is None:
+            timeout_s = self.config.timeout_s
+        timeout_s = arguments.seconds("EpGroup.close", "timeout_s", timeout_s)
         self._closed = True
-        self._life.end(self.config.timeout_s if timeout_s is None else timeout_s)
+        self._life.end(timeout_s)
 
     @contextlib.contextmanager
     def pause(self, timeout_s: float = 3600.0) -> Iterator[None]:
@@ -311,6 +314,7 @@ class EpGroup:
           ...         save(params)
         """
         checks.check_open("EpGroup.pause", self)
+        timeout_s = arguments.seconds("EpGroup.pause", "timeout_s", timeout_s)
         ended = self._life.launched_ended(timeout_s)
         self._raise_fault()
         if not ended:

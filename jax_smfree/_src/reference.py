@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_smfree._src import arguments
+
 Result = TypeVar("Result")
 
 
@@ -204,6 +206,19 @@ class Group:
 
     axis: str
     config: Config
+
+    def __post_init__(self) -> None:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if not axes or not all(isinstance(axis, str) for axis in axes):
+            raise TypeError(
+                f"ReferenceGroup: got {arguments.shown(self.axis)} as axis, expected the name of "
+                "a mesh axis."
+            )
+        if not hasattr(self.config, "num_recv_rows"):
+            raise TypeError(
+                f"ReferenceGroup: got {arguments.shown(self.config)} as config, expected an "
+                "EpConfig."
+            )
 
     def token(self, lane: int = 0) -> "Token":
         """A ready token. Nothing is ever in flight here, so lanes are all the same."""

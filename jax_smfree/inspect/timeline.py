@@ -8,6 +8,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jax_smfree._src import arguments
+
 Record = dict[str, Any]
 
 # The GPUs' clocks are taken for one if their first records are not further apart.
@@ -28,7 +30,7 @@ class Timeline:
       wire: ``group.end_wire_trace()``; may be empty.
 
     Raises:
-      ValueError: for records that are not such.
+      ValueError, TypeError: for records that are not such.
 
     Example:
       >>> phase = {"rank": 0, "phase": "dispatch_send", "begin_ns": 1000, "end_ns": 3000}
@@ -45,6 +47,11 @@ class Timeline:
             ("phases", self.phases, _PHASE_KEYS),
             ("wire", self.wire, _WIRE_KEYS),
         ):
+            if not isinstance(records, list | tuple):
+                raise TypeError(
+                    f"Timeline: got {kind}={arguments.shown(records)}, expected a list of records, "
+                    "as group.trace() and group.end_wire_trace() return them."
+                )
             for record in records:
                 _check(kind, record, keys)
         if not self.phases:
@@ -128,7 +135,9 @@ def rank_of(record: Record) -> tuple[int, int]:
 def _check(kind: str, record: Any, keys: frozenset[str]) -> None:
     expected = "expected those of group.trace() and group.end_wire_trace()."
     if not isinstance(record, Mapping):
-        raise ValueError(f"Timeline: got {record!r} as a record of {kind}, {expected}")
+        raise ValueError(
+            f"Timeline: got {arguments.shown(record)} as a record of {kind}, {expected}"
+        )
     if missing := keys - record.keys():
         raise ValueError(f"Timeline: got a record of {kind} without {sorted(missing)}, {expected}")
     for name in (keys | {"replica"}) & record.keys():
@@ -138,7 +147,9 @@ def _check(kind: str, record: Any, keys: frozenset[str]) -> None:
         else:
             right = isinstance(value, int) and 0 <= value < _MOST[name.endswith("_ns")]
         if not right:
-            raise ValueError(f"Timeline: got {name}={value!r} in a record of {kind}, {expected}")
+            raise ValueError(
+                f"Timeline: got {name}={arguments.shown(value)} in a record of {kind}, {expected}"
+            )
     if record["end_ns"] < record["begin_ns"]:
         raise ValueError(f"Timeline: got a record of {kind} that ends before it begins, {expected}")
 

@@ -45,9 +45,14 @@ def grouped_mlp(
     group_sizes = arguments.array(name, "group_sizes", group_sizes, ("E / R",), jnp.integer)
     check_swiglu(name, "experts", experts, group_sizes.shape, x.shape[1], x.dtype)
     arguments.function(name, "grouped_matmul", grouped_matmul)
-    gate = grouped_matmul(x, experts.gate, group_sizes)
-    up = grouped_matmul(x, experts.up, group_sizes)
-    return grouped_matmul(jax.nn.silu(gate) * up, experts.down, group_sizes)
+
+    def multiply(x: Array, w: Array) -> Array:
+        shape = (x.shape[0], w.shape[2])
+        out = grouped_matmul(x, w, group_sizes)
+        return arguments.array(name, "the result of grouped_matmul", out, shape)
+
+    gate, up = multiply(x, experts.gate), multiply(x, experts.up)
+    return multiply(jax.nn.silu(gate) * up, experts.down)
 
 
 def check_swiglu(

@@ -55,7 +55,7 @@ def grouped_matmul(
 ) -> Array:
     """``x`` [N, K], ``w`` [G, K, M] (``transpose``: [G, M, K]), int32 [G] -> [N, M].
 
-    16-bit floats, sums in float32. K is a multiple of 64 and M of 8. Rows of the result past
+    16-bit floats, sums in float32. K is a multiple of 64 and M of 128. Rows of the result past
     ``sum(group_sizes)`` are whatever the memory held.
     """
     num_rows, contracted = x.shape

@@ -80,7 +80,9 @@ def expert_load(topk_idx: Array, num_experts: int) -> Array:
     """
     topk_idx = arguments.array("expert_load", "topk_idx", topk_idx, ("T", "K"), jnp.integer)
     num_experts = arguments.integer("expert_load", "num_experts", num_experts)
-    ids = topk_idx.reshape(-1).astype(jnp.promote_types(topk_idx.dtype, jnp.int32))
+    ids = topk_idx.reshape(-1)
+    if ids.dtype.itemsize <= 4:
+        ids = ids.astype(jnp.int32)
     is_expert = (ids >= 0) & (ids < num_experts)  # a negative index would count from the end
     ids = jnp.where(is_expert, ids, num_experts)
     return jnp.zeros(num_experts, jnp.int32).at[ids].add(jnp.int32(1), mode="drop")

@@ -34,7 +34,7 @@ class PhaseCost:
 
 # What reading a file of another kind raises.
 _NOT_RESULTS = (
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     ValueError,
@@ -98,12 +98,20 @@ class Machine:
         Raises:
           ValueError, TypeError: for another file, or one in which a rate is missing and not given.
         """
+        arguments.instance(
+            "Machine.from_results",
+            "results",
+            results,
+            Mapping,  # type: ignore[type-abstract]
+        )
         names = {field.name for field in dataclasses.fields(cls)} - {"phases"}
         if unknown := given.keys() - names:
             raise TypeError(
                 f"Machine.from_results: got {', '.join(sorted(unknown))}, expected some of "
                 f"{', '.join(sorted(names))}."
             )
+        for name, value in given.items():
+            arguments.positive("Machine.from_results", name, value, _RATE)
         try:
             measured = {
                 "hbm_gb_s": results["copy_rate"]["gb_s"],

@@ -82,8 +82,11 @@ def predict(
       (964, 310)
     """
     bytes_of_buffers = buffer_bytes(config, num_ranks)
-    machine = arguments.instance("predict", "machine", machine or Machine(), Machine)
-    routing = routing or Routing(config.num_experts, config.top_k)
+    if machine is None:
+        machine = Machine()
+    if routing is None:
+        routing = Routing(config.num_experts, config.top_k)
+    arguments.instance("predict", "machine", machine, Machine)
     arguments.instance("predict", "routing", routing, Routing)
     if (routing.num_experts, routing.top_k) != (config.num_experts, config.top_k):
         raise ValueError(
@@ -129,12 +132,14 @@ def sweep(
     A group of fewer ranks than ``config.ranks_per_node`` is one node.
     """
     arguments.instance("sweep", "config", config, EpConfig)
-    if not isinstance(ranks, Iterable) or isinstance(ranks, str | bytes):
+    try:
+        numbers = list(ranks)
+    except TypeError as error:
         raise TypeError(
             f"sweep: got ranks={arguments.shown(ranks)}, expected several numbers: [2, 4, 8]."
-        )
+        ) from error
     found = []
-    for each in ranks:
+    for each in numbers:
         number = arguments.integer("sweep", "ranks", each, most=arguments.MOST_RANKS)
         per_node = min(config.ranks_per_node or number, number)
         modes: tuple[Mode, ...] = ("direct", "hierarchical")

@@ -52,12 +52,13 @@ class Routing:
             )
         if self.sample is None:
             return
-        if not hasattr(self.sample, "__array__"):
-            raise TypeError(
+        try:
+            ids = np.asarray(self.sample)
+        except (TypeError, ValueError) as error:  # rows of several lengths, keys of JAX
+            raise ValueError(
                 f"Routing: got {arguments.shown(self.sample)} as the sample, expected an array of "
                 f"integers [rows, {self.top_k}]."
-            )
-        ids = np.asarray(self.sample)
+            ) from error
         if ids.ndim != 2 or ids.shape[1] != self.top_k or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 f"Routing: got a sample {ids.dtype} {list(ids.shape)}, expected integers "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from jax_smfree import _native
+from jax_smfree._src.shown import shown
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -57,19 +58,21 @@ def chaos(
       with chaos(group, seed=1, max_delay_us=1000):
           np.testing.assert_array_equal(step(x), expected)
     """
+    from jax_smfree._src import arguments, checks
     from jax_smfree._src.group import EpGroup
 
     for name, value in (("max_delay_us", max_delay_us), ("stall_ms", stall_ms), ("seed", seed)):
         if not isinstance(value, int) or not 0 <= value <= _MAX:
-            raise ValueError(f"chaos: got {name}={value!r}, expected a whole number, 0 to 2**31.")
+            raise ValueError(
+                f"chaos: got {name}={shown(value)}, expected a whole number, 0 to 2**31."
+            )
     if not isinstance(stall_probability, int | float) or not 0 <= stall_probability <= 1:
         raise ValueError(
-            f"chaos: got stall_probability={stall_probability!r}, expected a number from 0 to 1."
+            f"chaos: got stall_probability={shown(stall_probability)}, expected a number from 0 "
+            "to 1."
         )
-    if not isinstance(group, EpGroup):
-        raise TypeError(f"chaos: got a {type(group).__name__} as group, expected an EpGroup.")
-    if group.closed:
-        raise ValueError("chaos: the EpGroup is closed. Enter the block while it is open.")
+    arguments.flag("chaos", "reorder", reorder)
+    checks.check_open("chaos", arguments.instance("chaos", "group", group, EpGroup))
 
     natives = [native for native in group._life.natives if isinstance(native, _native.CpuGroup)]
     if len(natives) < len(group._life.natives):

@@ -305,6 +305,7 @@ void UseUpDescriptors() {
 }
 
 TEST(NoDescriptorForAnotherProcess) {
+  if (kSanitized) return;  // UBSan looks at objects through a pipe, for which no descriptor is left
   CheckAllSucceeded(RunProcesses({0, 1}, [](Member& member) {
     GroupConfig config = Config(2);
     config.timeout_s = 2;
@@ -321,6 +322,7 @@ TEST(NoDescriptorForAnotherProcess) {
 
 // Process 1 can take no memory of process 0, or has none for its own rows.
 TEST(NoDescriptorForMemory) {
+  if (kSanitized) return;  // UBSan looks at objects through a pipe, for which no descriptor is left
   for (const bool own : {false, true}) {
     CheckAllSucceeded(RunProcesses({0, 1}, [&](Member& member) {
       CHECK_OK(member.Join(Config(2)));

@@ -8,12 +8,12 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/protocol/wire.h"
+#include "csrc/cpu/exchange/message_header.h"
 #include "tests/cpp/check.h"
 
 using namespace smfree;
 
-static_assert(sizeof(wire::MessageHeader) <= kHeaderIdentityBytes);
+static_assert(sizeof(cpu::MessageHeader) <= kHeaderIdentityBytes);
 
 namespace {
 

@@ -7,6 +7,7 @@ freed from inside of the process.
 
 import dataclasses
 import faulthandler
+import functools
 import os
 import re
 import time
@@ -157,16 +158,18 @@ def closes_beside_what_goes_on():
     seconds = 25.0
     mesh = ep_mesh(as_many(4, at_least=2))
     device = mesh.devices.flat[0]
-    heavy = jax.device_put(jnp.eye(4096, dtype=jnp.bfloat16), device)
+    # So few and long kernels that all of them are launched at once.
+    heavy = jax.device_put(jnp.eye(32768, dtype=jnp.bfloat16), device)
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=0)
     def compute(steps, m):
         return jax.lax.fori_loop(0, steps, lambda _, a: jnp.tanh(a @ m), m)
 
-    compute(10, heavy).block_until_ready()
+    compute(5, heavy).block_until_ready()
     begin = time.monotonic()
-    compute(2000, heavy).block_until_ready()
-    steps = int(2000 * seconds / (time.monotonic() - begin))
+    compute(5, heavy).block_until_ready()
+    steps = int(5 * seconds / (time.monotonic() - begin))
+    compute.lower(steps, heavy).compile()
     sizes = CONFIG | {"hidden": 4096, "max_tokens": 4096}
     # Closing waits so long for programs that were launched.
     group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**sizes, timeout_s=2.0))
@@ -182,6 +185,8 @@ def closes_beside_what_goes_on():
     free = free_bytes(device.local_hardware_id)
     begin = time.monotonic()
     long = compute(steps, heavy)
+    launched = time.monotonic() - begin
+    assert launched < 5.0, f"the host waited {launched} s for the GPU"
     faulthandler.dump_traceback_later(CLOSES_IN_S)  # says what close() waits for, if it does
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -80,6 +80,20 @@ def test_shared_fate(pytester, run_ranks, sample):
         assert "needs 4x1-cpu (processes x devices), this run is 2x2-cpu" in output
 
 
+def test_under_our_launcher(pytester, plugin_args, sample):
+    """``python -m jax_smfree.testing.launch … -- -m pytest tests``, as docs/testing.md has it."""
+    source = (
+        "@multihost(2, 2)\ndef test_it(world): assert total() == 6 and world.num_processes == 2"
+    )
+    pytester.mkdir("tests").joinpath("test_it.py").write_text(sample(source))
+    launch = "-m jax_smfree.testing.launch --processes 2 --devices-per-process 2 -- -m pytest tests"
+    command = [sys.executable, *launch.split(), *plugin_args]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "multihost: rank 0 of 2, says the JAX_* variables" in done.stdout
+    assert "1 passed" in done.stdout
+
+
 def test_different_tests(pytester, run_ranks, sample):
     pytester.makepyfile(
         sample(

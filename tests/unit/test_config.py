@@ -112,7 +112,7 @@ def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
         (lambda: smfree.nvl_size_hint(CONFIG, 0), ValueError, "num_ranks=0, expected a positive"),
         (lambda: smfree.rdma_size_hint(CONFIG, 2.0), ValueError, r"num_ranks=2\.0"),
         (lambda: smfree.rdma_size_hint(CONFIG, 3), ValueError, "num_experts=8 and num_ranks=3"),
-        (lambda: smfree.rdma_size_hint({}, 2), TypeError, "a dict as config, expected a EpConfig"),
+        (lambda: smfree.rdma_size_hint({}, 2), TypeError, "a dict as config, expected an EpConfig"),
         (
             lambda: smfree.nvl_size_hint(
                 dataclasses.replace(CONFIG, hidden=2**31 - 1, max_tokens=2**31 - 1), 8

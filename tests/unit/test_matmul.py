@@ -12,7 +12,7 @@ import pytest
 from jax_smfree import nn
 from jax_smfree.nn import matmul
 
-BLOCK, HIDDEN, WIDTH = 8, 128, 64  # sizes that the kernels for Hopper take
+BLOCK, HIDDEN, WIDTH = 8, 128, 128  # sizes that the kernels for Hopper take
 SIZES = [[16, 0, 24], [0, 0, 0], [0, 8, 0], [0, 0, 40]]
 ROWS = 56
 

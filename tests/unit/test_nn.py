@@ -311,21 +311,22 @@ def on(device_kind: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("device_kind", "hidden", "dtype", "kernel"),
+    ("device_kind", "hidden", "width", "dtype", "kernel"),
     [
-        ("H100 80GB HBM3", 128, jnp.bfloat16, True),
-        ("GH200 480GB", 128, jnp.float16, True),
-        ("H200", 128, jnp.float32, False),
-        ("H200", 96, jnp.bfloat16, False),
-        ("A100-SXM4-80GB", 128, jnp.bfloat16, False),
-        ("B200", 128, jnp.bfloat16, False),
+        ("H100 80GB HBM3", 128, 256, jnp.bfloat16, True),
+        ("GH200 480GB", 256, 128, jnp.float16, True),
+        ("H200", 128, 128, jnp.float32, False),
+        ("H200", 192, 128, jnp.bfloat16, False),
+        ("H200", 128, 64, jnp.bfloat16, False),
+        ("A100-SXM4-80GB", 128, 128, jnp.bfloat16, False),
+        ("B200", 128, 128, jnp.bfloat16, False),
     ],
 )
 def test_choice_of_the_grouped_matmul(
-    device_kind: str, hidden: int, dtype: Any, kernel: bool
+    device_kind: str, hidden: int, width: int, dtype: Any, kernel: bool
 ) -> None:
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    x, w = jnp.ones((8, hidden), dtype), jnp.ones((2, hidden, 64), dtype)
+    x, w = jnp.ones((8, hidden), dtype), jnp.ones((2, hidden, width), dtype)
     group_sizes = jnp.ones(2, jnp.int32)
     with on(device_kind):
         jaxpr = jax.make_jaxpr(nn.grouped_matmul)(x, w, group_sizes)

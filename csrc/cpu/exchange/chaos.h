@@ -11,7 +11,7 @@
 
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/runtime/threads.h"
-#include "csrc/protocol/wire.h"
+#include "csrc/cpu/exchange/message_header.h"
 
 namespace smfree::cpu {
 
@@ -25,7 +25,7 @@ class ChaoticSchedule {
 
   // Not before the times returned for earlier messages of the same place from the same source to
   // the same destination; without reordering, not before any earlier time.
-  Clock::time_point DueTime(const wire::MessageHeader& header) {
+  Clock::time_point DueTime(const MessageHeader& header) {
     const Clock::time_point now = Clock::now();
     if (std::uniform_real_distribution<double>(0, 1)(random_) < chaos_.stall_probability) {
       stalled_until_ = std::max(stalled_until_, now + std::chrono::milliseconds(chaos_.stall_ms));

@@ -58,9 +58,9 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
 
 Status Exchange::Open() {
   try {
-    Mover::Get();  // its thread and its descriptor, where an error can still be returned
+    EventLoop::Get();  // its thread and its descriptor, where an error can still be returned
   } catch (const std::system_error& error) {
-    return SystemError("starting the mover's thread", error.code().value());
+    return SystemError("starting the event loop's thread", error.code().value());
   }
   if (num_processes_ == 1) {
     arena_ = std::make_shared<Arena>(Arena::Backing::kAnonymous, nullptr);
@@ -88,10 +88,10 @@ Status Exchange::Connect(const std::vector<std::string>& addresses) {
   }
   std::vector<int32_t> ranks_of_process(addresses.size());
   for (const int32_t process : process_of_rank_) ++ranks_of_process[static_cast<size_t>(process)];
-  wire::HelloPacket hello{};
-  hello.kind = wire::PacketKind::kHello;
-  hello.magic = wire::kMagic;
-  hello.version = wire::kVersion;
+  packets::HelloPacket hello{};
+  hello.kind = packets::PacketKind::kHello;
+  hello.magic = packets::kMagic;
+  hello.version = packets::kVersion;
   hello.process = my_process_;
   hello.group_id = group_id_;
   hello.replica = replica_;
@@ -141,7 +141,7 @@ Mailbox::Contents Exchange::TakeAll() {
 
 void Exchange::EndReceives(std::vector<ReceivePtr> receives, const Status& fault, int32_t rank) {
   for (ReceivePtr& receive : receives) {
-    Mover::Get().Cancel(receive->deadline);
+    EventLoop::Get().Cancel(receive->deadline);
     const Expectation& expected = receive->expected;
     std::string text = fault.message();
     if (expected.rank != rank) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The exchange: the state of one group in this process, between the phases (which pack and unpack
-// rows) and the mover. It owns the mailboxes of the local ranks, the arena, the network and the
+// rows) and the event loop. It owns the mailboxes of the local ranks, the arena, the network and the
 // first fault.
 //
-// One mutex guards all of it; nothing slow happens under it. Lock order: Exchange, then Mover; a
+// One mutex guards all of it; nothing slow happens under it. Lock order: Exchange, then EventLoop; a
 // message is let go of, a Done called and a socket written only without the Exchange's mutex.
 //
 // A message between local ranks goes straight into the mailbox, by the sender's thread. Posting
@@ -67,7 +67,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
                    const Status& arguments);
   StatusOr<std::shared_ptr<Arena::Block>> Allocate(int64_t bytes);
   // Hands over a message whose rows are written, at `offset` of the block.
-  void Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block, int64_t offset);
+  void Post(const MessageHeader& header, std::shared_ptr<Arena::Block> block, int64_t offset);
   // Calls unpack and then done, as soon as all messages are there; or done with an error.
   void Expect(const Expectation& expected, const Status& arguments, Unpacker unpack, Done done);
 
@@ -94,10 +94,10 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   std::string RanksOf(int32_t process) const;
 
   // To the mailbox or the process of the destination.
-  void Forward(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
+  void Forward(const MessageHeader& header, std::shared_ptr<Arena::Block> block,
                int64_t offset);
   // Under the mutex: a message is on its way.
-  void NoteSent(const wire::MessageHeader& header);
+  void NoteSent(const MessageHeader& header);
   void Deliver(Message message);
   // Under the mutex: the last message of a receive is there.
   void NoteArrived(const Receive& receive);
@@ -136,7 +136,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   Stats stats_;
 
   ChaoticSchedule chaos_;
-  int64_t held_back_ = 0;  // messages that chaos keeps with the mover
+  int64_t held_back_ = 0;  // messages that chaos holds back
   std::condition_variable none_held_back_;
 };
 

@@ -80,7 +80,7 @@ StatusOr<std::shared_ptr<Arena::Block>> Exchange::Allocate(int64_t bytes) {
   return Status(block.status().kind(), RanksOf(my_process_) + ": " + block.status().message());
 }
 
-void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
+void Exchange::Post(const MessageHeader& header, std::shared_ptr<Arena::Block> block,
                     int64_t offset) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -90,7 +90,7 @@ void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Bl
     // stay in order when chaos ends.
     if (chaos_.enabled() || held_back_ > 0) {
       ++held_back_;
-      Mover::Get().At(chaos_.DueTime(header),
+      EventLoop::Get().At(chaos_.DueTime(header),
                       [self = shared_from_this(), header, block = std::move(block), offset] {
                         self->Forward(header, block, offset);
                         const std::lock_guard<std::mutex> relock(self->mutex_);
@@ -104,7 +104,7 @@ void Exchange::Post(const wire::MessageHeader& header, std::shared_ptr<Arena::Bl
   Forward(header, std::move(block), offset);
 }
 
-void Exchange::NoteSent(const wire::MessageHeader& header) {
+void Exchange::NoteSent(const MessageHeader& header) {
   const bool dispatch = header.identity.operation == Operation::kDispatch;
   PhaseStats& phase = dispatch ? stats_.dispatch_send : stats_.combine_send;
   const bool first_leg = header.leg == nodes_.FirstLeg(header.identity.operation);
@@ -114,7 +114,7 @@ void Exchange::NoteSent(const wire::MessageHeader& header) {
   (dispatch ? stats_.dispatch_internode_bytes : stats_.combine_internode_bytes) += header.bytes;
 }
 
-void Exchange::Forward(const wire::MessageHeader& header, std::shared_ptr<Arena::Block> block,
+void Exchange::Forward(const MessageHeader& header, std::shared_ptr<Arena::Block> block,
                        int64_t offset) {
   if (!IsLocal(header.destination)) {
     const int32_t process = process_of_rank_[static_cast<size_t>(header.destination)];
@@ -128,7 +128,7 @@ void Exchange::Forward(const wire::MessageHeader& header, std::shared_ptr<Arena:
 }
 
 void Exchange::OnArrival(Message message) {
-  const wire::MessageHeader& header = message.header;
+  const MessageHeader& header = message.header;
   const bool sound =
       IsLocal(header.destination) && (header.leg == kWire || header.leg == kNode) &&
       header.region >= 0 && header.region < nodes_.Regions(header.leg) &&
@@ -159,13 +159,13 @@ void Exchange::Deliver(Message message) {
   }
   if (!status.ok()) Raise(status, rank, /*tell_peers=*/true);
   if (!complete) return;
-  // Never on this thread: it may be the mover, or a sender that XLA waits for.
+  // Never on this thread: it may be the event loop, or a sender that XLA waits for.
   CompletionPool::Get().Post(
       [self = shared_from_this(), complete = std::move(complete)] { self->Finish(complete); });
 }
 
 void Exchange::NoteArrived(const Receive& receive) {
-  Mover::Get().Cancel(receive.deadline);
+  EventLoop::Get().Cancel(receive.deadline);
   const Operation operation = receive.expected.identity.operation;
   if (receive.expected.leg != nodes_.LastLeg(operation)) return;  // a relay's
   PhaseStats& stats =
@@ -206,7 +206,7 @@ void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpa
     if (status.ok() && !complete) {
       peers = CheckPeersOpen(*receive);
       receive->deadline =
-          Mover::Get().At(DeadlineOf(expected),
+          EventLoop::Get().At(DeadlineOf(expected),
                           [self = weak_from_this(), waiting = std::weak_ptr<Receive>(receive)] {
                             const auto exchange = self.lock();
                             const auto late = waiting.lock();

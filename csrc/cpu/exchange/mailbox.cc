@@ -15,7 +15,7 @@ constexpr int64_t kMaxDescribed = 4;  // ranks, and messages of a rank
 // Operations of earlier runs that a rank may have in flight.
 constexpr int64_t kMaxOfEarlierRuns = 16;
 
-Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
+Status Mismatch(const Expectation& expected, const MessageHeader& found,
                 const std::string& why) {
   return Status(
       FaultKind::kScheduleMismatch,
@@ -26,7 +26,7 @@ Status Mismatch(const Expectation& expected, const wire::MessageHeader& found,
 }
 
 // The shapes of a message of the right operation.
-Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found) {
+Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
   if (found.tokens != expected.tokens) {
     return Mismatch(expected, found,
                     "expected an operation of " + std::to_string(expected.tokens) +
@@ -49,12 +49,12 @@ Status CheckShapes(const Expectation& expected, const wire::MessageHeader& found
 }
 
 // Whether a message at the place of `expected` may be of another call of the same line.
-bool MayBeAnotherCall(const Expectation& expected, const wire::MessageHeader& found) {
+bool MayBeAnotherCall(const Expectation& expected, const MessageHeader& found) {
   return SameCall(found.identity, expected.identity) && found.tokens == expected.tokens &&
          found.identity.instance.program == expected.identity.instance.program;
 }
 
-std::string DescribeOtherCall(const Expectation& expected, const wire::MessageHeader& found) {
+std::string DescribeOtherCall(const Expectation& expected, const MessageHeader& found) {
   if (!SameCall(found.identity, expected.identity)) return DescribeOperation(found.identity);
   if (found.tokens == expected.tokens) return "a call of that line in another program";
   return "another call of that line (another branch of a cond, or a jitted function that is called "
@@ -147,7 +147,7 @@ void Mailbox::Complete(Traffic& traffic, const Receive& receive) const {
 }
 
 Status Mailbox::Deliver(Message message, ReceivePtr* complete) {
-  const wire::MessageHeader header = message.header;
+  const MessageHeader header = message.header;
   const Identity& identity = header.identity;
   last_from_[static_cast<size_t>(header.source)] = header;
   Traffic& traffic = At(identity);

@@ -26,7 +26,7 @@
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/exchange/message.h"
 #include "csrc/cpu/exchange/unreceived.h"
-#include "csrc/cpu/runtime/mover.h"
+#include "csrc/cpu/runtime/event_loop.h"
 
 namespace smfree::cpu {
 
@@ -50,7 +50,7 @@ struct Receive {
   Expectation expected;
   Unpacker unpack;
   Done done;
-  Mover::TimerId deadline{};
+  EventLoop::TimerId deadline{};
   std::vector<Message> messages;  // by region; without data until it is there
   int32_t missing = 0;
 };
@@ -110,7 +110,7 @@ class Mailbox {
   const Nodes nodes_;
   std::map<Place, Traffic> places_;
   std::map<Place, Traffic>::node_type spare_;  // a place that was left, for its memory
-  std::vector<std::optional<wire::MessageHeader>> last_from_;  // the last arrival of each source
+  std::vector<std::optional<MessageHeader>> last_from_;  // the last arrival of each source
 };
 
 }  // namespace smfree::cpu

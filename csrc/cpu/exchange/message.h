@@ -6,14 +6,14 @@
 #include <memory>
 
 #include "csrc/protocol/layout.h"
-#include "csrc/protocol/wire.h"
+#include "csrc/cpu/exchange/message_header.h"
 
 namespace smfree::cpu {
 
 // The rows from one rank to another. They are immutable once the message is posted; the block they
 // lie in, here or in another process, returns to its sender when the last `hold` on it goes.
 struct Message {
-  wire::MessageHeader header{};
+  MessageHeader header{};
   const std::byte* data = nullptr;
   std::shared_ptr<const void> hold;
 

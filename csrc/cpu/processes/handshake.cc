@@ -50,22 +50,22 @@ bool SameUser(int fd) {
 }
 
 // Of a connection that has something to read, or is at its end.
-bool ReceiveHello(int fd, wire::HelloPacket* hello) {
+bool ReceiveHello(int fd, packets::HelloPacket* hello) {
   return recv(fd, hello, sizeof(*hello), MSG_TRUNC | MSG_DONTWAIT) ==
              static_cast<ssize_t>(sizeof(*hello)) &&
-         hello->kind == wire::PacketKind::kHello && hello->magic == wire::kMagic;
+         hello->kind == packets::PacketKind::kHello && hello->magic == packets::kMagic;
 }
 
-int SendHello(int fd, const wire::HelloPacket& hello) {
+int SendHello(int fd, const packets::HelloPacket& hello) {
   return SendPacket(fd, reinterpret_cast<const char*>(&hello), sizeof(hello), -1, MSG_DONTWAIT);
 }
 
-bool SameCookie(const wire::HelloPacket& a, const wire::HelloPacket& b) {
+bool SameCookie(const packets::HelloPacket& a, const packets::HelloPacket& b) {
   return a.cookie_bytes == b.cookie_bytes && std::memcmp(a.cookie, b.cookie, sizeof(a.cookie)) == 0;
 }
 
 // What the peer says of itself against what this process knows.
-Status CheckHello(const wire::HelloPacket& mine, const wire::HelloPacket& theirs,
+Status CheckHello(const packets::HelloPacket& mine, const packets::HelloPacket& theirs,
                   const std::vector<int32_t>& ranks_of_process) {
   const auto p = static_cast<size_t>(theirs.process);
   if (theirs.process < 0 || p >= ranks_of_process.size() || theirs.process == mine.process) {
@@ -104,7 +104,7 @@ Status Refused(int process) {
 class Greeting {
  public:
   Greeting(const Socket& listener, const std::vector<std::string>& addresses,
-           const wire::HelloPacket& hello, const std::vector<int32_t>& ranks_of_process,
+           const packets::HelloPacket& hello, const std::vector<int32_t>& ranks_of_process,
            Clock::time_point deadline)
       : listener_(listener),
         addresses_(addresses),
@@ -200,7 +200,7 @@ class Greeting {
 
   // Of a guest that says something. A stranger's socket ends here.
   Status Meet(Socket socket) {
-    wire::HelloPacket theirs;
+    packets::HelloPacket theirs;
     if (!ReceiveHello(socket.fd(), &theirs) || !SameCookie(theirs, hello_)) return Status();
     // Answered even if it does not fit, so that the other side can tell what is wrong as well.
     const int error = SendHello(socket.fd(), hello_);
@@ -219,7 +219,7 @@ class Greeting {
                     "process " + std::to_string(process) +
                         " did not answer in time. Cure: see what it does, or raise timeout_s.");
     }
-    wire::HelloPacket theirs;
+    packets::HelloPacket theirs;
     if (!ReceiveHello(polled[0].fd, &theirs) || !SameCookie(theirs, hello_)) {
       return Refused(process);
     }
@@ -238,7 +238,7 @@ class Greeting {
 
   const Socket& listener_;
   const std::vector<std::string>& addresses_;
-  const wire::HelloPacket& hello_;
+  const packets::HelloPacket& hello_;
   const std::vector<int32_t>& ranks_of_process_;
   const Clock::time_point deadline_;
   const int32_t me_;
@@ -280,7 +280,7 @@ StatusOr<Socket> Listen(std::string* address) {
 
 StatusOr<std::vector<Socket>> Greet(const Socket& listener,
                                     const std::vector<std::string>& addresses,
-                                    const wire::HelloPacket& hello,
+                                    const packets::HelloPacket& hello,
                                     const std::vector<int32_t>& ranks_of_process,
                                     Clock::time_point deadline) {
   return Greeting(listener, addresses, hello, ranks_of_process, deadline).Run();

@@ -11,7 +11,7 @@
 
 #include "csrc/cpu/runtime/threads.h"
 #include "csrc/protocol/status.h"
-#include "csrc/protocol/wire.h"
+#include "csrc/cpu/processes/packets.h"
 
 namespace smfree::cpu {
 
@@ -39,7 +39,7 @@ StatusOr<Socket> Listen(std::string* address);
 // `num_local`, which must be ranks_of_process[process].
 StatusOr<std::vector<Socket>> Greet(const Socket& listener,
                                     const std::vector<std::string>& addresses,
-                                    const wire::HelloPacket& hello,
+                                    const packets::HelloPacket& hello,
                                     const std::vector<int32_t>& ranks_of_process,
                                     Clock::time_point deadline);
 

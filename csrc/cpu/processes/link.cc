@@ -10,13 +10,13 @@
 #include <utility>
 
 #include "csrc/cpu/processes/system_error.h"
-#include "csrc/cpu/runtime/mover.h"
+#include "csrc/cpu/runtime/event_loop.h"
 
 namespace smfree::cpu {
 namespace {
 
-constexpr size_t kMaxPacketBytes = sizeof(wire::FaultPacket) + wire::kMaxTextBytes;
-static_assert(sizeof(wire::MessagePacket) <= kMaxPacketBytes);
+constexpr size_t kMaxPacketBytes = sizeof(packets::FaultPacket) + packets::kMaxTextBytes;
+static_assert(sizeof(packets::MessagePacket) <= kMaxPacketBytes);
 
 template <typename Packet>
 bool Decode(const char* bytes, size_t size, Packet* packet) {
@@ -50,14 +50,14 @@ int SendPacket(int socket, const char* bytes, size_t size, int fd, int flags) {
 }
 
 Link::~Link() {
-  Mover::Get().Unwatch(fd_);
+  EventLoop::Get().Unwatch(fd_);
   close(fd_);
 }
 
 void Link::Start(std::weak_ptr<LinkEvents> events) {
   events_ = std::move(events);
   const std::weak_ptr<Link> weak = weak_from_this();
-  Mover::Get().Watch(
+  EventLoop::Get().Watch(
       fd_,
       [weak] {
         if (const auto self = weak.lock()) self->Receive();
@@ -86,13 +86,13 @@ void Link::SendBytes(std::string bytes, int fd) {
     if (sent != Sent::kLater) return;
   }
   queue_.push_back(Queued{std::move(bytes), fd});
-  Mover::Get().WantWrite(fd_, true);
+  EventLoop::Get().WantWrite(fd_, true);
 }
 
 void Link::SendFault(const Status& fault) {
-  const wire::FaultPacket packet{wire::PacketKind::kFault, fault.kind()};
+  const packets::FaultPacket packet{packets::PacketKind::kFault, fault.kind()};
   std::string bytes(reinterpret_cast<const char*>(&packet), sizeof(packet));
-  bytes += fault.message().substr(0, wire::kMaxTextBytes);
+  bytes += fault.message().substr(0, packets::kMaxTextBytes);
   SendBytes(std::move(bytes), -1);
 }
 
@@ -105,26 +105,26 @@ void Link::Flush() {
     queue_.pop_front();
   }
   queue_.clear();
-  Mover::Get().WantWrite(fd_, false);
+  EventLoop::Get().WantWrite(fd_, false);
   flushed_.notify_all();
 }
 
 void Link::Close(Clock::time_point deadline) {
-  Send(wire::GoodbyePacket{wire::PacketKind::kGoodbye});
+  Send(packets::GoodbyePacket{packets::PacketKind::kGoodbye});
   {
     std::unique_lock<std::mutex> lock(mutex_);
     flushed_.wait_until(lock, deadline, [this] { return queue_.empty() || ended_; });
     ended_ = true;
     queue_.clear();
   }
-  Mover::Get().Unwatch(fd_);
+  EventLoop::Get().Unwatch(fd_);
   shutdown(fd_, SHUT_RDWR);  // what was sent still reaches the peer
 }
 
 void Link::Receive() {
   const auto events = events_.lock();
   if (!events) return;
-  // A bounded number, so that one peer cannot keep the mover from the others and from its timers.
+  // A bounded number: one peer cannot keep the event loop from the others and from its timers.
   for (int i = 0; i < 64; ++i) {
     if (!ReceiveOne(*events)) return;
   }
@@ -171,48 +171,48 @@ bool Link::ReceiveOne(LinkEvents& events) {
 }
 
 bool Link::Dispatch(LinkEvents& events, const char* bytes, size_t size, int fd) {
-  wire::PacketKind kind{};
+  packets::PacketKind kind{};
   if (size < sizeof(kind)) return false;
   std::memcpy(&kind, bytes, sizeof(kind));
-  if ((fd >= 0) != (kind == wire::PacketKind::kSegment)) return false;
+  if ((fd >= 0) != (kind == packets::PacketKind::kSegment)) return false;
   switch (kind) {
-    case wire::PacketKind::kSegment: {
-      wire::SegmentPacket packet;
+    case packets::PacketKind::kSegment: {
+      packets::SegmentPacket packet;
       if (!Decode(bytes, size, &packet)) return false;
       events.OnSegment(process_, packet, fd);
       return true;
     }
-    case wire::PacketKind::kMessage: {
-      wire::MessagePacket packet;
+    case packets::PacketKind::kMessage: {
+      packets::MessagePacket packet;
       if (!Decode(bytes, size, &packet)) return false;
       events.OnMessage(process_, packet);
       return true;
     }
-    case wire::PacketKind::kRelease: {
-      wire::ReleasePacket packet;
+    case packets::PacketKind::kRelease: {
+      packets::ReleasePacket packet;
       if (!Decode(bytes, size, &packet)) return false;
       events.OnRelease(process_, packet.ticket);
       return true;
     }
-    case wire::PacketKind::kFault: {
-      wire::FaultPacket packet;
+    case packets::PacketKind::kFault: {
+      packets::FaultPacket packet;
       if (size < sizeof(packet)) return false;
       std::memcpy(&packet, bytes, sizeof(packet));
       events.OnFault(process_, Status(packet.fault,
                                       std::string(bytes + sizeof(packet), size - sizeof(packet))));
       return true;
     }
-    case wire::PacketKind::kGoodbye:
+    case packets::PacketKind::kGoodbye:
       goodbye_received_ = true;
       events.OnGoodbye(process_);
       return true;
-    case wire::PacketKind::kHello: break;
+    case packets::PacketKind::kHello: break;
   }
   return false;
 }
 
 void Link::End(LinkEvents& events, const std::string& why) {
-  Mover::Get().Unwatch(fd_);
+  EventLoop::Get().Unwatch(fd_);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ended_ = true;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A link: the socket to one other process of the group. Packets (protocol/wire.h) go out in the
+// A link: the socket to one other process of the group. Packets (packets.h) go out in the
 // order of Send, from any thread, without ever blocking it: what the socket does not take at once
-// waits in a queue that the mover empties. Packets come in on the mover's thread.
+// waits in a queue that the event loop empties. Packets come in on the event loop's thread.
 //
 // A message's rows are written to the arena before its packet is sent, and read after the packet
 // was received. That the reader then sees the rows is the kernel's doing: the send releases, and
@@ -20,18 +20,18 @@
 
 #include "csrc/cpu/runtime/threads.h"
 #include "csrc/protocol/status.h"
-#include "csrc/protocol/wire.h"
+#include "csrc/cpu/processes/packets.h"
 
 namespace smfree::cpu {
 
 class Link;
 
-// What comes in, by process. All calls are made on the mover's thread and must not block.
+// What comes in, by process. All calls are made on the event loop's thread and must not block.
 class LinkEvents {
  public:
   virtual ~LinkEvents() = default;
-  virtual void OnSegment(int32_t process, const wire::SegmentPacket& packet, int fd) = 0;
-  virtual void OnMessage(int32_t process, const wire::MessagePacket& packet) = 0;
+  virtual void OnSegment(int32_t process, const packets::SegmentPacket& packet, int fd) = 0;
+  virtual void OnMessage(int32_t process, const packets::MessagePacket& packet) = 0;
   virtual void OnRelease(int32_t process, int64_t ticket) = 0;
   virtual void OnFault(int32_t process, const Status& fault) = 0;
   virtual void OnGoodbye(int32_t process) = 0;
@@ -80,7 +80,7 @@ class Link : public std::enable_shared_from_this<Link> {
   const int fd_;
   const int32_t process_;
   std::weak_ptr<LinkEvents> events_;  // set by Start, then only read
-  bool goodbye_received_ = false;     // the mover's thread only
+  bool goodbye_received_ = false;     // the event loop's thread only
 
   std::mutex mutex_;
   std::condition_variable flushed_;

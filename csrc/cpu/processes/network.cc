@@ -15,7 +15,7 @@ struct Network::Hold {
   std::shared_ptr<Link> link;
   int64_t ticket;
 
-  ~Hold() { link->Send(wire::ReleasePacket{wire::PacketKind::kRelease, 0, ticket}); }
+  ~Hold() { link->Send(packets::ReleasePacket{packets::PacketKind::kRelease, 0, ticket}); }
 };
 
 void Network::Start(std::vector<Socket> sockets, std::weak_ptr<NetworkEvents> events) {
@@ -34,15 +34,15 @@ void Network::Start(std::vector<Socket> sockets, std::weak_ptr<NetworkEvents> ev
 void Network::ShowSegment(int32_t segment, const Mapping& mapping) {
   for (Peer& peer : peers_) {
     if (!peer.link) continue;
-    peer.link->Send(wire::SegmentPacket{wire::PacketKind::kSegment, segment, mapping.bytes()},
+    peer.link->Send(packets::SegmentPacket{packets::PacketKind::kSegment, segment, mapping.bytes()},
                     mapping.fd());
   }
 }
 
-void Network::Send(int32_t process, const wire::MessageHeader& header,
+void Network::Send(int32_t process, const MessageHeader& header,
                    std::shared_ptr<const Arena::Block> block, int64_t offset) {
-  wire::MessagePacket packet{};
-  packet.kind = wire::PacketKind::kMessage;
+  packets::MessagePacket packet{};
+  packet.kind = packets::PacketKind::kMessage;
   packet.segment = block->segment();
   packet.offset = block->offset() + offset;
   packet.header = header;
@@ -69,7 +69,7 @@ void Network::Close(Clock::time_point deadline) {
   for (size_t p = 0; p < peers_.size(); ++p) ForgetReads(static_cast<int32_t>(p));
 }
 
-void Network::OnSegment(int32_t process, const wire::SegmentPacket& packet, int fd) {
+void Network::OnSegment(int32_t process, const packets::SegmentPacket& packet, int fd) {
   auto& segments = peer(process).segments;
   if (packet.segment != static_cast<int32_t>(segments.size())) {
     close(fd);
@@ -80,7 +80,7 @@ void Network::OnSegment(int32_t process, const wire::SegmentPacket& packet, int 
   segments.push_back(std::move(mapping.value()));
 }
 
-void Network::OnMessage(int32_t process, const wire::MessagePacket& packet) {
+void Network::OnMessage(int32_t process, const packets::MessagePacket& packet) {
   const auto& segments = peer(process).segments;
   const auto index = static_cast<size_t>(packet.segment);
   const int64_t bytes = packet.header.bytes;

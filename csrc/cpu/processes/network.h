@@ -19,7 +19,7 @@
 
 namespace smfree::cpu {
 
-// What the other processes do, told on the mover's thread.
+// What the other processes do, told on the event loop's thread.
 class NetworkEvents {
  public:
   virtual ~NetworkEvents() = default;
@@ -42,7 +42,7 @@ class Network : public LinkEvents, public std::enable_shared_from_this<Network> 
   void ShowSegment(int32_t segment, const Mapping& mapping);
   // Tells `process` of a message that lies `offset` bytes into `block`, and keeps the block until
   // that process has read it, or is gone.
-  void Send(int32_t process, const wire::MessageHeader& header,
+  void Send(int32_t process, const MessageHeader& header,
             std::shared_ptr<const Arena::Block> block, int64_t offset);
   void SendFault(const Status& fault);
   // Hands over what is still queued, until the deadline, and says goodbye. The arena is retired.
@@ -51,13 +51,14 @@ class Network : public LinkEvents, public std::enable_shared_from_this<Network> 
  private:
   struct Peer {
     std::shared_ptr<Link> link;
-    std::vector<std::shared_ptr<Mapping>> segments;  // of the peer's arena; the mover's thread only
+    // Of the peer's arena; the event loop's thread only.
+    std::vector<std::shared_ptr<Mapping>> segments;
     std::unordered_map<int64_t, std::shared_ptr<const Arena::Block>> read_by_peer;  // by ticket
   };
   struct Hold;
 
-  void OnSegment(int32_t process, const wire::SegmentPacket& packet, int fd) override;
-  void OnMessage(int32_t process, const wire::MessagePacket& packet) override;
+  void OnSegment(int32_t process, const packets::SegmentPacket& packet, int fd) override;
+  void OnMessage(int32_t process, const packets::MessagePacket& packet) override;
   void OnRelease(int32_t process, int64_t ticket) override;
   void OnFault(int32_t process, const Status& fault) override;
   void OnLoss(int32_t process, const Status& why) override;

@@ -36,7 +36,7 @@ class Outbox {
       const int32_t rows = counts[region];
       const MessageLayout layout(rows, experts, slots, exchange_.row_bytes());
       parts_.push_back(Part{{}, nullptr, nullptr, nullptr, offset});
-      parts_.back().header = wire::MessageHeader{
+      parts_.back().header = MessageHeader{
           identity_, call_.rank, nodes.Peer(leg_, call_.rank, region), leg_,
           nodes.RegionAtPeer(leg_, call_.rank, region), static_cast<int32_t>(call_.tokens), rows,
           experts, slots, layout.bytes};
@@ -77,7 +77,7 @@ class Outbox {
 
  private:
   struct Part {
-    wire::MessageHeader header;
+    MessageHeader header;
     int32_t* experts;
     float* slots;
     std::byte* rows;

@@ -3,40 +3,45 @@
 
 import ast
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_smfree._src.shown import shown
+
 Program = str | os.PathLike[str] | Sequence[str] | Callable[..., object]
 PLATFORMS = ("cpu", "cuda")
+_MOST_SECONDS = 1_000_000  # as of every deadline of the library
 
 
 def check_count(name: str, value: object) -> None:
     """``value`` is a number of processes or devices."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"launch: got {name}={value!r}, expected a whole number, at least 1.")
+        raise ValueError(f"launch: got {name}={shown(value)}, expected a whole number, at least 1.")
 
 
 def check_platform(platform: object) -> None:
     """``platform`` is one that processes can be set up for."""
-    if platform not in PLATFORMS:
-        raise ValueError(f"launch: got platform={platform!r}, expected 'cpu' or 'cuda'.")
+    if not isinstance(platform, str) or platform not in PLATFORMS:
+        raise ValueError(f"launch: got platform={shown(platform)}, expected 'cpu' or 'cuda'.")
 
 
 def check_seconds(name: str, value: object) -> None:
     """``value`` is a time to wait, which ends."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"launch: got {name}={value!r}, expected a finite number of seconds.")
+    if not isinstance(value, int | float) or not 0 <= value <= _MOST_SECONDS:
+        raise ValueError(
+            f"launch: got {name}={shown(value)}, expected a number of seconds from 0 to "
+            f"{_MOST_SECONDS:,}."
+        )
 
 
 def check_environment(env: Mapping[str, str] | None) -> None:
     """``env`` are variables that a process can have."""
     is_mapping = env is None or isinstance(env, Mapping)
     if not is_mapping or not all(isinstance(w, str) for pair in (env or {}).items() for w in pair):
-        raise TypeError(f"launch: got env={env!r}, expected a mapping of strings to strings.")
+        raise TypeError(f"launch: got env={shown(env)}, expected a mapping of strings to strings.")
 
 
 def check_directory(name: str, value: object, *, exists: bool) -> None:
@@ -44,28 +49,32 @@ def check_directory(name: str, value: object, *, exists: bool) -> None:
     if value is None:
         return
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"launch: got {name}={value!r}, expected a path.")
+        raise TypeError(f"launch: got {name}={shown(value)}, expected a path.")
     path = Path(value)
-    if (exists and not path.is_dir()) or (path.exists() and not path.is_dir()):
+    if (
+        not os.fspath(value)
+        or (exists and not path.is_dir())
+        or (path.exists() and not path.is_dir())
+    ):
         raise ValueError(f"launch: got {name}={str(path)!r}, expected a directory.")
 
 
 def command_line(program: Program, args: Sequence[Any]) -> list[str]:
     """What follows ``python`` to run ``program`` with ``args``."""
     if isinstance(args, str | bytes) or not isinstance(args, Sequence):
-        raise TypeError(f"launch: got args={args!r}, expected a list or tuple of arguments.")
+        raise TypeError(f"launch: got args={shown(args)}, expected a list or tuple of arguments.")
     if callable(program):
         return ["-c", _call(program, tuple(args))]
     words = [program] if isinstance(program, str | os.PathLike) else program
     if not isinstance(words, Sequence) or not words or not all(map(_is_word, words)):
         raise TypeError(
-            f"launch: got program={program!r}, expected a script's path, a list of what follows "
-            "'python' on a command line, or a function."
+            f"launch: got program={shown(program)}, expected a script's path, a list of what "
+            "follows 'python' on a command line, or a function."
         )
     if wrong := [arg for arg in args if not _is_word(arg)]:
         raise TypeError(
-            f"launch: got {wrong[0]!r} in args={args!r}, expected strings or paths: they are words "
-            f"of a command line. Write {str(wrong[0])!r}, or launch a function."
+            f"launch: got {shown(wrong[0])} among args, expected strings or paths: they are words "
+            "of a command line. Write it as a string, or launch a function."
         )
     return [os.fspath(word) for word in (*words, *args)]
 
@@ -84,13 +93,14 @@ def _call(function: Callable[..., object], args: tuple[Any, ...]) -> str:
         )
     if not _is_literal(args):
         raise TypeError(
-            f"launch: got args={args!r} for {name}, expected literals (numbers, strings, tuples, "
-            "lists, dicts of them), because another process has to read them. Pass a path instead."
+            f"launch: got args={shown(args)} for {name}, expected literals (numbers, strings, "
+            "tuples, lists, dicts of them), because another process has to read them. Pass a path "
+            "instead."
         )
     try:
         inspect.signature(function).bind(*args)
     except TypeError as error:
-        raise TypeError(f"launch: got args={args!r} for {name}: {error}.") from None
+        raise TypeError(f"launch: got args={shown(args)} for {name}: {error}.") from None
     if function.__module__ == "__main__":
         lookup = f"import runpy; f = runpy.run_path({inspect.getfile(function)!r})[{name!r}]"
     else:

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The mover: the one background thread of a process, shared by all groups. It watches the sockets
-// to other processes and keeps the deadlines of receives; with chaos it also holds messages back.
+// The event loop: the one background thread of a process, shared by all groups. It watches the
+// sockets to other processes and keeps the deadlines of receives; with chaos it also holds messages back.
 // It never runs a Done, nor anything else that could block, and uses no processor time while idle.
-#ifndef SMFREE_CSRC_CPU_RUNTIME_MOVER_H_
-#define SMFREE_CSRC_CPU_RUNTIME_MOVER_H_
+#ifndef SMFREE_CSRC_CPU_RUNTIME_EVENT_LOOP_H_
+#define SMFREE_CSRC_CPU_RUNTIME_EVENT_LOOP_H_
 
 #include <condition_variable>
 #include <cstdint>
@@ -18,12 +18,12 @@
 
 namespace smfree::cpu {
 
-class Mover {
+class EventLoop {
  public:
   using Callback = std::function<void()>;
   using TimerId = std::pair<Clock::time_point, uint64_t>;
 
-  static Mover& Get();  // starts the thread on first use
+  static EventLoop& Get();  // starts the thread on first use
 
   // Calls back once, not before `when`. Equal times keep the order of the calls.
   TimerId At(Clock::time_point when, Callback callback);
@@ -34,7 +34,7 @@ class Mover {
   // WantWrite(fd, false), whenever it is writable.
   void Watch(int fd, Callback readable, Callback writable);
   void WantWrite(int fd, bool want);
-  // When this returns, callbacks of `fd` neither run nor will run; on the mover's own thread: will
+  // When this returns, callbacks of `fd` neither run nor will run; on the loop's own thread: will
   // not be called again.
   void Unwatch(int fd);
 
@@ -44,7 +44,7 @@ class Mover {
     bool want_write = false;
   };
 
-  Mover();
+  EventLoop();
   void Run();
   void Wake();
 
@@ -63,4 +63,4 @@ class Mover {
 
 }  // namespace smfree::cpu
 
-#endif  // SMFREE_CSRC_CPU_RUNTIME_MOVER_H_
+#endif  // SMFREE_CSRC_CPU_RUNTIME_EVENT_LOOP_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cpu/runtime/mover.h"
+#include "csrc/cpu/runtime/event_loop.h"
 
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -12,22 +12,22 @@
 
 namespace smfree::cpu {
 
-Mover& Mover::Get() {
-  static Mover& mover = *new Mover;  // leaked: see threads.h
-  return mover;
+EventLoop& EventLoop::Get() {
+  static EventLoop& loop = *new EventLoop;  // leaked: see threads.h
+  return loop;
 }
 
-Mover::Mover() : wake_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+EventLoop::EventLoop() : wake_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-  StartDetached("smfree-mover", [this] { Run(); });
+  StartDetached("smfree-events", [this] { Run(); });
 }
 
-void Mover::Wake() {
+void EventLoop::Wake() {
   const uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof(one));
 }
 
-Mover::TimerId Mover::At(Clock::time_point when, Callback callback) {
+EventLoop::TimerId EventLoop::At(Clock::time_point when, Callback callback) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const TimerId id(when, next_timer_++);
   timers_.emplace(id, std::move(callback));
@@ -38,7 +38,7 @@ Mover::TimerId Mover::At(Clock::time_point when, Callback callback) {
   return id;
 }
 
-void Mover::Cancel(TimerId id) {
+void EventLoop::Cancel(TimerId id) {
   Callback dropped;  // destroyed after the lock is gone
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto it = timers_.find(id);
@@ -47,7 +47,7 @@ void Mover::Cancel(TimerId id) {
   timers_.erase(it);
 }
 
-void Mover::Watch(int fd, Callback readable, Callback writable) {
+void EventLoop::Watch(int fd, Callback readable, Callback writable) {
   auto socket = std::make_shared<Socket>();
   socket->readable = std::move(readable);
   socket->writable = std::move(writable);
@@ -56,7 +56,7 @@ void Mover::Watch(int fd, Callback readable, Callback writable) {
   Wake();
 }
 
-void Mover::WantWrite(int fd, bool want) {
+void EventLoop::WantWrite(int fd, bool want) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto it = sockets_.find(fd);
   if (it == sockets_.end() || it->second->want_write == want) return;
@@ -64,7 +64,7 @@ void Mover::WantWrite(int fd, bool want) {
   if (want) Wake();
 }
 
-void Mover::Unwatch(int fd) {
+void EventLoop::Unwatch(int fd) {
   std::shared_ptr<Socket> dropped;
   std::unique_lock<std::mutex> lock(mutex_);
   const auto it = sockets_.find(fd);
@@ -77,7 +77,7 @@ void Mover::Unwatch(int fd) {
   callback_ended_.wait(lock, [&] { return running_fd_ != fd; });
 }
 
-void Mover::Run() {
+void EventLoop::Run() {
   std::vector<pollfd> polled;
   std::unique_lock<std::mutex> lock(mutex_);
   thread_ = std::this_thread::get_id();

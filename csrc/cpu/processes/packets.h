@@ -1,36 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What ranks on CPUs tell each other about a message, and the packets in which the processes of one
-// host do so. A packet is one datagram. Processes of one host share the byte order, and the
+// The packets in which the processes of one host tell each other about messages, faults and their
+// ends. A packet is one datagram. Processes of one host share the byte order, and the
 // handshake refuses another kVersion.
-#ifndef SMFREE_CSRC_PROTOCOL_WIRE_H_
-#define SMFREE_CSRC_PROTOCOL_WIRE_H_
+#ifndef SMFREE_CSRC_CPU_PROCESSES_PACKETS_H_
+#define SMFREE_CSRC_CPU_PROCESSES_PACKETS_H_
 
 #include <cstdint>
 #include <type_traits>
 
+#include "csrc/cpu/exchange/message_header.h"
 #include "csrc/protocol/faults.h"
-#include "csrc/protocol/identity.h"
-#include "csrc/protocol/nodes.h"
 
-namespace smfree::wire {
+namespace smfree::cpu::packets {
 
 constexpr uint32_t kMagic = 0x46724d53;  // "SMrF"
 constexpr uint32_t kVersion = 3;
-
-// Describes a message: whose it is, and what its MessageLayout (layout.h) follows from.
-struct MessageHeader {
-  Identity identity;
-  int32_t source;
-  int32_t destination;
-  Leg leg;
-  int32_t region;  // of the destination, see nodes.h
-  int32_t tokens;  // T of the sender; equal on all ranks
-  int32_t rows;
-  int32_t experts;  // expert ids per row: top_k or 0
-  int32_t slots;    // values per row: top_k or 0
-  int64_t bytes;    // MessageLayout::bytes
-};
 
 enum class PacketKind : uint32_t {
   kHello = 1,    // first packet of each side
@@ -90,6 +75,6 @@ static_assert(sizeof(MessageHeader) == 88 && sizeof(MessagePacket) == 112);
 static_assert(std::is_trivially_copyable_v<HelloPacket> &&
               std::is_trivially_copyable_v<MessagePacket>);
 
-}  // namespace smfree::wire
+}  // namespace smfree::cpu::packets
 
-#endif  // SMFREE_CSRC_PROTOCOL_WIRE_H_
+#endif  // SMFREE_CSRC_CPU_PROCESSES_PACKETS_H_
