@@ -36,8 +36,8 @@ def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
     if operation is None and state is not None:
         raise ValueError(
             f"{name}: got a token {state}, expected one that is ready. Call "
-            f"{state.operation}_recv first; two operations in flight at once need two lanes "
-            "(EpConfig.num_lanes, group.token(lane))."
+            f"{state.operation}_recv first; an operation beside it begins with a token of its "
+            "own, on GPUs of another lane (EpConfig.num_lanes, group.token(lane))."
         )
     if operation is not None and (state is None or state.operation != operation):
         got = "a token that is ready" if state is None else f"a token {state}"

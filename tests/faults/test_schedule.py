@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jax_smfree as smfree
 from faults.running import assert_fault, run
@@ -65,6 +66,27 @@ def test_another_call_site(faulty):
         for error in outcome.errors:
             assert "in other_line" in error and "in usual_line" in error
     assert outcome.seconds < SECONDS
+
+
+@pytest.mark.cpu_only  # a GPU's messages know lines: there both branches are one operation
+def test_another_call_of_one_line(faulty):
+    """Alike calls may come in any order, so only the deadline can tell that one does not come."""
+    group = faulty(timeout_s=2.0)
+
+    def local(token, x, *routing):
+        def branch(factor):
+            return lambda x: usual_line(token, factor * x, *routing)
+
+        return jax.lax.cond(is_odd(), branch(2), branch(3), x)
+
+    outcome = run(group, local)
+    waits = (
+        r"rank \d waited 2\.\d s in dispatch_recv \(.*in usual_line, call (\d) of that line; .*\) "
+        r"for rank \d: nothing arrived; .*; unread from it: dispatch number 0 \(.*, call (?!\1)\d "
+        r"of that line; .*\), which nothing here waits for \(schedule mismatch\)"
+    )
+    assert_fault(group, outcome, waits, ("schedule mismatch", "lane 0", "in usual_line"))
+    assert outcome.seconds < 4.0
 
 
 def test_another_operation(faulty):
