@@ -18,6 +18,7 @@ COMMANDS = {
     "gpu-nvidia-h200-x2": ("benchmarks.gpu", "operations"),
     "gpu-processes-nvidia-h200-x2": ("benchmarks.gpu", "processes"),
     "gpu-nodes-nvidia-h200-x2": ("benchmarks.gpu", "nodes"),
+    "gpu-quick-builds-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
 }
 
 
