@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "csrc/protocol/group_config.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace smfree {

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/layout.h"
 

@@ -7,18 +7,16 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/stats.h"
+#include "csrc/core/status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace smfree {
 
 namespace nb = nanobind;
-
-using Counters = std::map<std::string, int64_t>;
 
 void ThrowIfFailed(const Status& status);
 // None, or what is wrong.

@@ -16,10 +16,11 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/stats.h"
+#include "csrc/core/status.h"
 #include "csrc/protocol/arrays.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
-#include "csrc/protocol/status.h"
 
 namespace smfree::cpu {
 
@@ -34,23 +35,11 @@ struct Chaos {
   bool enabled() const { return max_delay_us > 0 || (stall_probability > 0 && stall_ms > 0); }
 };
 
-struct PhaseStats {
-  int64_t calls = 0;
-  int64_t rows = 0;     // of the messages that the phase itself sends or unpacks
-  int64_t bytes = 0;    // bytes of these rows with their slots and expert ids
-  int64_t wait_ns = 0;  // receives only: from the call until the last message was there
-};
-
-struct Stats {
-  PhaseStats dispatch_send, dispatch_recv, combine_send, combine_recv;
-  int64_t rows_relayed = 0;              // that relays sent on, in hierarchical mode
-  int64_t bytes_relayed = 0;
-  int64_t dispatch_internode_bytes = 0;  // sent from one node to another
-  int64_t combine_internode_bytes = 0;
-  int64_t rows_dropped = 0;              // copies that exceeded recv_capacity
-  int64_t pending_receives = 0;          // receives that wait now
-  int64_t messages_in_flight = 0;        // arrived here and not yet received
-  int64_t arena_bytes_in_use = 0;        // rows packed by ranks of this process, not yet unpacked
+// What a group counts, and what is under way in this process now.
+struct GroupStats : Stats {
+  int64_t pending_receives = 0;    // receives that wait
+  int64_t messages_in_flight = 0;  // arrived here and not yet received
+  int64_t arena_bytes_in_use = 0;  // rows packed by ranks of this process, not yet unpacked
   int64_t arena_bytes_high_water = 0;
 };
 
@@ -89,7 +78,7 @@ class Group {
   // The operations that ranks of this process have sent and not received, in words; "" if there are
   // none.
   std::string Unreceived() const;
-  Stats stats() const;
+  GroupStats stats() const;
   // For tests: set while no operation is in flight.
   void SetChaos(const Chaos& chaos);
   // Memory held for rows in flight, by this process.

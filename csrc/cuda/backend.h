@@ -22,39 +22,18 @@
 #include <mutex>
 #include <vector>
 
+#include "csrc/core/stats.h"
+#include "csrc/core/status.h"
 #include "csrc/protocol/arrays.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
 #include "csrc/protocol/lanes.h"
-#include "csrc/protocol/status.h"
+#include "csrc/protocol/phase.h"
 
 namespace smfree::cuda {
 
-enum class Phase : int32_t { kDispatchSend = 0, kDispatchRecv, kCombineSend, kCombineRecv };
-constexpr int32_t kPhases = 4;
-constexpr bool IsSend(Phase phase) {
-  return phase == Phase::kDispatchSend || phase == Phase::kCombineSend;
-}
-constexpr const char* Name(Phase phase) {
-  constexpr const char* kNames[] = {"dispatch_send", "dispatch_recv", "combine_send",
-                                    "combine_recv"};
-  return kNames[static_cast<int32_t>(phase)];
-}
-
-struct PhaseStats {
-  int64_t calls = 0;
-  int64_t rows = 0;     // rows of the wire, those that stay on the rank counted in
-  int64_t bytes = 0;    // bytes of these rows
-  int64_t wait_ns = 0;  // receives only: from the start of the kernel to the last chunk waited for
-};
-
-struct Stats {
-  bool faulted = false;  // some rank here takes no further part
-  PhaseStats phases[kPhases];
-  int64_t rows_dropped = 0;
-  int64_t rows_relayed = 0;  // that relays sent on, in hierarchical mode
-  int64_t bytes_relayed = 0;
-  int64_t internode_bytes[2] = {};  // by Operation: sent from one node to another
+struct GroupStats : Stats {
+  bool faulted = false;  // a rank of this process takes no further part
 };
 
 struct Memory {
@@ -118,7 +97,7 @@ class Group {
   // The first fault only.
   Status Fault() const;
   // When the group is closed, what was counted by then.
-  StatusOr<Stats> stats() const;
+  StatusOr<GroupStats> stats() const;
   Memory memory() const;
   // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
   StatusOr<std::vector<PhaseRecord>> Trace() const;
@@ -133,7 +112,7 @@ class Group {
   explicit Group(std::shared_ptr<GroupState> state);
   static StatusOr<std::shared_ptr<Group>> Make(std::shared_ptr<GroupState> state,
                                                std::function<Status()> allocate);
-  static std::shared_ptr<Group> Register(std::shared_ptr<GroupState> state);
+  static StatusOr<std::shared_ptr<Group>> Register(std::shared_ptr<GroupState> state);
   std::shared_ptr<Group> Unregister();
   std::mutex close_mutex_;
   const std::shared_ptr<GroupState> state_;  // with whoever waits for the devices

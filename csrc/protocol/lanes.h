@@ -21,6 +21,9 @@ constexpr int32_t kParities = 2;
 // Operations of a lane are numbered 1, 2, 3, …; 0 means "none yet".
 constexpr int64_t kNoOperation = 0;
 
+// Users count the operations of a lane from 0, and so do errors and traces.
+constexpr int64_t OrdinalOf(int64_t number) { return number - 1; }
+
 SMFREE_HD constexpr int32_t ParityOf(int64_t number) {
   return static_cast<int32_t>(number % kParities);
 }

@@ -10,7 +10,7 @@
 
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/exchange/compiled_calls.h"
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 #include "csrc/protocol/token.h"
 #include "ffi/combine_recv.h"
 #include "ffi/combine_send.h"

@@ -9,7 +9,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -33,31 +32,15 @@ std::shared_ptr<Group> NewGroup(int64_t group_id, int32_t replica, const GroupCo
 }
 
 Counters StatsOf(const Group& group) {
-  const cpu::Stats stats = group.stats();
-  Counters counters{{"rows_relayed", stats.rows_relayed},
-                    {"bytes_relayed", stats.bytes_relayed},
-                    {"dispatch_internode_bytes", stats.dispatch_internode_bytes},
-                    {"combine_internode_bytes", stats.combine_internode_bytes},
-                    {"rows_dropped", stats.rows_dropped},
-                    {"pending_receives", stats.pending_receives},
-                    {"messages_in_flight", stats.messages_in_flight}};
-  const std::pair<const char*, const cpu::PhaseStats&> phases[] = {
-      {"dispatch_send", stats.dispatch_send},
-      {"dispatch_recv", stats.dispatch_recv},
-      {"combine_send", stats.combine_send},
-      {"combine_recv", stats.combine_recv}};
-  for (const auto& [name, phase] : phases) {
-    counters[std::string(name) + "_calls"] = phase.calls;
-    counters[std::string(name) + "_rows"] = phase.rows;
-    counters[std::string(name) + "_bytes"] = phase.bytes;
-  }
-  counters["dispatch_recv_wait_ns"] = stats.dispatch_recv.wait_ns;
-  counters["combine_recv_wait_ns"] = stats.combine_recv.wait_ns;
+  const cpu::GroupStats stats = group.stats();
+  Counters counters = CountersOf(stats);
+  counters["pending_receives"] = stats.pending_receives;
+  counters["messages_in_flight"] = stats.messages_in_flight;
   return counters;
 }
 
 Counters MemoryOf(const Group& group) {
-  const cpu::Stats stats = group.stats();
+  const cpu::GroupStats stats = group.stats();
   return {{"arena_bytes", group.memory_bytes()},
           {"arena_bytes_in_use", stats.arena_bytes_in_use},
           {"arena_bytes_high_water", stats.arena_bytes_high_water}};

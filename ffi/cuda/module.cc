@@ -102,26 +102,7 @@ void Close(Group& group) {
 }
 
 Counters StatsOf(const Group& group) {
-  const cuda::Stats stats = ValueOf([&] { return group.stats(); });
-  const auto internode_bytes = [&](Operation operation) {
-    return stats.internode_bytes[static_cast<int32_t>(operation)];
-  };
-  Counters counters{{"rows_relayed", stats.rows_relayed},
-                    {"bytes_relayed", stats.bytes_relayed},
-                    {"dispatch_internode_bytes", internode_bytes(Operation::kDispatch)},
-                    {"combine_internode_bytes", internode_bytes(Operation::kCombine)},
-                    {"rows_dropped", stats.rows_dropped}};
-  for (int32_t phase = 0; phase < cuda::kPhases; ++phase) {
-    const std::string name = cuda::Name(static_cast<cuda::Phase>(phase));
-    counters[name + "_calls"] = stats.phases[phase].calls;
-    counters[name + "_rows"] = stats.phases[phase].rows;
-    counters[name + "_bytes"] = stats.phases[phase].bytes;
-  }
-  for (const auto phase : {cuda::Phase::kDispatchRecv, cuda::Phase::kCombineRecv}) {
-    counters[std::string(cuda::Name(phase)) + "_wait_ns"] =
-        stats.phases[static_cast<int32_t>(phase)].wait_ns;
-  }
-  return counters;
+  return CountersOf(ValueOf([&] { return group.stats(); }));
 }
 
 Counters MemoryOf(const Group& group) {
@@ -141,7 +122,7 @@ nb::list TraceOf(const Group& group) {
     entry["mirrored"] = record.side == Side::kMirrored;
     entry["replay"] = record.side == Side::kReplay;
     entry["number"] = record.number;
-    entry["phase"] = cuda::Name(record.phase);
+    entry["phase"] = Name(record.phase);
     entry["begin_ns"] = record.begin_ns;
     entry["end_ns"] = record.end_ns;
     entry["bytes_read"] = record.bytes_read;

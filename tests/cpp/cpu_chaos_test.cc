@@ -112,8 +112,8 @@ void Run(const Chaos& chaos, int64_t steps, bool hierarchical = false) {
   CHECK_OK(group->Check());
   // The mover lets go of the last message a moment after its receiver may have completed.
   CHECK(WaitFor([&] { return group->stats().arena_bytes_in_use == 0; }));
-  const Stats stats = group->stats();
-  CHECK_EQ(stats.dispatch_recv.calls + stats.combine_recv.calls, steps * 2 * kLanes * kRanks);
+  const GroupStats stats = group->stats();
+  CHECK_EQ(stats.of(Phase::kDispatchRecv).calls + stats.of(Phase::kCombineRecv).calls, steps * 2 * kLanes * kRanks);
   CHECK_EQ(stats.messages_in_flight, 0);
   CHECK(stats.arena_bytes_high_water < 64 << 20);  // blocks are used again and again
   group->Close();

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/cpu_ranks.h"
 
@@ -134,9 +134,9 @@ TEST(BrokenHandlesAreRefused) {
     }
     CheckFault(status, FaultKind::kInvalidArgument, {words, "rank 0 in combine_"});
   };
-  broken([](Arrays& a) { a.rows[3] = 1000; }, "at 1000 of 20");
-  broken([](Arrays& a) { a.rows[3] = -2; }, "at -2 of 20");
-  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "receives 11 rows from rank 0 of at most 10");
+  broken([](Arrays& a) { a.rows[3] = 1000; }, "1000 of rank 0, where at most 19");
+  broken([](Arrays& a) { a.rows[3] = -2; }, "-2 of rank 0, where at most 19");
+  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "11 of rank 0, where at most 10");
   broken([](Arrays& a) { a.places[4] = 5; }, "row 4 has place 5");
   broken([](Arrays& a) { a.places[4] = 1 << 30; }, "row 4 has place");
   broken([](Arrays& a) { a.send_counts[0] = 3; }, "10 rows to rank 0 by its places and 3");
@@ -165,8 +165,8 @@ TEST(InvalidCalls) {
                {words});
   };
   refused(2, 0, 10, "has no rank 2 of 2");
-  refused(0, 2, 10, "got lane 2, the group has 2");
-  refused(0, 0, 11, "got 11 rows, the group's max_tokens is 10");
+  refused(0, 2, 10, "on lane 2, expected");
+  refused(0, 0, 11, "got 11 rows on lane 0, expected up to max_tokens 10");
   GroupConfig config = SmallConfig(2);
   config.num_experts = 3;
   CHECK(MakeLocalGroup(config, 99) == nullptr);
@@ -189,7 +189,7 @@ TEST(DeadlineNamesWhoWaitsForWhom) {
     waiting.push_back(setup.ReceiveOn(rank, At(12, 1)));
   }
   const std::vector<std::string> words = {
-      "waited 0.2 s in dispatch_recv (model.py:31 in moe; lane 0, forward, number 12) for rank 2: "
+      "in dispatch_recv (model.py:31 in moe; lane 0, forward, number 12): waited 0.2 s for rank 2: "
       "nothing arrived; last from rank 2: dispatch number 4 (model.py:31 in moe; lane 1, forward)",
       "unread from it: dispatch number 4", "which nothing here waits for (schedule mismatch)",
       "timeout_s"};

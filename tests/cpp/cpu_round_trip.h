@@ -103,13 +103,13 @@ inline void RoundTrip(const GroupConfig& config, int64_t tokens, Routing routing
   for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
     CheckCombined(got[rank], want[rank], with_slots);
   }
-  const Stats stats = group->stats();
-  CHECK_EQ(stats.dispatch_send.calls, config.num_ranks);
-  CHECK_EQ(stats.combine_recv.calls, config.num_ranks);
-  CHECK_EQ(stats.dispatch_recv.rows, stats.combine_send.rows);
-  CHECK_EQ(stats.combine_recv.rows, stats.dispatch_send.rows);
+  const GroupStats stats = group->stats();
+  CHECK_EQ(stats.of(Phase::kDispatchSend).calls, config.num_ranks);
+  CHECK_EQ(stats.of(Phase::kCombineRecv).calls, config.num_ranks);
+  CHECK_EQ(stats.of(Phase::kDispatchRecv).rows, stats.of(Phase::kCombineSend).rows);
+  CHECK_EQ(stats.of(Phase::kCombineRecv).rows, stats.of(Phase::kDispatchSend).rows);
   CHECK_EQ(stats.rows_relayed,
-           config.hierarchical ? stats.dispatch_recv.rows + stats.combine_recv.rows : 0);
+           config.hierarchical ? stats.of(Phase::kDispatchRecv).rows + stats.of(Phase::kCombineRecv).rows : 0);
   CHECK_EQ(stats.messages_in_flight, 0);
   CHECK_EQ(stats.pending_receives, 0);
   // A relay gives its messages back a moment after it has sent on what was in them.

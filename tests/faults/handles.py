@@ -37,13 +37,13 @@ BAD = {
         "rows",
         lambda a: a.at[1, 0, 0].set(FAR),
         "combine_send",
-        f"a row of rank 1 at {FAR}|{FAR} of rank 1",
+        f"{FAR} of rank 1",
     ),
     "too many rows": Bad(
         "recv_counts",
         lambda a: a.at[0].set(7),
         "combine_send",
-        "7 rows from rank 0 of at most 6|7 of rank 0, where at most 6",
+        "7 of rank 0, where at most 6",
     ),
 }
 

@@ -130,7 +130,7 @@ def test_check_after_close(faulty):
     run(group, first_rank_only)
     group.close()
     for _ in range(2):
-        with pytest.raises(smfree.SmfreeError, match=r"rank 0.* waited 1\.\d s"):
+        with pytest.raises(smfree.SmfreeError, match=r"rank 0 in .*: waited 1\.\d s"):
             group.check()
 
 

@@ -38,5 +38,5 @@ def test_bad_routing(faulty, name):
     if backend() == "cpu":
         for rank in range(group.num_ranks):
             assert ("cannot go on" in outcome.errors[rank]) == (rank != wrong)
-            assert re.search("the group has failed before: " + cause, again.errors[rank])
+            assert re.search("the group has failed before: .*" + cause, again.errors[rank])
     assert outcome.seconds < 5.0

@@ -81,9 +81,9 @@ def test_another_call_of_one_line(faulty):
 
     outcome = run(group, local)
     waits = (
-        r"rank \d waited 2\.\d s in dispatch_recv \(.*in usual_line, call (\d) of that line; .*\) "
-        r"for rank \d: nothing arrived; .*; unread from it: dispatch number 0 \(.*, call (?!\1)\d "
-        r"of that line; .*\), which nothing here waits for \(schedule mismatch\)"
+        r"rank \d in dispatch_recv \(.*in usual_line, call (\d) of that line; .*\): "
+        r"waited 2\.\d s for rank \d: nothing arrived; .*; unread from it: dispatch number 0 "
+        r"\(.*, call (?!\1)\d of that line; .*\), which nothing here waits for \(schedule mismatch\)"
     )
     assert_fault(group, outcome, waits, ("schedule mismatch", "lane 0", "in usual_line"))
     assert outcome.seconds < 4.0
@@ -131,7 +131,7 @@ def test_one_operation_more(faulty):
 
     outcome = run(group, local)
     waits = (
-        rf"rank {ODD} waited 2\.\d s in dispatch_recv \(.* number 3\) for rank 0: nothing arrived; "
+        rf"rank {ODD} in dispatch_recv \(.* number 3\): waited 2\.\d s for rank 0: nothing arrived; "
         r"last from rank 0: dispatch number 2"
     )
     words = (rf"rank {ODD}", "dispatch_recv", "lane 0", "number 3", "in step")

@@ -148,7 +148,7 @@ def killed(
 
     setting = start(timeout_s, local, mode, ranks_per_node)
     if jax.process_index() == ODD:
-        threading.Thread(target=die_after_dispatch, args=[setting.group], daemon=True).start()
+        die_after_dispatch(setting.group)
     setting.tell_errors()
     setting.tell_check()
     begin = time.monotonic()
@@ -172,7 +172,7 @@ def killed_while_others_wait_elsewhere(directory: str) -> None:
     setting = start(60.0, local)
     begin = time.monotonic()
     if jax.process_index() == ODD:
-        threading.Thread(target=die_after_dispatch, args=[setting.group], daemon=True).start()
+        die_after_dispatch(setting.group)
     else:
         logging.getLogger("jax_smfree").addHandler(TellAndLeave(directory, begin))
     setting.errors()
@@ -192,11 +192,16 @@ class TellAndLeave(logging.Handler):
 
 
 def die_after_dispatch(group: smfree.EpGroup) -> None:
-    before = group.stats()["dispatch_recv_calls"]
-    while group.stats()["dispatch_recv_calls"] < before + jax.local_device_count():
-        time.sleep(0.01)
-    time.sleep(0.2)  # the others wait for its combine now
-    os.kill(os.getpid(), signal.SIGKILL)
+    """The process ends when all its ranks have received the dispatch that is to come."""
+    wanted = group.stats()["dispatch_recv_calls"] + jax.local_device_count()
+
+    def die() -> None:
+        while group.stats()["dispatch_recv_calls"] < wanted:
+            time.sleep(0.01)
+        time.sleep(0.2)  # the others wait for its combine now
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=die, daemon=True).start()
 
 
 def never_sends(mode: str) -> None:

@@ -45,9 +45,9 @@ def test_killed_while_others_wait_elsewhere(tmp_path):
 
 
 NEVER_SENDS = {
-    "direct": r"rank [01] waited 2\.\d s in dispatch_recv \(.*\) for rank 2: .*; for rank 3: ",
+    "direct": r"rank [01] in dispatch_recv \(.*\): waited 2\.\d s for rank 2: .*; for rank 3: ",
     # Each rank receives from the one of its index in the other node.
-    "hierarchical": r"rank ([01]) waited 2\.\d s in dispatch_recv \(.*\) for rank (?!\1)[23]: ",
+    "hierarchical": r"rank ([01]) in dispatch_recv \(.*\): waited 2\.\d s for rank (?!\1)[23]: ",
 }
 
 
@@ -67,7 +67,7 @@ def test_runs_another_program(tmp_path):
     # JAX numbers the launches of each program by itself, so nothing that comes from another program
     # can be meant for this one: it lies there unread.
     waits = (
-        r"rank (\d) waited 3\.\d s in dispatch_recv \(.*\) for rank (\d): nothing arrived; last "
+        r"rank (\d) in dispatch_recv \(.*\): waited 3\.\d s for rank (\d): nothing arrived; last "
         r"from rank \2: dispatch number 0 .* of another run; .*Cure: "
     )
     for process in told:

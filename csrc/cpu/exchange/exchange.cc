@@ -14,7 +14,7 @@
 
 #include "csrc/cpu/processes/system_error.h"
 #include "csrc/cpu/runtime/completion_pool.h"
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 
 namespace smfree::cpu {
 namespace {
@@ -213,7 +213,7 @@ void Exchange::Settle() const {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (closed_ || !fault_.ok()) return false;
     }
-    const Stats now = stats();
+    const GroupStats now = stats();
     return now.pending_receives > 0 || now.messages_in_flight > 0;
   };
   const Clock::time_point deadline = Clock::now() + kGrace;
@@ -240,7 +240,7 @@ void Exchange::Close() {
     std::unique_lock<std::mutex> lock(mutex_);
     none_held_back_.wait_until(lock, deadline, [this] { return held_back_ == 0; });
     arena = std::move(arena_);
-    stats_.arena_bytes_high_water = arena->high_water();
+    arena_high_water_ = arena->high_water();
   }
   // Sends that still pack in other threads, and receives that still unpack, keep the arena alive.
   arena->Retire();
@@ -267,19 +267,17 @@ Unreceived Exchange::UnreceivedHere() const {
   return unreceived;
 }
 
-Stats Exchange::stats() const {
+GroupStats Exchange::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Stats stats = stats_;
+  GroupStats stats{stats_};
   for (const auto& mailbox : mailboxes_) {
     if (!mailbox) continue;
     stats.pending_receives += static_cast<int64_t>(mailbox->Waiting().size());
     stats.messages_in_flight += mailbox->messages();
   }
   stats.messages_in_flight += held_back_;
-  if (arena_) {
-    stats.arena_bytes_in_use = arena_->bytes_in_use();
-    stats.arena_bytes_high_water = arena_->high_water();
-  }
+  if (arena_) stats.arena_bytes_in_use = arena_->bytes_in_use();
+  stats.arena_bytes_high_water = arena_ ? arena_->high_water() : arena_high_water_;
   return stats;
 }
 

@@ -45,7 +45,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   Status Check();
   Status Fault() const;
   Unreceived UnreceivedHere() const;
-  Stats stats() const;
+  GroupStats stats() const;
   void SetChaos(const Chaos& chaos);
   int64_t memory_bytes() const;
 
@@ -134,6 +134,7 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   std::shared_ptr<Arena> arena_;                     // null once closed
   std::vector<bool> peer_closed_;                    // by process
   Stats stats_;
+  int64_t arena_high_water_ = 0;  // of an arena that is gone
 
   ChaoticSchedule chaos_;
   int64_t held_back_ = 0;  // messages that chaos holds back

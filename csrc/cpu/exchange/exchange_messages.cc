@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The exchange's messages: begin a send, post, deliver, expect, finish.
-#include <algorithm>
+#include <chrono>
 #include <new>
 #include <utility>
 
-#include "csrc/cpu/runtime/completion_pool.h"
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
+#include "csrc/core/errors.h"
+#include "csrc/core/patience.h"
 #include "csrc/cpu/exchange/exchange.h"
+#include "csrc/cpu/runtime/completion_pool.h"
 
 namespace smfree::cpu {
+
 bool Exchange::IsLocal(int32_t rank) const {
   return rank >= 0 && rank < config_.num_ranks &&
          process_of_rank_[static_cast<size_t>(rank)] == my_process_;
@@ -17,35 +20,18 @@ bool Exchange::IsLocal(int32_t rank) const {
 
 Status Exchange::CheckCall(const char* phase, int32_t rank, int64_t tokens,
                            const Identity& identity, const Status& arguments) const {
-  std::string wrong;
+  const std::string call = DescribeCall(phase, rank, identity);
   if (!IsLocal(rank)) {
-    wrong = "this process has no rank " + std::to_string(rank) + " of " +
-            std::to_string(config_.num_ranks);
-  } else if (tokens < 0 || tokens > config_.max_tokens) {
-    wrong = "got " + std::to_string(tokens) + " rows, the group's max_tokens is " +
-            std::to_string(config_.max_tokens);
-  } else if (identity.lane < 0 || identity.lane >= config_.num_lanes) {
-    wrong = "got lane " + std::to_string(identity.lane) + ", the group has " +
-            std::to_string(config_.num_lanes);
-  } else if (!arguments.ok()) {
-    wrong = arguments.message();
-  } else {
-    return Status();
+    return InvalidArgument(call, "this process has no rank " + std::to_string(rank) + " of " +
+                                     std::to_string(config_.num_ranks));
   }
-  return Status(FaultKind::kInvalidArgument, DescribeCall(phase, rank, identity) + ": " + wrong);
+  const Status sizes = CheckSizes(config_, call, tokens, identity.lane);
+  return sizes.ok() && !arguments.ok() ? InvalidArgument(call, arguments.message()) : sizes;
 }
 
 Status Exchange::CheckOpen(const char* phase, int32_t rank, const Identity& identity) const {
-  if (closed_) {
-    return Status(FaultKind::kClosed, DescribeCall(phase, rank, identity) +
-                                          ": the group is closed. Cure: close it after the last "
-                                          "operation.");
-  }
-  if (!fault_.ok()) {
-    return Status(fault_.kind(),
-                  DescribeCall(phase, rank, identity) +
-                      " cannot go on, the group has failed before: " + fault_.message());
-  }
+  if (closed_) return GroupClosed(DescribeCall(phase, rank, identity));
+  if (!fault_.ok()) return FailedBefore(DescribeCall(phase, rank, identity), fault_);
   if (num_processes_ > 1 && !connected_) {
     return Status(FaultKind::kClosed, DescribeCall(phase, rank, identity) +
                                           ": the group is not connected to its peers yet");
@@ -61,10 +47,7 @@ Status Exchange::BeginSend(const char* phase, const Call& call, const Identity& 
   status = CheckOpen(phase, call.rank, identity);
   if (!status.ok()) return status;
   status = MailboxOf(call.rank).BeginSend(phase, identity);
-  if (status.ok()) {
-    ++(identity.operation == Operation::kDispatch ? stats_.dispatch_send : stats_.combine_send)
-          .calls;
-  }
+  if (status.ok()) ++stats_.of(SendOf(identity.operation)).calls;
   return status;
 }
 
@@ -105,13 +88,13 @@ void Exchange::Post(const MessageHeader& header, std::shared_ptr<Arena::Block> b
 }
 
 void Exchange::NoteSent(const MessageHeader& header) {
-  const bool dispatch = header.identity.operation == Operation::kDispatch;
-  PhaseStats& phase = dispatch ? stats_.dispatch_send : stats_.combine_send;
-  const bool first_leg = header.leg == nodes_.FirstLeg(header.identity.operation);
+  const Operation operation = header.identity.operation;
+  PhaseStats& phase = stats_.of(SendOf(operation));
+  const bool first_leg = header.leg == nodes_.FirstLeg(operation);
   (first_leg ? phase.rows : stats_.rows_relayed) += header.rows;
   (first_leg ? phase.bytes : stats_.bytes_relayed) += header.bytes;
   if (nodes_.NodeOf(header.source) == nodes_.NodeOf(header.destination)) return;
-  (dispatch ? stats_.dispatch_internode_bytes : stats_.combine_internode_bytes) += header.bytes;
+  stats_.internode(operation) += header.bytes;
 }
 
 void Exchange::Forward(const MessageHeader& header, std::shared_ptr<Arena::Block> block,
@@ -168,8 +151,7 @@ void Exchange::NoteArrived(const Receive& receive) {
   EventLoop::Get().Cancel(receive.deadline);
   const Operation operation = receive.expected.identity.operation;
   if (receive.expected.leg != nodes_.LastLeg(operation)) return;  // a relay's
-  PhaseStats& stats =
-      operation == Operation::kDispatch ? stats_.dispatch_recv : stats_.combine_recv;
+  PhaseStats& stats = stats_.of(RecvOf(operation));
   ++stats.calls;
   stats.wait_ns += NanosecondsSince(receive.expected.since);
   for (const Message& message : receive.messages) {
@@ -179,12 +161,9 @@ void Exchange::NoteArrived(const Receive& receive) {
 }
 
 Clock::time_point Exchange::DeadlineOf(const Expectation& expected) const {
-  const double timeout_s = config_.timeout_s;
-  // Whoever waits for a relay is more patient than the relay, so that the fault names the rank that
-  // is silent, not one that waits for it.
   const bool for_relay = expected.leg != nodes_.FirstLeg(expected.identity.operation);
-  const double grace_s = for_relay ? std::min(1.0, timeout_s / 4) : 0.0;
-  return expected.since + SecondsToDuration(timeout_s + grace_s);
+  return expected.since +
+         std::chrono::nanoseconds(PatienceNs(Nanoseconds(config_.timeout_s), for_relay));
 }
 
 void Exchange::Expect(const Expectation& expected, const Status& arguments, Unpacker unpack,
@@ -236,16 +215,13 @@ void Exchange::Finish(const ReceivePtr& receive) {
 
 void Exchange::OnDeadline(const ReceivePtr& receive) {
   const int32_t rank = receive->expected.rank;
-  std::string text;
+  Status late;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_ || !fault_.ok() || !MailboxOf(rank).IsWaiting(receive)) return;
-    text = MailboxOf(rank).DescribeWait(*receive);
+    late = MailboxOf(rank).Late(*receive);
   }
-  Raise(Status(FaultKind::kDeadline,
-               text + ". Cure: see what that rank does instead; every rank must run the same "
-                      "program. If it is only slow, raise timeout_s."),
-        rank, /*tell_peers=*/true);
+  Raise(late, rank, /*tell_peers=*/true);
 }
 
 }  // namespace smfree::cpu

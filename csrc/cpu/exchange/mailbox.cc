@@ -2,11 +2,11 @@
 #include "csrc/cpu/exchange/mailbox.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <iterator>
 #include <utility>
 
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
+#include "csrc/core/errors.h"
 
 namespace smfree::cpu {
 namespace {
@@ -16,34 +16,30 @@ constexpr int64_t kMaxDescribed = 4;  // ranks, and messages of a rank
 constexpr int64_t kMaxOfEarlierRuns = 16;
 
 Status Mismatch(const Expectation& expected, const MessageHeader& found,
-                const std::string& why) {
-  return Status(
-      FaultKind::kScheduleMismatch,
-      "schedule mismatch: " + DescribeCall(expected.phase, expected.rank, expected.identity) + " " +
-          why + " from rank " + std::to_string(found.source) +
-          ". Cure: every rank of the group must run the same program with the same "
-          "shapes, and recv must get the token and the handle of its own send.");
+                const std::string& what, const std::string& got) {
+  return ScheduleMismatch(DescribeCall(expected.phase, expected.rank, expected.identity), what, got,
+                          found.source);
 }
 
 // The shapes of a message of the right operation.
 Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
   if (found.tokens != expected.tokens) {
     return Mismatch(expected, found,
-                    "expected an operation of " + std::to_string(expected.tokens) +
-                        " rows per rank and got one of " + std::to_string(found.tokens));
+                    "an operation of " + std::to_string(expected.tokens) + " rows per rank",
+                    "one of " + std::to_string(found.tokens));
   }
   // Without rows there is nothing that could ride along with them.
   if (found.rows > 0 && expected.experts != 0 && found.experts != expected.experts) {
-    return Mismatch(expected, found, "expected rows with expert ids and got rows without");
+    return Mismatch(expected, found, "rows with expert ids", "rows without");
   }
   if (found.rows > 0 && expected.slots != 0 && found.slots != expected.slots) {
-    return Mismatch(expected, found, "expected rows with slots and got rows without");
+    return Mismatch(expected, found, "rows with slots", "rows without");
   }
   const auto region = static_cast<size_t>(found.region);
   if (!expected.counts.empty() && found.rows != expected.counts[region]) {
     return Mismatch(expected, found,
-                    "expected " + std::to_string(expected.counts[region]) +
-                        " rows by its handle and got " + std::to_string(found.rows));
+                    std::to_string(expected.counts[region]) + " rows by its handle",
+                    std::to_string(found.rows));
   }
   return Status();
 }
@@ -89,12 +85,9 @@ Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
   Traffic& traffic = At(identity);
   for (const Identity& other : traffic.in_flight) {
     if (SameCall(other, identity) && other.instance != identity.instance) continue;
-    return Status(FaultKind::kTwoInFlight,
-                  "two operations in flight on one lane: " + DescribeCall(phase, rank_, identity) +
-                      " begins, and " + DescribeOperation(other) +
-                      ", which began with the same token, was not received here yet. Cure: receive "
-                      "it first and go on with the token that its recv returned, or begin each "
-                      "with a fresh group.token().");
+    return TwoInFlight(DescribeCall(phase, rank_, identity),
+                       DescribeOperation(other) + ", which began with the same token,",
+                       "begin each with a fresh group.token()");
   }
   traffic.in_flight.push_back(identity);
   if (places_.size() <= kMaxOfEarlierRuns) return Status();
@@ -123,9 +116,8 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
       return !MayBeAnotherCall(expected, message.header);
     });
     if (other == fifo.end()) return Match::kNone;
-    return Mismatch(expected, other->header,
-                    "expected " + DescribeOperation(expected.identity) + " and got " +
-                        DescribeOtherCall(expected, other->header));
+    return Mismatch(expected, other->header, DescribeOperation(expected.identity),
+                    DescribeOtherCall(expected, other->header));
   }
   Status shapes = CheckShapes(expected, found->header);
   if (!shapes.ok()) return shapes;
@@ -230,21 +222,19 @@ std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) con
   return text + unread;
 }
 
-std::string Mailbox::DescribeWait(const Receive& receive) const {
+Status Mailbox::Late(const Receive& receive) const {
+  const Expectation& expected = receive.expected;
   const std::vector<int32_t> missing = Missing(receive);
-  char waited[32];
-  std::snprintf(waited, sizeof(waited), "%.1f s", Seconds(Clock::now() - receive.expected.since));
-  std::string text = "rank " + std::to_string(rank_) + " waited " + waited + " in " +
-                     receive.expected.phase + " (" + DescribePlace(receive.expected.identity) +
-                     ") " + (receive.expected.leg == kNode ? "inside its node " : "") + "for ";
+  std::string whom = expected.leg == kNode ? "inside its node for " : "for ";
   const size_t described = std::min<size_t>(missing.size(), kMaxDescribed);
   for (size_t i = 0; i < described; ++i) {
-    text += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
+    whom += (i == 0 ? "" : "; for ") + DescribeMissing(receive, missing[i]);
   }
   if (missing.size() > described) {
-    text += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
+    whom += "; and for rank(s) " + JoinNumbers({missing.begin() + kMaxDescribed, missing.end()});
   }
-  return text;
+  return DeadlineExceeded(DescribeCall(expected.phase, expected.rank, expected.identity),
+                          Seconds(Clock::now() - expected.since), whom);
 }
 
 Mailbox::Contents Mailbox::TakeAll() {

@@ -72,8 +72,8 @@ class Mailbox {
   bool IsWaiting(const ReceivePtr& receive) const;
   // The ranks that a receive still waits for.
   std::vector<int32_t> Missing(const Receive& receive) const;
-  // Who waits how long for whom, and what came instead.
-  std::string DescribeWait(const Receive& receive) const;
+  // The fault of a receive whose deadline has passed: for whom it waits, and what came instead.
+  Status Late(const Receive& receive) const;
 
   // Empties the mailbox; the caller ends the receives and lets go of the messages without a lock.
   struct Contents {

@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 
 namespace smfree::cpu {
 namespace {

@@ -17,18 +17,18 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "csrc/core/describe.h"
+#include "csrc/core/errors.h"
 #include "csrc/cpu/backend.h"
-#include "csrc/cpu/runtime/completion_pool.h"
-#include "csrc/protocol/describe.h"
 #include "csrc/cpu/exchange/exchange.h"
 #include "csrc/cpu/phases/handle.h"
-#include "csrc/cpu/processes/pages.h"
 #include "csrc/cpu/phases/relay.h"
+#include "csrc/cpu/processes/pages.h"
 #include "csrc/cpu/rows/rows.h"
+#include "csrc/cpu/runtime/completion_pool.h"
 
 namespace smfree::cpu {
 namespace {
@@ -147,13 +147,8 @@ Status Unpack(Exchange& exchange, const char* phase, const Call& call, const Dis
   if (dropped > 0 && config.overflow == Overflow::kError) {
     FillNaN(config.dtype, static_cast<std::byte*>(a.x), a.rows_capacity * config.hidden);
     std::fill_n(a.weights, a.rows_capacity, std::numeric_limits<float>::quiet_NaN());
-    exchange.ReportDropped(
-        dropped,
-        Status(FaultKind::kOverflow,
-               DescribeCall(phase, call.rank, call.identity) + ": " + std::to_string(dropped) +
-                   " rows exceed recv_capacity " + std::to_string(a.rows_capacity) +
-                   "; the outputs are NaN. Cure: raise recv_capacity, or take "
-                   "overflow='drop'."));
+    exchange.ReportDropped(dropped, Overflowed(DescribeCall(phase, call.rank, call.identity),
+                                               dropped, a.rows_capacity));
     return Status();
   }
   if (dropped > 0) exchange.ReportDropped(dropped, Status());

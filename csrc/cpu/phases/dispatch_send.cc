@@ -13,27 +13,18 @@
 //
 // The cached form starts at S2 with a routing that is known, and sends no expert ids.
 #include <algorithm>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "csrc/core/describe.h"
+#include "csrc/core/errors.h"
 #include "csrc/cpu/backend.h"
-#include "csrc/protocol/describe.h"
 #include "csrc/cpu/phases/handle.h"
 #include "csrc/cpu/processes/outbox.h"
 #include "csrc/cpu/rows/places.h"
 
 namespace smfree::cpu {
 namespace {
-
-Status BadRouting(const char* phase, const Call& call, const int32_t* experts, int32_t top_k,
-                  int64_t row, const std::string& what) {
-  return Status(FaultKind::kInvalidRouting,
-                DescribeCall(phase, call.rank, call.identity) + ": row " + std::to_string(row) +
-                    " " + what + ": topk_idx = [" +
-                    JoinNumbers(std::vector<int32_t>(experts, experts + top_k)) +
-                    "]. Cure: name each expert of a row once, -1 for none.");
-}
 
 Status CheckRouting(const char* phase, const GroupConfig& config, const Call& call,
                     const int32_t* topk_idx) {
@@ -44,17 +35,13 @@ Status CheckRouting(const char* phase, const GroupConfig& config, const Call& ca
     for (int32_t k = 0; k < top_k; ++k) {
       const int32_t expert = experts[k];
       if (expert == -1) continue;
-      if (expert < -1 || expert >= config.num_experts) {
-        return BadRouting(
-            phase, call, experts, top_k, row,
-            "names expert " + std::to_string(expert) + " of " + std::to_string(config.num_experts));
+      const bool exists = expert >= 0 && expert < config.num_experts;
+      if (!exists || last_row[static_cast<size_t>(expert)] == row) {
+        return InvalidRouting(
+            DescribeCall(phase, call.rank, call.identity), row, expert, config.num_experts,
+            ": topk_idx = [" + JoinNumbers(std::vector<int32_t>(experts, experts + top_k)) + "]");
       }
-      int64_t& last = last_row[static_cast<size_t>(expert)];
-      if (last == row) {
-        return BadRouting(phase, call, experts, top_k, row,
-                          "names expert " + std::to_string(expert) + " twice");
-      }
-      last = row;
+      last_row[static_cast<size_t>(expert)] = row;
     }
   }
   return Status();

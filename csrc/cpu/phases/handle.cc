@@ -3,17 +3,17 @@
 
 #include <string>
 
-namespace smfree::cpu {
+#include "csrc/core/errors.h"
 
-Status BrokenHandle(const std::string& what) {
-  return Status(FaultKind::kInvalidArgument,
-                what +
-                    ". Cure: pass the handle of the dispatch unchanged, and only to the rank that "
-                    "got it.");
-}
+namespace smfree::cpu {
+namespace {
+
+Status Broken(const std::string& what) { return Status(FaultKind::kInvalidArgument, what); }
+
+}  // namespace
 
 StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
-                                           int32_t destinations, const char* what) {
+                                           int32_t destinations) {
   std::vector<int32_t> counts(static_cast<size_t>(destinations));
   const int32_t* const data = places.data;
   for (int64_t i = 0; i < rows * places.width; ++i) {
@@ -24,9 +24,7 @@ StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
                          (data[i - 1] >= 0 && data[i - 1] / places.tokens < destination);
     if (place < 0 || destination >= destinations || !ascends ||
         place % places.tokens != counts[static_cast<size_t>(destination)]++) {
-      return BrokenHandle("the handle's " + std::string(what) + " are broken: row " +
-                          std::to_string(i / places.width) + " has place " +
-                          std::to_string(place));
+      return Broken(BrokenPlace(i / places.width, place));
     }
   }
   return counts;
@@ -35,14 +33,14 @@ StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
                    const int32_t* send_counts) {
   const auto counted = CountPlaces({places, tokens, PlacesPerRow(config)}, tokens,
-                                   config.num_ranks, "places");
+                                   config.num_ranks);
   if (!counted.ok()) return counted.status();
   for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
     const int32_t count = counted.value()[static_cast<size_t>(rank)];
     if (send_counts[rank] == count) continue;
-    return BrokenHandle("the handle sends " + std::to_string(count) + " rows to rank " +
-                        std::to_string(rank) + " by its places and " +
-                        std::to_string(send_counts[rank]) + " by its counts");
+    return Broken(BrokenHandle("it sends " + std::to_string(count) + " rows to rank " +
+                               std::to_string(rank) + " by its places and " +
+                               std::to_string(send_counts[rank]) + " by its counts"));
   }
   return Status();
 }
@@ -52,14 +50,12 @@ Status CheckRows(const GroupConfig& config, int64_t tokens, int64_t rows_capacit
   for (int32_t source = 0; source < config.num_ranks; ++source) {
     const int32_t count = recv_counts[source];
     if (count < 0 || count > tokens) {
-      return BrokenHandle("the handle receives " + std::to_string(count) + " rows from rank " +
-                    std::to_string(source) + " of at most " + std::to_string(tokens));
+      return Broken(BrokenCount(count, source, tokens));
     }
     const int32_t* const of_source = rows + source * tokens * config.top_k;
     for (int64_t i = 0; i < int64_t{count} * config.top_k; ++i) {
       if (of_source[i] >= -1 && of_source[i] < rows_capacity) continue;
-      return BrokenHandle("the handle puts a row of rank " + std::to_string(source) + " at " +
-                    std::to_string(of_source[i]) + " of " + std::to_string(rows_capacity));
+      return Broken(BrokenCount(of_source[i], source, rows_capacity - 1));
     }
   }
   return Status();

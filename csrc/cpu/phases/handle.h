@@ -7,22 +7,18 @@
 #define SMFREE_CSRC_CPU_PHASES_HANDLE_H_
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
+#include "csrc/core/status.h"
 #include "csrc/cpu/backend.h"
 #include "csrc/cpu/rows/places.h"
-#include "csrc/protocol/status.h"
 
 namespace smfree::cpu {
 
-// The fault of a handle that no dispatch has made; `what` says what is wrong with it.
-Status BrokenHandle(const std::string& what);
-
 // How many of `rows` rows go to each of the `destinations`, if the places are what a dispatch
-// makes; `what` they are called in errors.
+// makes.
 StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
-                                           int32_t destinations, const char* what);
+                                           int32_t destinations);
 
 // Whether `places` [T,P] and `send_counts` [R] are what dispatch_send makes of some routing.
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,

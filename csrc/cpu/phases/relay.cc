@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <memory>
-#include <string>
 #include <utility>
 
+#include "csrc/core/errors.h"
 #include "csrc/cpu/phases/handle.h"
 #include "csrc/cpu/processes/outbox.h"
 
@@ -91,15 +91,14 @@ StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, cons
   RelayCounts counts;
   for (int32_t node = 0; node < nodes.count(); ++node) {
     const Places places{relay + node * tokens * width, tokens, width};
-    auto to_ranks = CountPlaces(places, tokens, nodes.ranks_per_node, "relay places");
+    auto to_ranks = CountPlaces(places, tokens, nodes.ranks_per_node);
     if (!to_ranks.ok()) return to_ranks.status();
     counts.node.insert(counts.node.end(), to_ranks.value().begin(), to_ranks.value().end());
     int32_t rows = 0;
     while (rows < tokens && places.data[rows * width] >= 0) ++rows;
     for (int64_t row = rows; row < tokens; ++row) {
       if (places.data[row * width] < 0) continue;
-      return BrokenHandle("the handle relays row " + std::to_string(row) + " of node " +
-                          std::to_string(node) + " and not row " + std::to_string(rows));
+      return Status(FaultKind::kInvalidArgument, BrokenPlace(rows, -1));
     }
     counts.wire.push_back(rows);
   }

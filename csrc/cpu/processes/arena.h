@@ -19,7 +19,7 @@
 #include <mutex>
 #include <vector>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cpu {
 

@@ -16,7 +16,7 @@
 
 #include "csrc/cpu/processes/link.h"
 #include "csrc/cpu/processes/system_error.h"
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 
 namespace smfree::cpu {
 namespace {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "csrc/cpu/runtime/threads.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 #include "csrc/cpu/processes/packets.h"
 
 namespace smfree::cpu {

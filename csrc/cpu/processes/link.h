@@ -19,7 +19,7 @@
 #include <string_view>
 
 #include "csrc/cpu/runtime/threads.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 #include "csrc/cpu/processes/packets.h"
 
 namespace smfree::cpu {

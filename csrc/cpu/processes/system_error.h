@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cpu {
 

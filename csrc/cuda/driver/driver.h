@@ -7,7 +7,7 @@
 
 #include <cudaTypedefs.h>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

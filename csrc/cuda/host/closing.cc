@@ -70,7 +70,7 @@ void GroupState::KeepFault() {
 }
 
 void GroupState::KeepStats() {
-  StatusOr<Stats> stats = Count();
+  StatusOr<GroupStats> stats = Count();
   const std::lock_guard<std::mutex> lock(fault_mutex);
   last_stats = std::move(stats);
 }

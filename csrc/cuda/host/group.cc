@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The Group of backend.h: its creation, and the registry of open groups.
+// The Group of backend.h: its creation, and which groups are open.
 #include "csrc/cuda/host/group.h"
 
 #include <algorithm>
 #include <chrono>
-#include <map>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "csrc/core/errors.h"
+#include "csrc/core/registry.h"
 #include "csrc/cuda/host/background.h"
 
 namespace smfree::cuda {
@@ -18,22 +19,12 @@ namespace {
 // What making a group may take beside timeout_s: kernels are loaded, memory is zeroed.
 constexpr std::chrono::seconds kMake{30};
 
-struct Registry {
-  std::mutex mutex;
-  std::map<int64_t, std::vector<std::shared_ptr<Group>>> groups;  // replicas share an id
-};
+using Groups = Registry<Group>;
 
-Registry& TheRegistry() {
-  static Registry& registry = *new Registry;  // leaked: handlers may run while the process exits
-  return registry;
-}
-
-Status CheckConfig(const GroupConfig& config, size_t devices) {
+// What the kernels can serve of what CheckConfig allows.
+Status CheckLimits(const GroupConfig& config) {
   std::string wrong;
-  if (static_cast<int32_t>(devices) != config.num_ranks) {
-    wrong = std::to_string(devices) + " devices for " + std::to_string(config.num_ranks) +
-            " ranks";
-  } else if (config.num_ranks > kMaxRanks) {
+  if (config.num_ranks > kMaxRanks) {
     wrong = std::to_string(config.num_ranks) + " ranks, expected at most " +
             std::to_string(kMaxRanks);
   } else if (const Nodes nodes = NodesOf(config);
@@ -44,9 +35,6 @@ Status CheckConfig(const GroupConfig& config, size_t devices) {
   } else if (config.top_k > kMaxTopK) {
     wrong = "top_k " + std::to_string(config.top_k) + ", expected at most " +
             std::to_string(kMaxTopK) + " on GPUs";
-  } else if (!IsTimeout(config.timeout_s)) {
-    wrong = "timeout_s is " + std::to_string(config.timeout_s) +
-            ", expected more than 0 and at most " + std::to_string(kMaxTimeoutS);
   } else if (const int32_t experts = config.num_experts / NodesOf(config).Regions(kWire);
              !CopyCode(config.max_tokens).Fits(experts)) {
     wrong = "max_tokens " + std::to_string(config.max_tokens) + " times experts per " +
@@ -64,7 +52,8 @@ Group::~Group() { (void)Close(); }
 StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica,
                                                const GroupConfig& config,
                                                const std::vector<int32_t>& devices) {
-  Status status = CheckConfig(config, devices.size());
+  Status status = CheckConfig(config, static_cast<int64_t>(devices.size()));
+  if (status.ok()) status = CheckLimits(config);
   if (!status.ok()) return status;
   auto state = std::make_shared<GroupState>(group_id, replica, config);
   return Make(state, [state, devices] { return state->AllocateHere(devices); });
@@ -73,7 +62,8 @@ StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica
 StatusOr<std::shared_ptr<Group>> Group::CreateAmongProcesses(
     int64_t group_id, int32_t replica, const GroupConfig& config, int32_t rank, int32_t device,
     const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory) {
-  Status status = CheckConfig(config, process_of_rank.size());
+  Status status = CheckConfig(config, static_cast<int64_t>(process_of_rank.size()));
+  if (status.ok()) status = CheckLimits(config);
   if (!status.ok()) return status;
   auto state = std::make_shared<GroupState>(group_id, replica, config);
   auto group = Make(state, [=] {
@@ -102,38 +92,22 @@ StatusOr<std::shared_ptr<Group>> Group::Make(std::shared_ptr<GroupState> state,
                     "and start the process again.");
 }
 
-std::shared_ptr<Group> Group::Register(std::shared_ptr<GroupState> state) {
+StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> state) {
   const int64_t group_id = state->group_id;
+  const int32_t replica = state->replica;
   std::shared_ptr<Group> group(new Group(std::move(state)));
-  Registry& registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.groups[group_id].push_back(group);
-  return group;
+  if (Groups::Get().Add(group_id, replica, group)) return group;
+  return Status(FaultKind::kInvalidArgument, "group " + std::to_string(group_id) + ", replica " +
+                                                 std::to_string(replica) +
+                                                 " exists already in this process");
 }
 
 std::shared_ptr<Group> Group::Unregister() {
-  Registry& registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto entry = registry.groups.find(state_->group_id);
-  if (entry == registry.groups.end()) return nullptr;
-  auto& replicas = entry->second;
-  std::shared_ptr<Group> removed;
-  const auto it = std::find_if(replicas.begin(), replicas.end(),
-                               [this](const auto& group) { return group.get() == this; });
-  if (it != replicas.end()) {
-    removed = std::move(*it);
-    replicas.erase(it);
-  }
-  if (replicas.empty()) registry.groups.erase(entry);
-  return removed;
+  return Groups::Get().Remove(state_->group_id, state_->replica, this);
 }
 
 std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device) {
-  Registry& registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto entry = registry.groups.find(group_id);
-  if (entry == registry.groups.end()) return nullptr;
-  for (const std::shared_ptr<Group>& group : entry->second) {
+  for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(group_id)) {
     for (const auto& rank : group->state_->ranks) {
       if (rank->device == device) return std::shared_ptr<Rank>(group, rank.get());
     }

@@ -11,14 +11,15 @@
 #include <shared_mutex>
 #include <vector>
 
-#include "csrc/cuda/memory/allocation.h"
+#include "csrc/core/patience.h"
 #include "csrc/cuda/backend.h"
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/host/launch_order.h"
 #include "csrc/cuda/host/runs.h"
+#include "csrc/cuda/host/mover.h"
+#include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/memory/memory.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
-#include "csrc/cuda/host/mover.h"
 #include "csrc/cuda/network/put_kernel.h"
 
 namespace smfree::cuda {
@@ -74,7 +75,7 @@ struct GroupState {
   std::atomic<bool> closed{false};
   std::atomic<bool> idle{false};      // closed, and the devices have ended what was launched
   std::atomic<bool> released{false};  // nothing of all this is there any more
-  StatusOr<Stats> last_stats{Status(FaultKind::kClosed,
+  StatusOr<GroupStats> last_stats{Status(FaultKind::kClosed,
                                     "the group is closed, and a GPU does not end what it runs, so "
                                     "that its counters cannot be read")};
 
@@ -84,14 +85,13 @@ struct GroupState {
   Status FirstFault() const;
   Status TakeOverflow();
   std::chrono::nanoseconds Timeout() const {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-        std::chrono::duration<double>(config.timeout_s));
+    return std::chrono::nanoseconds(Nanoseconds(config.timeout_s));
   }
 
   // What is told when the group is closed.
   void KeepFault();
   // These wait for the devices.
-  StatusOr<Stats> Count() const;
+  StatusOr<GroupStats> Count() const;
   void KeepStats();
   StatusOr<std::vector<PhaseRecord>> ReadTrace() const;
   // Ends the movers and gives all memory back, when nothing uses it any more. The group is closed.

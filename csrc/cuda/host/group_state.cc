@@ -67,7 +67,7 @@ GroupConstants Rank::Constants() const {
   g.drop_overflow = config.overflow == Overflow::kDrop;
   g.among_processes = group->nvshmem_memory != nullptr;
   g.puts_on_device = group->put_kernel != nullptr;
-  g.timeout_ns = static_cast<uint64_t>(config.timeout_s * 1e9);
+  g.timeout_ns = Nanoseconds(config.timeout_s);
   g.hidden = config.hidden;
   g.x_row_bytes = config.hidden * ItemBytes(config.dtype);
   g.memory = memory->data();

@@ -29,7 +29,7 @@
 #include "csrc/cuda/driver/driver.h"
 #include "csrc/cuda/network/far_peers.h"
 #include "csrc/cuda/host/state.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

@@ -7,8 +7,9 @@
 #include <chrono>
 #include <string>
 
+#include "csrc/core/describe.h"
+#include "csrc/core/errors.h"
 #include "csrc/cuda/host/group.h"
-#include "csrc/protocol/describe.h"
 
 namespace smfree::cuda {
 namespace {
@@ -40,10 +41,7 @@ struct Work {
   Part part;
   bool has_experts, has_slots;  // of its messages
 
-  Operation operation() const {
-    const bool dispatch = phase == Phase::kDispatchSend || phase == Phase::kDispatchRecv;
-    return dispatch ? Operation::kDispatch : Operation::kCombine;
-  }
+  Operation operation() const { return OperationOf(phase); }
 };
 
 // A part under way. Holds the group open until its kernels are launched.
@@ -84,37 +82,26 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   identity.derivation = call.derivation;
   identity.call_site = call.call_site;
   identity.operation = operation;
-  const auto refuse = [&](FaultKind kind, const std::string& why) {
-    return Status(kind, DescribeCall(Name(phase), rank.rank, identity) + why);
-  };
+  const std::string here = DescribeCall(Name(phase), rank.rank, identity);
   const Side side = SideOf(call.derivation);
   if (side != Side::kForward && !config.differentiable) {
-    return refuse(FaultKind::kInvalidArgument,
-                  ": the group has no buffers for the backward pass. Cure: "
-                  "EpConfig(differentiable=True).");
+    return InvalidArgument(here,
+                           "the group has no buffers for the backward pass. Cure: "
+                           "EpConfig(differentiable=True).");
   }
-  if (call.tokens < 1 || call.tokens > config.max_tokens || call.lane < 0 ||
-      call.lane >= config.num_lanes) {
-    return refuse(FaultKind::kInvalidArgument,
-                  ": got " + std::to_string(call.tokens) + " rows on lane " +
-                      std::to_string(call.lane) + ", expected up to " +
-                      std::to_string(config.max_tokens) + " and lanes below " +
-                      std::to_string(config.num_lanes) +
-                      "; the program was compiled for another EpConfig. Compile it again.");
-  }
+  const Status sizes = CheckSizes(config, here, call.tokens, call.lane);
+  if (!sizes.ok()) return sizes;
   const int32_t lane_index = LaneIndex(call.lane, side, config.num_lanes);
   if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
 
   PartUnderWay work{{group.open_mutex, std::try_to_lock}, KernelParams{}, LaunchParams{}};
   if (!work.open.owns_lock() || group.closed) {
-    const Status status = refuse(FaultKind::kClosed,
-                                 ": the group is closed. Cure: close it after the last operation.");
+    const Status status = GroupClosed(here);
     group.Fail(status);  // ends the waits of ranks whose part was launched before
     return status;
   }
   if (!group.runs.Admit(call.run, [&] { return group.Failed(); })) {
-    const Status fault = group.FirstFault();
-    return refuse(fault.kind(), " cannot go on, the group has failed before: " + fault.message());
+    return FailedBefore(here, group.FirstFault());
   }
 
   GroupConstants& g = work.params.g;

@@ -54,8 +54,8 @@ auto ReadWhileOpen(std::shared_ptr<GroupState> state, Read read) -> decltype(rea
 
 }  // namespace
 
-StatusOr<Stats> GroupState::Count() const {
-  Stats stats;
+StatusOr<GroupStats> GroupState::Count() const {
+  GroupStats stats;
   const int64_t row_bytes = config.hidden * ItemBytes(config.dtype);
   for (const auto& rank : ranks) {
     auto read = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1);
@@ -93,7 +93,7 @@ StatusOr<std::vector<PhaseRecord>> GroupState::ReadTrace() const {
         if (entry.number == kNoOperation) continue;
         records.push_back({replica, rank->rank, lane % config.num_lanes,
                            static_cast<Side>(lane / config.num_lanes),
-                           static_cast<Phase>(i % kPhases), entry.number - 1, entry.begin_ns,
+                           static_cast<Phase>(i % kPhases), OrdinalOf(entry.number), entry.begin_ns,
                            entry.end_ns, entry.bytes_read, entry.bytes_written});
       }
     }
@@ -121,7 +121,7 @@ Status Group::Check() {
   return state_->TakeOverflow();
 }
 
-StatusOr<Stats> Group::stats() const {
+StatusOr<GroupStats> Group::stats() const {
   auto stats = ReadWhileOpen(state_, [](const GroupState& state) { return state.Count(); });
   if (stats.status().kind() != FaultKind::kClosed) return stats;
   const std::lock_guard<std::mutex> lock(state_->fault_mutex);

@@ -119,7 +119,7 @@ struct GroupConstants {
   bool drop_overflow;
   bool among_processes;  // peers tell of a fault through the fault words
   bool puts_on_device;   // to far peers: by a kernel, not by the mover
-  uint64_t timeout_ns;
+  int64_t timeout_ns;
   int64_t hidden;
   int64_t x_row_bytes;  // of the program's arrays; layout.row_bytes is the stride in messages
 

@@ -67,7 +67,7 @@ __device__ bool WaitForBlock(const GroupConstants& g, const LanePointers& lane,
       atomicExch(&g.state->faulted, 1u);
       return false;
     }
-    if (NowNs() - begin > static_cast<int64_t>(g.timeout_ns)) {
+    if (NowNs() - begin > g.timeout_ns) {
       Report(g, op, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
       return false;
     }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "csrc/core/patience.h"
 #include "csrc/cuda/kernels/phase.cuh"
 
 namespace smfree::cuda {
@@ -166,7 +167,7 @@ __device__ inline void CountRow(const Messages& m, int32_t region, const Chunks&
   while (load_acquire_gpu(&posted) != static_cast<uint32_t>(chunk)) {
     __nanosleep(100);
     if (Faulted(g)) return;
-    if (NowNs() - begin <= 2 * static_cast<int64_t>(g.timeout_ns)) continue;
+    if (NowNs() - begin <= 2 * g.timeout_ns) continue;
     return Report(g, op, FaultKind::kInvalidArgument, m.number,
                   {m.Peer(region), -1, chunks.rows, row});
   }
@@ -209,14 +210,6 @@ struct Arrivals {
 
 constexpr int32_t kTurnsOfTheOthers = 4096;  // some ten milliseconds
 
-// How long a wait for a peer may last. Who waits for a relay is more patient than the relay, so
-// that the fault names the rank that is silent, not one that waits for it.
-__device__ inline int64_t PatienceNs(const Messages& m) {
-  const auto timeout_ns = static_cast<int64_t>(m.g.timeout_ns);
-  if (m.leg == m.g.nodes.FirstLeg(m.op.operation)) return timeout_ns;
-  return timeout_ns + min(int64_t{1'000'000'000}, timeout_ns / 4);
-}
-
 // S7: until `wanted` chunks (kAllChunks: all) of a message are here. False if the rank is at fault,
 // as after the deadline.
 __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t wanted,
@@ -255,7 +248,8 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
         return false;
       }
     }
-    if (NowNs() - begin > PatienceNs(m)) {
+    const bool for_relay = m.leg != g.nodes.FirstLeg(op.operation);
+    if (NowNs() - begin > PatienceNs(g.timeout_ns, for_relay)) {
       const uint64_t seen = load_acquire_system(reinterpret_cast<const uint64_t*>(word));
       Report(g, op, FaultKind::kDeadline, m.number, {m.Peer(region), -1, m.number, NumberOf(seen)});
       return false;

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

@@ -17,7 +17,7 @@
 
 #include "csrc/cuda/driver/driver.h"
 #include "csrc/cuda/memory/memory.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

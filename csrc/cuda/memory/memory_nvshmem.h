@@ -15,7 +15,7 @@
 
 #include "csrc/cuda/memory/memory.h"
 #include "csrc/cuda/network/nvshmem.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

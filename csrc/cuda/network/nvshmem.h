@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <string>
 
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

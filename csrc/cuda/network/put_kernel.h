@@ -15,7 +15,7 @@
 #include "csrc/cuda/driver/driver.h"
 #include "csrc/cuda/network/nvshmem.h"
 #include "csrc/cuda/host/state.h"
-#include "csrc/protocol/status.h"
+#include "csrc/core/status.h"
 
 namespace smfree::cuda {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/protocol/describe.h"
+#include "csrc/core/describe.h"
 
 #include <cstdio>
 #include <mutex>

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/core/errors.h"
+
+#include <cstdio>
+#include <limits>
+
+#include "csrc/protocol/layout.h"
+
+namespace smfree {
+namespace {
+
+Status Fault(FaultKind kind, const std::string& text) {
+  return Status(kind, std::string(Name(kind)) + ": " + text);
+}
+
+}  // namespace
+
+Status CheckConfig(const GroupConfig& config, int64_t ranks) {
+  const Nodes nodes = NodesOf(config);
+  std::string wrong;
+  if (config.num_ranks < 1 || ranks != config.num_ranks) {
+    wrong = "num_ranks is " + std::to_string(config.num_ranks) + ", and there are " +
+            std::to_string(ranks) + " ranks";
+  } else if (nodes.ranks_per_node < 1 || nodes.num_ranks % nodes.ranks_per_node != 0 ||
+             (nodes.hierarchical && (nodes.count() == 1 || nodes.ranks_per_node == 1))) {
+    wrong = std::to_string(config.num_ranks) + " ranks in nodes of " +
+            std::to_string(config.ranks_per_node) +
+            ": nodes are equally large, and hierarchical mode needs several of several ranks";
+  } else if (config.num_experts < 1 || config.num_experts % config.num_ranks != 0) {
+    wrong = "num_experts " + std::to_string(config.num_experts) + " is no multiple of num_ranks " +
+            std::to_string(config.num_ranks);
+  } else if (config.top_k < 1 || config.top_k > config.num_experts) {
+    wrong = "top_k " + std::to_string(config.top_k) + " is not between 1 and num_experts";
+  } else if (config.num_lanes < 1 || config.expert_alignment < 1 || config.hidden < 1 ||
+             config.max_tokens < 1 || config.recv_capacity < 0) {
+    wrong = "a size is not positive";
+  } else if (!IsTimeout(config.timeout_s)) {
+    wrong = "timeout_s is " + std::to_string(config.timeout_s) +
+            ", expected more than 0 and at most " + std::to_string(kMaxTimeoutS);
+  } else if (config.max_tokens > std::numeric_limits<int32_t>::max() / config.num_ranks ||
+             RowsCapacity(config, config.max_tokens) > std::numeric_limits<int32_t>::max()) {
+    wrong = "max_tokens times num_ranks does not fit 32 bits";
+  }
+  return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
+}
+
+Status CheckSizes(const GroupConfig& config, const std::string& call, int64_t tokens,
+                  int32_t lane) {
+  if (tokens >= 0 && tokens <= config.max_tokens && lane >= 0 && lane < config.num_lanes) {
+    return Status();
+  }
+  return InvalidArgument(call, "got " + std::to_string(tokens) + " rows on lane " +
+                                   std::to_string(lane) + ", expected up to max_tokens " +
+                                   std::to_string(config.max_tokens) + " and lanes below " +
+                                   std::to_string(config.num_lanes) +
+                                   "; the program was compiled for another EpConfig. Cure: compile "
+                                   "it again.");
+}
+
+Status InvalidArgument(const std::string& call, const std::string& what) {
+  return Fault(FaultKind::kInvalidArgument, call + ": " + what);
+}
+
+std::string BrokenHandle(const std::string& what) {
+  return "the handle is broken: " + what +
+         ". Cure: pass the handle of the dispatch unchanged, and only to the rank that got it.";
+}
+
+std::string BrokenPlace(int64_t row, int64_t place) {
+  return BrokenHandle("row " + std::to_string(row) + " has place " + std::to_string(place));
+}
+
+std::string BrokenCount(int64_t seen, int32_t rank, int64_t most) {
+  return BrokenHandle("it says " + std::to_string(seen) + " of rank " + std::to_string(rank) +
+                      ", where at most " + std::to_string(most) + " is possible");
+}
+
+Status InvalidRouting(const std::string& call, int64_t row, int64_t expert, int32_t num_experts,
+                      const std::string& seen) {
+  const bool exists = expert >= 0 && expert < num_experts;
+  return Fault(FaultKind::kInvalidRouting,
+               call + ": row " + std::to_string(row) + " names expert " + std::to_string(expert) +
+                   (exists ? " twice" : " of " + std::to_string(num_experts)) + seen +
+                   ". Cure: name each expert of a row once, -1 for none.");
+}
+
+Status TwoInFlight(const std::string& call, const std::string& other,
+                   const std::string& else_where) {
+  return Fault(FaultKind::kTwoInFlight,
+               call + " begins, and " + other +
+                   " was not received here yet. Cure: receive it first and go on with the token "
+                   "that its recv returned, or " +
+                   else_where + ".");
+}
+
+Status ScheduleMismatch(const std::string& call, const std::string& expected,
+                        const std::string& got, int32_t source) {
+  return Fault(FaultKind::kScheduleMismatch,
+               call + ": expected " + expected + " and got " + got + " from rank " +
+                   std::to_string(source) +
+                   ". Cure: every rank of the group must run the same program with the same "
+                   "shapes, and recv must get the token and the handle of its own send.");
+}
+
+Status DeadlineExceeded(const std::string& call, double waited_s, const std::string& whom) {
+  char waited[32];
+  std::snprintf(waited, sizeof(waited), "%.1f s", waited_s);
+  return Fault(FaultKind::kDeadline,
+               call + ": waited " + waited + " " + whom +
+                   ". Cure: see what that rank does instead; every rank must run the same program. "
+                   "If it is only slow, raise timeout_s.");
+}
+
+Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity) {
+  return Fault(FaultKind::kOverflow,
+               call + ": " + std::to_string(dropped) + " rows exceed recv_capacity " +
+                   std::to_string(capacity) +
+                   "; the outputs are NaN. Cure: raise recv_capacity, or take overflow='drop'.");
+}
+
+Status GroupClosed(const std::string& call) {
+  return Fault(FaultKind::kClosed,
+               call + ": the group is closed. Cure: close it after the last operation.");
+}
+
+Status FailedBefore(const std::string& call, const Status& fault) {
+  return Status(fault.kind(),
+                call + " cannot go on, the group has failed before: " + fault.message());
+}
+
+}  // namespace smfree
