@@ -83,7 +83,8 @@ def test_another_call_of_one_line(faulty):
     waits = (
         r"rank \d in dispatch_recv \(.*in usual_line, call (\d) of that line; .*\): "
         r"waited 2\.\d s for rank \d: nothing arrived; .*; unread from it: dispatch number 0 "
-        r"\(.*, call (?!\1)\d of that line; .*\), which nothing here waits for \(schedule mismatch\)"
+        r"\(.*, call (?!\1)\d of that line; .*\), which nothing here waits for "
+        r"\(schedule mismatch\)"
     )
     assert_fault(group, outcome, waits, ("schedule mismatch", "lane 0", "in usual_line"))
     assert outcome.seconds < 4.0
@@ -131,8 +132,8 @@ def test_one_operation_more(faulty):
 
     outcome = run(group, local)
     waits = (
-        rf"rank {ODD} in dispatch_recv \(.* number 3\): waited 2\.\d s for rank 0: nothing arrived; "
-        r"last from rank 0: dispatch number 2"
+        rf"rank {ODD} in dispatch_recv \(.* number 3\): waited 2\.\d s for rank 0: nothing "
+        r"arrived; last from rank 0: dispatch number 2"
     )
     words = (rf"rank {ODD}", "dispatch_recv", "lane 0", "number 3", "in step")
     assert_fault(group, outcome, waits, words, ranks=[ODD])
