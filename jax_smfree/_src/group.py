@@ -19,7 +19,6 @@ from jax_smfree._src import (
     arguments,
     backends,
     bootstrap,
-    checks,
     compat,
     errors,
     life,
@@ -31,12 +30,13 @@ from jax_smfree._src import (
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.group_key import GroupKey
+from jax_smfree._src.reports import Reports
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
 _created: collections.Counter[str] = collections.Counter()
 
 
-class EpGroup:
+class EpGroup(Reports):
     """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
 
     Along every other axis of the mesh each coordinate is a group of its own. A context manager:
@@ -164,7 +164,7 @@ class EpGroup:
         Raises:
           ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
         """
-        checks.check_open("EpGroup.token", self)
+        self._check_open("EpGroup.token")
         lane = arguments.integer("EpGroup.token", "lane", lane, least=-(2**31))
         if lane not in range(self.config.num_lanes):
             raise ValueError(
@@ -172,7 +172,7 @@ class EpGroup:
                 f"(EpConfig.num_lanes = {self.config.num_lanes})."
             )
         if compat.manual_axes():
-            checks.check_mesh("EpGroup.token", self)
+            self.key.check_mesh("EpGroup.token")
             zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
             call = primitives.Call(
                 self.key, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
@@ -185,98 +185,18 @@ class EpGroup:
             array = placement.placed(array, self.mesh, self.token_spec)
         return Token(array, (), self, lane, None)
 
-    def check(self) -> None:
-        """Raises what went wrong in this group since the last call, if anything did.
-
-        A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
-        An overflow of ``recv_capacity`` is reported once, and the group goes on.
-
-        Costs some microseconds: it looks at host memory, and waits neither for the devices nor for
-        other processes. So it sees what has run by then; to see all, wait for the results first.
-        Call it once per step or per logging interval.
-
-        Raises:
-          SmfreeError: with the rank, peer, operation, lane and number of the first fault.
-        """
-        message = self._life.check()
-        if message:
-            raise SmfreeError(message)
-
-    def stats(self) -> dict[str, int]:
-        """Counters since creation, summed over the ranks of this process; final after `close`.
-
-        Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
-        the operations of the backward pass included:
-
-        - ``dispatch_send_calls``, …: how often it ran.
-        - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
-        - ``dispatch_send_bytes``, …: bytes of these rows; on CPUs with weights and expert ids.
-        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
-          phase to the last arrival.
-
-        Of the group:
-
-        - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
-        - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
-        - ``rows_dropped``: copies of rows that did not fit into ``recv_capacity``.
-        - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
-          arrived and was not received yet.
-
-        On GPUs the counters are copied from each device, which takes tens of microseconds each and
-        does not wait for what runs there.
-        """
-        return _sum(self._life.stats())
-
-    def memory_report(self) -> dict[str, int]:
-        """Bytes that the group holds in this process.
-
-        On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
-        ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
-        rows now and ``arena_bytes_high_water`` did at most.
-        """
-        return _sum([native.memory_report() for native in self._life.natives])
-
-    def trace(self) -> list[dict[str, Any]]:
-        """The most recent phases on the GPUs of this process, in the order of their begin.
-
-        Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
-        backward pass), ``replay`` (of a rematerialised forward pass), ``number`` (of the operation
-        on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns`` and ``end_ns`` (device time
-        of its first and last block), ``bytes_read`` and ``bytes_written`` (the fewest that it can
-        move). The last 64 operations of each lane; none on CPUs.
-        """
-        return self._traces("trace")
-
-    def start_wire_trace(self) -> None:
-        """Lets the copy-engine movers note the times of their copies, up to 1024 per GPU.
-
-        What goes to GPUs of other nodes is no copy.
-        """
-        for native in self._life.natives:
-            if isinstance(native, backends.CUDA_GROUP):
-                native.start_wire_trace()
-
-    def end_wire_trace(self) -> list[dict[str, Any]]:
-        """What the movers have noted since `start_wire_trace`, on the clock of `trace`.
-
-        Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``replay``,
-        ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to
-        peer.
-        """
-        return self._traces("end_wire_trace")
-
-    def _traces(self, method: str) -> list[dict[str, Any]]:
-        return [
-            entry
-            for native in self._life.natives
-            if isinstance(native, backends.CUDA_GROUP)
-            for entry in getattr(native, method)()
-        ]
-
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    def _check_open(self, where: str) -> None:
+        """``where`` names the call that needs the group."""
+        if self._closed:
+            raise ValueError(
+                f"{where}: the EpGroup is closed. Create a new one with EpGroup.create, and keep "
+                "it open (it is a context manager) as long as programs use it."
+            )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Ends the group. Not collective.
@@ -318,7 +238,7 @@ class EpGroup:
           ...     if jax.process_index() == 0:
           ...         save(params)
         """
-        checks.check_open("EpGroup.pause", self)
+        self._check_open("EpGroup.pause")
         timeout_s = arguments.seconds("EpGroup.pause", "timeout_s", timeout_s)
         ended = self._life.launched_ended(timeout_s)
         self._raise_fault()
@@ -368,11 +288,3 @@ class EpGroup:
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         return f"EpGroup(axis={self.axis!r}, num_ranks={self.num_ranks}{state}, {self.config})"
-
-
-def _sum(reports: list[dict[str, int]]) -> dict[str, int]:
-    total: collections.Counter[str] = collections.Counter()
-    for report in reports:
-        total.update({name: 0 for name in report})
-        total.update(report)
-    return dict(total)

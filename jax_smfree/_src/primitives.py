@@ -41,7 +41,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from jax_smfree._src import checks, compat, targets
+from jax_smfree._src import compat, targets
 from jax_smfree._src.group_key import GroupKey
 
 # How the operations of a program come from those that the user wrote: an operation of the backward
@@ -193,7 +193,7 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     lower_position: Any = mlir.lower_fun(_position, multiple_results=False)
 
     def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
-        checks.check_devices(call, compat.lowering_mesh(ctx))
+        call.group.check_devices(call.call_site, compat.lowering_mesh(ctx))
         token_aval, *avals = ctx.avals_in
         (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
         ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])
