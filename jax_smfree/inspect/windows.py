@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One piece of work between a send and its recv.
+    """One instruction that works between a send and its recv.
 
     Attributes:
       instruction: its name in the compiled program.
