@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import jax_smfree._src.autodiff
 import jax_smfree._src.remat  # noqa: F401  (both register rules of the primitives)
-from jax_smfree._src import arguments, checks, compat, targets
+from jax_smfree._src import arguments, checks, compat, group_axis, targets
 from jax_smfree._src import primitives as p
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import DispatchResult, Handle, InFlight, Token
@@ -39,7 +39,7 @@ def _token_array(token: Token) -> jax.Array:
 def _axes_of(array: jax.Array, group: EpGroup, operands: Any) -> frozenset[str]:
     """The axes that rows sent from ``operands`` vary over; the token's ``array`` does over all."""
     given = (compat.varying_axes(v) for v in jax.tree.leaves(operands))
-    return compat.varying_axes(array) & frozenset({group.axis}).union(*given)
+    return compat.varying_axes(array) & frozenset(group_axis.names(group.axis)).union(*given)
 
 
 def dispatch_send(

@@ -21,6 +21,7 @@ from jax_smfree._src import (
     bootstrap,
     compat,
     errors,
+    group_axis,
     life,
     nodes,
     placement,
@@ -37,9 +38,9 @@ _created: collections.Counter[str] = collections.Counter()
 
 
 class EpGroup(Reports):
-    """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
+    """An expert-parallel group over axes of a mesh; make it with `EpGroup.create`.
 
-    Along every other axis of the mesh each coordinate is a group of its own. A context manager:
+    Along every further axis of the mesh each coordinate is a group of its own. A context manager:
     leaving it closes the group, and makes a `SmfreeError` of a JAX error that the group has caused.
     A group that is dropped is closed, too, with a ResourceWarning: when neither it nor a token of
     it is held any more, even if a compiled program of it is.
@@ -47,7 +48,7 @@ class EpGroup(Reports):
     Attributes:
       mesh, axis: as given to `create`.
       config: as given to `create`, with what the group chose for ``ranks_per_node`` and ``mode``.
-      num_ranks: the size of the axis.
+      num_ranks: the size of the axis, or the product of the sizes.
 
     Example:
       >>> with smfree.EpGroup.create(mesh, axis="ep", config=config) as other:
@@ -58,7 +59,7 @@ class EpGroup(Reports):
     def __init__(
         self,
         mesh: Mesh,
-        axis: str,
+        axis: group_axis.Axis,
         config: EpConfig,
         fingerprint: str,
         meeting: backends.Meeting,
@@ -66,7 +67,7 @@ class EpGroup(Reports):
         self.mesh = mesh
         self.axis = axis
         self.config = config
-        self.num_ranks: int = mesh.shape[axis]
+        self.num_ranks = group_axis.size(axis, mesh)
         self.token_size = TOKEN_SIZE
         # A number that is the same in all processes and in the next run of the same program, so
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
@@ -80,7 +81,7 @@ class EpGroup(Reports):
         self._closed = False
 
     @classmethod
-    def create(cls, mesh: Mesh, axis: str = "ep", *, config: EpConfig) -> EpGroup:
+    def create(cls, mesh: Mesh, axis: group_axis.Axis = "ep", *, config: EpConfig) -> EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
@@ -89,15 +90,24 @@ class EpGroup(Reports):
             (NVSHMEM); or of CPU devices of one host (in one process or several). A mesh of devices
             that one can only compile for (``jax.experimental.topologies``) makes a group that only
             compiles.
-          axis: the mesh axis of the group; its size is the number of ranks.
+          axis: the mesh axis of the group, or a tuple of several. Ranks are numbered row-major
+            over them in the order given, so the last axis runs fastest, whatever the order in
+            which the mesh has them: ``jax.lax.axis_index(axis)`` is the rank.
           config: sizes and policies, the same in all processes.
 
         Raises:
-          ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
-            over the ranks, nodes that are not equally large and contiguous, devices without a
-            backend.
+          ValueError, TypeError: for an axis that the mesh does not have or that is given twice,
+            experts that do not divide over the ranks, nodes that are not equally large and
+            contiguous, devices without a backend.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
             another mesh or config; when a GPU has too little free memory, or cannot reach another.
+
+        Example:
+          >>> grid = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("context", "tp", "expert"))
+          >>> axis = ("context", "expert")  # two groups of four ranks, along "tp"
+          >>> with smfree.EpGroup.create(grid, axis, config=config) as other:
+          ...     other.num_ranks
+          4
         """
         if not isinstance(mesh, Mesh):
             raise TypeError(
@@ -105,13 +115,8 @@ class EpGroup(Reports):
                 "jax.sharding.Mesh of devices: the group connects them."
             )
         arguments.instance("EpGroup.create", "config", config, EpConfig)
-        arguments.instance("EpGroup.create", "axis", axis, str)
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
-                f"{list(mesh.axis_names)}."
-            )
-        ranks = mesh.shape[axis]
+        axis = group_axis.checked_on("EpGroup.create", axis, mesh)
+        ranks = group_axis.size(axis, mesh)
         if config.num_experts % ranks:
             raise ValueError(
                 f"EpGroup.create: got num_experts={config.num_experts} over {ranks} ranks, "
@@ -128,16 +133,15 @@ class EpGroup(Reports):
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         meeting = backends.meet(mesh, fingerprint, _created[fingerprint], config.timeout_s)
         _created[fingerprint] = meeting.ordinal + 1
-        config = nodes.resolve(
-            "EpGroup.create", config, backends.nodes_of_ranks(mesh, axis, meeting)
-        )
+        replicas = group_axis.replicas(axis, mesh)
+        config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(replicas, meeting))
         group = cls(mesh, axis, config, fingerprint, meeting)
         device = mesh.devices.flat[0]
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
         with contextlib.ExitStack() as made:
-            natives = backends.native_groups(made, group.group_id, mesh, axis, config, meeting)
+            natives = backends.native_groups(made, group.group_id, replicas, config, meeting)
             group._life.begin(natives, list(mesh.local_devices))
             made.pop_all()
         weakref.finalize(group, group._life.drop).atexit = False
@@ -250,9 +254,9 @@ class EpGroup(Reports):
         yield
         meeting, me = self._meeting, jax.process_index()
         if len(meeting.processes) > 1 and me in meeting.processes:
-            place = f"{meeting.place}/{self.group_id}/pause"
+            rendezvous = f"{meeting.rendezvous}/{self.group_id}/pause"
             bootstrap.exchange(
-                "EpGroup.pause", place, "", meeting.processes, me, timeout_s, self._raise_fault
+                "EpGroup.pause", rendezvous, "", meeting.processes, me, timeout_s, self._raise_fault
             )
 
     def _raise_fault(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_smfree._src import compat
+from jax_smfree._src import compat, group_axis
 from jax_smfree._src.config import EpConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class GroupKey:
     """
 
     mesh: Mesh
-    axis: str
+    axis: group_axis.Axis
     config: EpConfig
     num_ranks: int
     group_id: int
@@ -40,6 +40,12 @@ class GroupKey:
     def mesh_axes(self) -> tuple[str, ...]:
         """The axes of the mesh: what a rank sends and receives varies over all of them."""
         return tuple(self.mesh.axis_names)
+
+    @property
+    def further_axes(self) -> tuple[str, ...]:
+        """Those of the mesh that are not the group's: each coordinate is a group of its own."""
+        own = group_axis.names(self.axis)
+        return tuple(name for name in self.mesh_axes if name not in own)
 
     def check_mesh(self, where: str) -> None:
         """The call ``where`` stands in a ``shard_map`` over the mesh, manual over all its axes."""
