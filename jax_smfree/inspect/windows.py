@@ -63,8 +63,8 @@ class Operation:
         digits = _digits(self.derivation)
         words = [
             names[digit]
-            for place, digit in enumerate(digits)
-            if not (digit == 1 and 2 in digits) and not (digit == 3 and 2 in digits[place:])
+            for at, digit in enumerate(digits)
+            if not (digit == 1 and 2 in digits) and not (digit == 3 and 2 in digits[at:])
         ]
         return " ".join(words or ["forward"])
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Places: where rows stand in messages, and how they get there and back. Row t goes to destination d
-// as the i-th row there:
+// Places: where rows stand in messages, and how they get there and back. Row t goes to
+// destination d as the i-th row there:
 //
 //   place = d * tokens + i          i counts the rows to d in the order of t
 //
