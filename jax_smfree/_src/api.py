@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public operations: dispatch and combine, as two phases each or as one call."""
+"""The public operations in two phases, and what runs between them; `one_call` has both as one."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 import jax_smfree._src.autodiff
 import jax_smfree._src.remat  # noqa: F401  (both register rules of the primitives)
-from jax_smfree._src import arguments, checks, compat, targets
+from jax_smfree._src import arguments, checks, compat, group_axis, targets
 from jax_smfree._src import primitives as p
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import DispatchResult, Handle, InFlight, Token
 
 
-class _Default(enum.Enum):
+class Default(enum.Enum):
+    """The weights of a combine, where the caller names none."""
+
     FROM_DISPATCH = enum.auto()
 
 
@@ -37,7 +39,7 @@ def _token_array(token: Token) -> jax.Array:
 def _axes_of(array: jax.Array, group: EpGroup, operands: Any) -> frozenset[str]:
     """The axes that rows sent from ``operands`` vary over; the token's ``array`` does over all."""
     given = (compat.varying_axes(v) for v in jax.tree.leaves(operands))
-    return compat.varying_axes(array) & frozenset({group.axis}).union(*given)
+    return compat.varying_axes(array) & frozenset(group_axis.names(group.axis)).union(*given)
 
 
 def dispatch_send(
@@ -136,7 +138,7 @@ def combine_send(
     token: Token,
     d: DispatchResult,
     y: jax.Array,
-    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
+    weights: jax.Array | Literal[Default.FROM_DISPATCH] | None = Default.FROM_DISPATCH,
 ) -> Token:
     """The send phase of a combine: sums each row's local experts and sends one row back per rank.
 
@@ -167,7 +169,7 @@ def combine_send(
     n = d.x.shape[0]
     shape = (n, group.config.hidden)
     y = checks.check_array(name, "y", y, shape, group.config.dtype, "[N, hidden], as d.x, ")
-    if isinstance(weights, _Default):
+    if isinstance(weights, Default):
         weights = d.weights
     if weights is None:
         send, weights = p.combine_send_p, jnp.zeros((0,), jnp.float32)
@@ -287,146 +289,3 @@ def overlap(token: Token, fn: Callable[..., Any], *args: Any) -> tuple[Token, An
     arguments.tree("overlap", "the results of fn", out)
     token, out = _tied(token, out)
     return token, out
-
-
-class RecvHook:
-    """The recv phase of an operation in flight, for once: ``hook()`` does it.
-
-    ``hook.overlap(fn, *args)`` returns ``fn(*args)``, computed while the operation moves.
-    """
-
-    def __init__(self, token: Token, recv: Callable[[Token], Any]) -> None:
-        self._token: Token | None = token
-        self._recv = recv
-
-    def _in_flight(self) -> Token:
-        if self._token is None:
-            raise ValueError("hook: the operation was received already; a hook is called once.")
-        return self._token
-
-    def overlap(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """``fn(*args)``, tied into the time in which the rows move; see `overlap`."""
-        self._token, out = overlap(self._in_flight(), fn, *args)
-        return out
-
-    def __call__(self) -> Any:
-        """What the recv phase returns."""
-        token, self._token = self._in_flight(), None
-        return self._recv(token)
-
-
-@overload
-def dispatch(
-    token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array | None = None,
-    *,
-    return_recv_hook: Literal[False] = False,
-) -> tuple[DispatchResult, Token]: ...
-@overload
-def dispatch(
-    token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array | None = None,
-    *,
-    return_recv_hook: Literal[True],
-) -> RecvHook: ...
-def dispatch(
-    token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array | None = None,
-    *,
-    return_recv_hook: bool = False,
-) -> tuple[DispatchResult, Token] | RecvHook:
-    """Both phases of a dispatch in one call (native mode), or hook mode.
-
-    Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
-      call returns that.
-
-    Example:
-      >>> @on_ranks
-      ... def by_hook(x, topk_idx):
-      ...     hook = smfree.dispatch(group.token(), x, topk_idx, return_recv_hook=True)
-      ...     y = hook.overlap(jnp.tanh, x)
-      ...     d, token = hook()
-      ...     return d.group_sizes
-      >>> by_hook(x, topk_idx).sum()
-      Array(32, dtype=int32)
-    """
-    arguments.flag("dispatch", "return_recv_hook", return_recv_hook)
-    token = dispatch_send(token, x, topk_idx, topk_weights)
-    return RecvHook(token, dispatch_recv) if return_recv_hook else dispatch_recv(token)
-
-
-@overload
-def combine(
-    token: Token,
-    d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
-    *,
-    return_recv_hook: Literal[False] = False,
-) -> tuple[jax.Array, Token]: ...
-@overload
-def combine(
-    token: Token,
-    d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
-    *,
-    return_recv_hook: Literal[True],
-) -> RecvHook: ...
-def combine(
-    token: Token,
-    d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[_Default.FROM_DISPATCH] | None = _Default.FROM_DISPATCH,
-    *,
-    return_recv_hook: bool = False,
-) -> tuple[jax.Array, Token] | RecvHook:
-    """Both phases of a combine in one call (native mode), or hook mode.
-
-    Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
-      call returns that.
-
-    Example:
-      >>> @on_ranks
-      ... def there_and_back(x, topk_idx, topk_weights):
-      ...     d, token = smfree.dispatch(group.token(), x, topk_idx, topk_weights)
-      ...     out, token = smfree.combine(token, d, d.x)
-      ...     return out
-      >>> jnp.allclose(there_and_back(x, topk_idx, topk_weights), x)
-      Array(True, dtype=bool)
-    """
-    arguments.flag("combine", "return_recv_hook", return_recv_hook)
-    token = combine_send(token, d, y, weights)
-    return RecvHook(token, combine_recv) if return_recv_hook else combine_recv(token)
-
-
-def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A ``jax.checkpoint`` policy: keep what was received, so that nothing is sent again.
-
-    ``jax.checkpoint(layer, policy=smfree.save_comm_policy)`` saves the results of every recv phase
-    and computes everything else again. Without it a rematerialised layer sends its rows again.
-
-    Example:
-      >>> @on_ranks
-      ... def gradient(x, topk_idx):
-      ...     def layer(x):
-      ...         d, token = smfree.dispatch(group.token(), x, topk_idx)
-      ...         return smfree.combine(token, d, jnp.tanh(d.x))[0]
-      ...     layer = jax.checkpoint(layer, policy=smfree.save_comm_policy)
-      ...     return jax.grad(lambda x: layer(x).sum())(x)
-      >>> gradient(x, topk_idx).shape
-      (16, 16)
-    """
-    return primitive in p.RECV_PRIMITIVES
-
-
-DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = [
-    jax.export.DisabledSafetyCheck.custom_call(name) for name in targets.TARGETS
-]
-"""For ``jax.export.export(f, disabled_checks=smfree.DISABLE_JAX_EXPORT_CHECKS)``."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jax_smfree import _native
@@ -23,6 +23,7 @@ from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.native_config import native_config
 
 NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
+Replicas: TypeAlias = list[list[jax.Device]]  # by rank, see `group_axis.replicas`
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
@@ -47,28 +48,19 @@ def platform(mesh: Mesh) -> str:
     )
 
 
-def _replicas(mesh: Mesh, axis: str) -> list[list[jax.Device]]:
-    """The devices of each group along ``axis``, by the coordinates of the other axes."""
-    position = mesh.axis_names.index(axis)
-    return [
-        list(devices)
-        for devices in np.moveaxis(mesh.devices, position, -1).reshape(-1, mesh.shape[axis])
-    ]
-
-
 @dataclasses.dataclass(frozen=True)
 class Meeting:
     """What the processes of a mesh have told one another before they create a group.
 
     Attributes:
-      place: where they meet again, see `bootstrap`.
+      rendezvous: where they meet again, see `bootstrap`.
       processes: of the mesh, ascending; a mesh that one only compiles for has none to meet.
       hosts: their names, in the same order.
       ordinal: which group of its kind it is, the same in all of them.
       secret: what guards their sockets.
     """
 
-    place: str
+    rendezvous: str
     processes: list[int]
     hosts: list[str]
     ordinal: int
@@ -91,13 +83,13 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
     devices = list(mesh.devices.flat)
     processes = sorted({device.process_index for device in devices})
     ids = hashlib.sha256(str([device.id for device in devices]).encode()).hexdigest()[:16]
-    place = f"jax_smfree/group/{ids}"
+    rendezvous = f"jax_smfree/group/{ids}"
     host, secret = bootstrap.host_name(), bootstrap.new_secret()
     if compat.is_compile_only(devices[0]) or processes == [me] or me not in processes:
-        return Meeting(place, processes, [host] * len(processes), ordinal, secret)
+        return Meeting(rendezvous, processes, [host] * len(processes), ordinal, secret)
     mine = {"host": host, "fingerprint": fingerprint, "ordinal": ordinal, "secret": secret}
     texts = bootstrap.exchange(
-        _CREATE, f"{place}/hello", json.dumps(mine), processes, me, timeout_s
+        _CREATE, f"{rendezvous}/hello", json.dumps(mine), processes, me, timeout_s
     )
     hellos: list[dict[str, Any]] = list(map(json.loads, texts))
     for process, theirs in zip(processes, hellos, strict=True):
@@ -108,7 +100,7 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
                 "config."
             )
     return Meeting(
-        place=place,
+        rendezvous=rendezvous,
         processes=processes,
         hosts=[hello["host"] for hello in hellos],
         ordinal=max(hello["ordinal"] for hello in hellos),
@@ -116,29 +108,29 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
     )
 
 
-def nodes_of_ranks(mesh: Mesh, axis: str, meeting: Meeting) -> list[list[int]]:
-    """Of each group along ``axis``, in which node its ranks are: a process on CPUs, a host on GPUs.
+def nodes_of_ranks(replicas: Replicas, meeting: Meeting) -> list[list[int]]:
+    """Of each replica, in which node its ranks are: a process on CPUs, a host on GPUs.
 
     Nodes are named by their first process. GPUs that one only compiles for count as one node.
     """
     node = {process: process for process in meeting.processes}
-    if mesh.devices.flat[0].platform != "cpu":
+    if replicas[0][0].platform != "cpu":
         for process, host in zip(meeting.processes, meeting.hosts, strict=True):
             node[process] = meeting.processes[meeting.hosts.index(host)]
-    return [[node[device.process_index] for device in group] for group in _replicas(mesh, axis)]
+    return [[node[device.process_index] for device in devices] for devices in replicas]
 
 
 def native_groups(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
     """Those that have ranks in this process; collective over the meeting's processes.
 
     Raises:
       SmfreeError: also for what the native side reports.
     """
-    make = _cpu_groups if platform(mesh) == "cpu" else _cuda_groups
+    make = _cpu_groups if replicas[0][0].platform == "cpu" else _cuda_groups
     try:
-        return make(made, group_id, mesh, axis, config, meeting)
+        return make(made, group_id, replicas, config, meeting)
     except SmfreeError:
         raise
     except RuntimeError as error:
@@ -146,7 +138,7 @@ def native_groups(
 
 
 def _cuda_groups(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
     """On the GPUs of one process; or on one GPU of every process."""
     if not _native.has_cuda:
@@ -156,15 +148,15 @@ def _cuda_groups(
             "JAX_PLATFORMS=cpu."
         )
     if meeting.processes == [jax.process_index()]:
-        return _cuda_groups_here(made, group_id, mesh, axis, config)
-    return [_cuda_group_among_processes(made, group_id, mesh, axis, config, meeting)]
+        return _cuda_groups_here(made, group_id, replicas, config)
+    return [_cuda_group_among_processes(made, group_id, replicas, config, meeting)]
 
 
 def _cuda_groups_here(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig
+    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig
 ) -> list[NativeGroup]:
     groups: list[NativeGroup] = []
-    for replica, devices in enumerate(_replicas(mesh, axis)):
+    for replica, devices in enumerate(replicas):
         group = _native.CudaGroup(
             group_id=group_id,
             replica=replica,
@@ -177,10 +169,11 @@ def _cuda_groups_here(
 
 
 def _cuda_group_among_processes(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig, meeting: Meeting
 ) -> NativeGroup:
     me, world = jax.process_index(), list(range(jax.process_count()))
-    processes = sorted(device.process_index for device in mesh.devices.flat)
+    of_mesh = list(itertools.chain(*replicas))
+    processes = sorted(device.process_index for device in of_mesh)
     if processes != world:
         raise SmfreeError(
             f"EpGroup.create: got a mesh of GPUs of processes {processes}, expected one of each of "
@@ -188,11 +181,9 @@ def _cuda_group_among_processes(
             "jax.distributed.initialize(local_device_ids=...); what exchanges rows apart from one "
             "another goes onto further axes of the mesh."
         )
-    (mine,) = (device for device in mesh.devices.flat if device.process_index == me)
+    (mine,) = (device for device in of_mesh if device.process_index == me)
     ((replica, devices),) = (
-        (replica, devices)
-        for replica, devices in enumerate(_replicas(mesh, axis))
-        if mine in devices
+        (replica, devices) for replica, devices in enumerate(replicas) if mine in devices
     )
     native = native_config(config, len(devices))
     nvshmem.join(mine, config.timeout_s)
@@ -204,23 +195,23 @@ def _cuda_group_among_processes(
         device=mine.local_hardware_id,
         process_of_rank=[device.process_index for device in devices],
         memory=nvshmem.memory(
-            _native.symmetric_bytes(native), mine, meeting.place, config.timeout_s
+            _native.symmetric_bytes(native), mine, meeting.rendezvous, config.timeout_s
         ),
     )
     made.callback(group.close)
     # All memory is zero before anybody sends.
-    bootstrap.exchange(_CREATE, f"{meeting.place}/ready", "", world, me, config.timeout_s)
+    bootstrap.exchange(_CREATE, f"{meeting.rendezvous}/ready", "", world, me, config.timeout_s)
     return group
 
 
 def _cpu_groups(
-    made: ExitStack, group_id: int, mesh: Mesh, axis: str, config: EpConfig, meeting: Meeting
+    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig, meeting: Meeting
 ) -> list[NativeGroup]:
     """On CPU devices; those of a group are on one host."""
     me = jax.process_index()
     groups: dict[int, _native.CpuGroup] = {}  # by replica
     members = []
-    for replica, devices in enumerate(_replicas(mesh, axis)):
+    for replica, devices in enumerate(replicas):
         process_of_rank = [device.process_index for device in devices]
         processes = sorted(set(process_of_rank))
         members.append(processes)
@@ -241,7 +232,7 @@ def _cpu_groups(
     mine = {replica: group.address() for replica, group in groups.items()}
     texts = bootstrap.exchange(
         _CREATE,
-        f"{meeting.place}/address",
+        f"{meeting.rendezvous}/address",
         json.dumps(mine),
         meeting.processes,
         me,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the processes of a group find each other: JAX's distributed key-value store.
 
-Processes meet at a place, which is a name that they agree on. The first of them gathers what the
-others bring and answers each: a few requests per process, not one per pair. Nobody counts meetings:
-who comes to a place meets whoever waits there now, so a process that waited in vain can come again.
+Processes meet at a rendezvous, which is a name that they agree on. The first of them gathers what
+the others bring and answers each: a few requests per process, not one per pair. Nobody counts
+meetings: who comes there meets whoever waits there now, so a process that waited in vain can come
+again.
 What is stored carries a word of its own (a nonce) for that, and is deleted after use.
 """
 
@@ -27,19 +28,19 @@ _LEAST_S = 0.1
 # The others are more patient than the first process, so that they hear from it who is missing.
 _GRACE_S = 2.0
 
-_places: set[str] = set()
+_occupied: set[str] = set()
 
 
 def exchange(
     what: str,
-    place: str,
+    rendezvous: str,
     mine: str,
     processes: Sequence[int],
     me: int,
     timeout_s: float,
     look: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Collective over ``processes``: brings ``mine`` to ``place`` and returns what each brought.
+    """Collective over ``processes``: brings ``mine`` and returns what each brought.
 
     Args:
       what: the call that is made, for errors, such as ``"EpGroup.create"``.
@@ -57,11 +58,11 @@ def exchange(
         )
     store = _Store(what, client, time.monotonic() + timeout_s, look)
     try:
-        with _alone_at(what, place):
+        with _alone_at(what, rendezvous):
             if me == processes[0]:
-                return _gather(store, place, mine, processes)
+                return _gather(store, rendezvous, mine, processes)
             store.deadline += _GRACE_S
-            return _bring(store, place, mine, processes, me)
+            return _bring(store, rendezvous, mine, processes, me)
     except _MissingError as missing:
         raise SmfreeError(
             f"{what}: process {me} waited {timeout_s:.0f} s for {_named(missing.processes)} to "
@@ -80,18 +81,18 @@ def _named(processes: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def _alone_at(what: str, place: str) -> Iterator[None]:
-    """Two threads of a process that meet others at one place would take each other's answers."""
-    if place in _places:
+def _alone_at(what: str, rendezvous: str) -> Iterator[None]:
+    """Two threads of a process that meet others at one would take each other's answers."""
+    if rendezvous in _occupied:
         raise SmfreeError(
             f"{what}: another thread of this process is in the same call for the same devices. "
             "Make these calls one after the other, in the same order in all processes."
         )
-    _places.add(place)
+    _occupied.add(rendezvous)
     try:
         yield
     finally:
-        _places.discard(place)
+        _occupied.discard(rendezvous)
 
 
 class _Store:
@@ -142,19 +143,19 @@ class _Store:
         )
 
 
-def _gather(store: _Store, place: str, mine: str, processes: Sequence[int]) -> list[str]:
+def _gather(store: _Store, rendezvous: str, mine: str, processes: Sequence[int]) -> list[str]:
     """Of the first process: waits for the others, and answers them."""
     me, *others = processes
-    store.put(f"{place}/here/{me}", "")  # for those who ask who is missing
+    store.put(f"{rendezvous}/here/{me}", "")  # for those who ask who is missing
     here, missing = [me], []
     nonces, values = [], [mine]
     present: set[str] | None = None  # asked for once the deadline has passed
     try:
         for process in others:
             come = present is None or str(process) in present
-            brought = store.get(f"{place}/here/{process}") if come else None
+            brought = store.get(f"{rendezvous}/here/{process}") if come else None
             if brought is None:
-                present = present or store.names_under(f"{place}/here/")
+                present = present or store.names_under(f"{rendezvous}/here/")
                 missing.append(process)
                 continue
             here.append(process)
@@ -163,32 +164,34 @@ def _gather(store: _Store, place: str, mine: str, processes: Sequence[int]) -> l
             values.append(value)
     finally:
         for process in here:
-            store.delete(f"{place}/here/{process}")
+            store.delete(f"{rendezvous}/here/{process}")
     answer = json.dumps({"missing": missing, "values": [] if missing else values})
     for nonce in nonces:
-        store.put(f"{place}/answer/{nonce}", answer)
+        store.put(f"{rendezvous}/answer/{nonce}", answer)
     if missing:
         raise _MissingError(missing)
     return values
 
 
-def _bring(store: _Store, place: str, mine: str, processes: Sequence[int], me: int) -> list[str]:
+def _bring(
+    store: _Store, rendezvous: str, mine: str, processes: Sequence[int], me: int
+) -> list[str]:
     """Of the others: brings ``mine`` to the first process, and waits for its answer."""
     nonce = secrets.token_hex(8)
-    store.put(f"{place}/here/{me}", json.dumps([nonce, mine]))
+    store.put(f"{rendezvous}/here/{me}", json.dumps([nonce, mine]))
     answered = False
     try:
-        text = store.get(f"{place}/answer/{nonce}")
+        text = store.get(f"{rendezvous}/answer/{nonce}")
         answered = text is not None
         if text is None:
-            raise _MissingError(_not_here(store.names_under(f"{place}/here/"), processes))
+            raise _MissingError(_not_here(store.names_under(f"{rendezvous}/here/"), processes))
         answer = json.loads(text)
         if answer["missing"]:
             raise _MissingError(answer["missing"])
         values: list[str] = answer["values"]
         return values
     finally:
-        store.delete(f"{place}/answer/{nonce}" if answered else f"{place}/here/{me}")
+        store.delete(f"{rendezvous}/answer/{nonce}" if answered else f"{rendezvous}/here/{me}")
 
 
 def _not_here(here: set[str], processes: Sequence[int]) -> Sequence[int]:

@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import get_opaque_trace_state
-from jax.sharding import Mesh
 
-from jax_smfree._src import arguments, compat
+from jax_smfree._src import arguments
+from jax_smfree._src.group import EpGroup
+from jax_smfree._src.group_key import GroupKey
 from jax_smfree._src.token import DispatchResult, Token
-
-if TYPE_CHECKING:
-    from jax_smfree._src.group import EpGroup
-    from jax_smfree._src.group_key import GroupKey
-    from jax_smfree._src.primitives import Call
 
 # In which trace a token was received. One function may be traced twice, and each branch of a
 # ``cond`` may receive a token from outside of it.
@@ -45,8 +40,8 @@ def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
             f"{name}: got {got}, expected one that {operation}_send returned (and that was not "
             "received yet)."
         )
-    check_open(name, token.group)
-    check_mesh(name, token.group)
+    token.group._check_open(name)
+    token.group.key.check_mesh(name)
     _check_token_arrays(name, token)
     return token.group
 
@@ -76,55 +71,6 @@ def check_not_received(name: str, token: Token) -> None:
             "received once. Go on with the token that the first recv returned."
         )
     _received_in[token] = trace
-
-
-def check_open(name: str, group: EpGroup) -> None:
-    """``group`` was not closed."""
-    if group.closed:
-        raise ValueError(
-            f"{name}: the EpGroup is closed. Create a new one with EpGroup.create, and keep it "
-            "open (it is a context manager) as long as programs use it."
-        )
-
-
-def check_mesh(name: str, group: EpGroup) -> None:
-    """The call stands in a ``shard_map`` over the group's mesh, manual over all of its axes."""
-    manual, got, expected = compat.manual_axes(), compat.mesh_shape(), dict(group.mesh.shape)
-    if manual and got != expected:
-        further = [axis for axis in got if axis not in expected]
-        raise ValueError(
-            f"{name}: got a shard_map over a mesh of {got}, expected the mesh of the group, "
-            f"{expected}{f': rows must not cross the copies along {further}' if further else ''}. "
-            "Make the group on the mesh of the shard_map, EpGroup.create(mesh, ...): each "
-            "coordinate of the further axes then is a group of its own."
-        )
-    missing = [a for a in group.mesh_axes if a not in manual]
-    if missing:
-        where = f"a shard_map over {sorted(manual)}" if manual else "no shard_map"
-        raise ValueError(
-            f"{name}: got {where}, expected one with the mesh axes {missing} manual. Call it "
-            f"inside jax.shard_map(..., mesh=mesh) over all axes {list(group.mesh_axes)} of the "
-            "group's mesh."
-        )
-
-
-def check_devices(call: Call, mesh: Mesh | None) -> None:
-    """The devices that ``call`` is compiled for are the group's, each at its place.
-
-    Which ones they are is known when a program is lowered, and not while it is traced.
-    """
-    if mesh is None:
-        return
-    axes, group = call.group.mesh_axes, call.group
-    order = [mesh.axis_names.index(axis) for axis in axes]
-    got, expected = np.transpose(mesh.devices, order), group.mesh.devices
-    if (got != expected).any():
-        raise ValueError(
-            f"jax_smfree: the operation at {call.call_site} is compiled for the devices "
-            f"{[d.id for d in got.flat]} along the axes {list(axes)}, expected those of its group "
-            f"in their order, {[d.id for d in expected.flat]}. Make the group on the mesh that the "
-            "shard_map is over."
-        )
 
 
 def check_array(

@@ -19,9 +19,9 @@ from jax_smfree._src import (
     arguments,
     backends,
     bootstrap,
-    checks,
     compat,
     errors,
+    group_axis,
     life,
     nodes,
     placement,
@@ -31,15 +31,16 @@ from jax_smfree._src import (
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.group_key import GroupKey
+from jax_smfree._src.reports import Reports
 from jax_smfree._src.token import TOKEN_SIZE, Token
 
 _created: collections.Counter[str] = collections.Counter()
 
 
-class EpGroup:
-    """An expert-parallel group over one axis of a mesh; make it with `EpGroup.create`.
+class EpGroup(Reports):
+    """An expert-parallel group over axes of a mesh; make it with `EpGroup.create`.
 
-    Along every other axis of the mesh each coordinate is a group of its own. A context manager:
+    Along every further axis of the mesh each coordinate is a group of its own. A context manager:
     leaving it closes the group, and makes a `SmfreeError` of a JAX error that the group has caused.
     A group that is dropped is closed, too, with a ResourceWarning: when neither it nor a token of
     it is held any more, even if a compiled program of it is.
@@ -47,7 +48,7 @@ class EpGroup:
     Attributes:
       mesh, axis: as given to `create`.
       config: as given to `create`, with what the group chose for ``ranks_per_node`` and ``mode``.
-      num_ranks: the size of the axis.
+      num_ranks: the size of the axis, or the product of the sizes.
 
     Example:
       >>> with smfree.EpGroup.create(mesh, axis="ep", config=config) as other:
@@ -58,7 +59,7 @@ class EpGroup:
     def __init__(
         self,
         mesh: Mesh,
-        axis: str,
+        axis: group_axis.Axis,
         config: EpConfig,
         fingerprint: str,
         meeting: backends.Meeting,
@@ -66,7 +67,7 @@ class EpGroup:
         self.mesh = mesh
         self.axis = axis
         self.config = config
-        self.num_ranks: int = mesh.shape[axis]
+        self.num_ranks = group_axis.size(axis, mesh)
         self.token_size = TOKEN_SIZE
         # A number that is the same in all processes and in the next run of the same program, so
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
@@ -80,7 +81,7 @@ class EpGroup:
         self._closed = False
 
     @classmethod
-    def create(cls, mesh: Mesh, axis: str = "ep", *, config: EpConfig) -> EpGroup:
+    def create(cls, mesh: Mesh, axis: group_axis.Axis = "ep", *, config: EpConfig) -> EpGroup:
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
@@ -89,15 +90,24 @@ class EpGroup:
             (NVSHMEM); or of CPU devices of one host (in one process or several). A mesh of devices
             that one can only compile for (``jax.experimental.topologies``) makes a group that only
             compiles.
-          axis: the mesh axis of the group; its size is the number of ranks.
+          axis: the mesh axis of the group, or a tuple of several. Ranks are numbered row-major
+            over them in the order given, so the last axis runs fastest, whatever the order in
+            which the mesh has them: ``jax.lax.axis_index(axis)`` is the rank.
           config: sizes and policies, the same in all processes.
 
         Raises:
-          ValueError, TypeError: for an axis that the mesh does not have, experts that do not divide
-            over the ranks, nodes that are not equally large and contiguous, devices without a
-            backend.
+          ValueError, TypeError: for an axis that the mesh does not have or that is given twice,
+            experts that do not divide over the ranks, nodes that are not equally large and
+            contiguous, devices without a backend.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
             another mesh or config; when a GPU has too little free memory, or cannot reach another.
+
+        Example:
+          >>> grid = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("context", "tp", "expert"))
+          >>> axis = ("context", "expert")  # two groups of four ranks, along "tp"
+          >>> with smfree.EpGroup.create(grid, axis, config=config) as other:
+          ...     other.num_ranks
+          4
         """
         if not isinstance(mesh, Mesh):
             raise TypeError(
@@ -105,13 +115,8 @@ class EpGroup:
                 "jax.sharding.Mesh of devices: the group connects them."
             )
         arguments.instance("EpGroup.create", "config", config, EpConfig)
-        arguments.instance("EpGroup.create", "axis", axis, str)
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"EpGroup.create: got axis={axis!r}, expected one of the mesh's axes "
-                f"{list(mesh.axis_names)}."
-            )
-        ranks = mesh.shape[axis]
+        axis = group_axis.checked_on("EpGroup.create", axis, mesh)
+        ranks = group_axis.size(axis, mesh)
         if config.num_experts % ranks:
             raise ValueError(
                 f"EpGroup.create: got num_experts={config.num_experts} over {ranks} ranks, "
@@ -128,16 +133,15 @@ class EpGroup:
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         meeting = backends.meet(mesh, fingerprint, _created[fingerprint], config.timeout_s)
         _created[fingerprint] = meeting.ordinal + 1
-        config = nodes.resolve(
-            "EpGroup.create", config, backends.nodes_of_ranks(mesh, axis, meeting)
-        )
+        replicas = group_axis.replicas(axis, mesh)
+        config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(replicas, meeting))
         group = cls(mesh, axis, config, fingerprint, meeting)
         device = mesh.devices.flat[0]
         targets.register(platform)
         if compat.is_compile_only(device):
             return group
         with contextlib.ExitStack() as made:
-            natives = backends.native_groups(made, group.group_id, mesh, axis, config, meeting)
+            natives = backends.native_groups(made, group.group_id, replicas, config, meeting)
             group._life.begin(natives, list(mesh.local_devices))
             made.pop_all()
         weakref.finalize(group, group._life.drop).atexit = False
@@ -164,7 +168,7 @@ class EpGroup:
         Raises:
           ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.
         """
-        checks.check_open("EpGroup.token", self)
+        self._check_open("EpGroup.token")
         lane = arguments.integer("EpGroup.token", "lane", lane, least=-(2**31))
         if lane not in range(self.config.num_lanes):
             raise ValueError(
@@ -172,7 +176,7 @@ class EpGroup:
                 f"(EpConfig.num_lanes = {self.config.num_lanes})."
             )
         if compat.manual_axes():
-            checks.check_mesh("EpGroup.token", self)
+            self.key.check_mesh("EpGroup.token")
             zeros = compat.varying(jnp.zeros((TOKEN_SIZE,), jnp.float32), self.mesh_axes)
             call = primitives.Call(
                 self.key, lane, targets.call_site(), 0, carries_slots=False, varying=frozenset()
@@ -185,98 +189,18 @@ class EpGroup:
             array = placement.placed(array, self.mesh, self.token_spec)
         return Token(array, (), self, lane, None)
 
-    def check(self) -> None:
-        """Raises what went wrong in this group since the last call, if anything did.
-
-        A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
-        An overflow of ``recv_capacity`` is reported once, and the group goes on.
-
-        Costs some microseconds: it looks at host memory, and waits neither for the devices nor for
-        other processes. So it sees what has run by then; to see all, wait for the results first.
-        Call it once per step or per logging interval.
-
-        Raises:
-          SmfreeError: with the rank, peer, operation, lane and number of the first fault.
-        """
-        message = self._life.check()
-        if message:
-            raise SmfreeError(message)
-
-    def stats(self) -> dict[str, int]:
-        """Counters since creation, summed over the ranks of this process; final after `close`.
-
-        Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
-        the operations of the backward pass included:
-
-        - ``dispatch_send_calls``, …: how often it ran.
-        - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
-        - ``dispatch_send_bytes``, …: bytes of these rows; on CPUs with weights and expert ids.
-        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
-          phase to the last arrival.
-
-        Of the group:
-
-        - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
-        - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
-        - ``rows_dropped``: copies of rows that did not fit into ``recv_capacity``.
-        - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
-          arrived and was not received yet.
-
-        On GPUs the counters are copied from each device, which takes tens of microseconds each and
-        does not wait for what runs there.
-        """
-        return _sum(self._life.stats())
-
-    def memory_report(self) -> dict[str, int]:
-        """Bytes that the group holds in this process.
-
-        On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
-        ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
-        rows now and ``arena_bytes_high_water`` did at most.
-        """
-        return _sum([native.memory_report() for native in self._life.natives])
-
-    def trace(self) -> list[dict[str, Any]]:
-        """The most recent phases on the GPUs of this process, in the order of their begin.
-
-        Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
-        backward pass), ``replay`` (of a rematerialised forward pass), ``number`` (of the operation
-        on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns`` and ``end_ns`` (device time
-        of its first and last block), ``bytes_read`` and ``bytes_written`` (the fewest that it can
-        move). The last 64 operations of each lane; none on CPUs.
-        """
-        return self._traces("trace")
-
-    def start_wire_trace(self) -> None:
-        """Lets the copy-engine movers note the times of their copies, up to 1024 per GPU.
-
-        What goes to GPUs of other nodes is no copy.
-        """
-        for native in self._life.natives:
-            if isinstance(native, backends.CUDA_GROUP):
-                native.start_wire_trace()
-
-    def end_wire_trace(self) -> list[dict[str, Any]]:
-        """What the movers have noted since `start_wire_trace`, on the clock of `trace`.
-
-        Each is a dict of ``replica``, ``rank``, ``peer``, ``lane``, ``mirrored``, ``replay``,
-        ``number``, ``begin_ns``, ``end_ns`` and ``bytes``, of one chunk of the message from rank to
-        peer.
-        """
-        return self._traces("end_wire_trace")
-
-    def _traces(self, method: str) -> list[dict[str, Any]]:
-        return [
-            entry
-            for native in self._life.natives
-            if isinstance(native, backends.CUDA_GROUP)
-            for entry in getattr(native, method)()
-        ]
-
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    def _check_open(self, where: str) -> None:
+        """``where`` names the call that needs the group."""
+        if self._closed:
+            raise ValueError(
+                f"{where}: the EpGroup is closed. Create a new one with EpGroup.create, and keep "
+                "it open (it is a context manager) as long as programs use it."
+            )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Ends the group. Not collective.
@@ -318,7 +242,7 @@ class EpGroup:
           ...     if jax.process_index() == 0:
           ...         save(params)
         """
-        checks.check_open("EpGroup.pause", self)
+        self._check_open("EpGroup.pause")
         timeout_s = arguments.seconds("EpGroup.pause", "timeout_s", timeout_s)
         ended = self._life.launched_ended(timeout_s)
         self._raise_fault()
@@ -330,9 +254,9 @@ class EpGroup:
         yield
         meeting, me = self._meeting, jax.process_index()
         if len(meeting.processes) > 1 and me in meeting.processes:
-            place = f"{meeting.place}/{self.group_id}/pause"
+            rendezvous = f"{meeting.rendezvous}/{self.group_id}/pause"
             bootstrap.exchange(
-                "EpGroup.pause", place, "", meeting.processes, me, timeout_s, self._raise_fault
+                "EpGroup.pause", rendezvous, "", meeting.processes, me, timeout_s, self._raise_fault
             )
 
     def _raise_fault(self) -> None:
@@ -368,11 +292,3 @@ class EpGroup:
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         return f"EpGroup(axis={self.axis!r}, num_ranks={self.num_ranks}{state}, {self.config})"
-
-
-def _sum(reports: list[dict[str, int]]) -> dict[str, int]:
-    total: collections.Counter[str] = collections.Counter()
-    for report in reports:
-        total.update({name: 0 for name in report})
-        total.update(report)
-    return dict(total)

@@ -7,8 +7,10 @@ import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.sharding import Mesh
 
+from jax_smfree._src import compat, group_axis
 from jax_smfree._src.config import EpConfig
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class GroupKey:
     """
 
     mesh: Mesh
-    axis: str
+    axis: group_axis.Axis
     config: EpConfig
     num_ranks: int
     group_id: int
@@ -38,6 +40,50 @@ class GroupKey:
     def mesh_axes(self) -> tuple[str, ...]:
         """The axes of the mesh: what a rank sends and receives varies over all of them."""
         return tuple(self.mesh.axis_names)
+
+    @property
+    def further_axes(self) -> tuple[str, ...]:
+        """Those of the mesh that are not the group's: each coordinate is a group of its own."""
+        own = group_axis.names(self.axis)
+        return tuple(name for name in self.mesh_axes if name not in own)
+
+    def check_mesh(self, where: str) -> None:
+        """The call ``where`` stands in a ``shard_map`` over the mesh, manual over all its axes."""
+        manual, got, expected = compat.manual_axes(), compat.mesh_shape(), dict(self.mesh.shape)
+        if manual and got != expected:
+            further = [axis for axis in got if axis not in expected]
+            why = f": rows must not cross the copies along {further}" if further else ""
+            raise ValueError(
+                f"{where}: got a shard_map over a mesh of {got}, expected the mesh of the group, "
+                f"{expected}{why}. Make the group on the mesh of the shard_map, "
+                "EpGroup.create(mesh, ...): each coordinate of the further axes then is a group "
+                "of its own."
+            )
+        missing = [axis for axis in self.mesh_axes if axis not in manual]
+        if missing:
+            got_map = f"a shard_map over {sorted(manual)}" if manual else "no shard_map"
+            raise ValueError(
+                f"{where}: got {got_map}, expected one with the mesh axes {missing} manual. Call "
+                f"it inside jax.shard_map(..., mesh=mesh) over all axes {list(self.mesh_axes)} of "
+                "the group's mesh."
+            )
+
+    def check_devices(self, call_site: str, mesh: Mesh | None) -> None:
+        """The devices that an operation is compiled for are the group's, each at its place.
+
+        Which ones they are is known when a program is lowered, and not while it is traced.
+        """
+        if mesh is None:
+            return
+        order = [mesh.axis_names.index(axis) for axis in self.mesh_axes]
+        got, expected = np.transpose(mesh.devices, order), self.mesh.devices
+        if (got != expected).any():
+            raise ValueError(
+                f"jax_smfree: the operation at {call_site} is compiled for the devices "
+                f"{[d.id for d in got.flat]} along the axes {list(self.mesh_axes)}, expected those "
+                f"of its group in their order, {[d.id for d in expected.flat]}. Make the group on "
+                "the mesh that the shard_map is over."
+            )
 
     def relay_shape(self, num_tokens: int) -> tuple[int, int, int]:
         """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank.

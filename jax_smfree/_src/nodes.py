@@ -12,7 +12,7 @@ from jax_smfree._src.config import EpConfig
 def resolve(where: str, config: EpConfig, nodes_of_ranks: Sequence[Sequence[Hashable]]) -> EpConfig:
     """``config`` with ``ranks_per_node`` and ``mode`` filled in where they are None.
 
-    ``nodes_of_ranks``: by group along the axis, where the hardware has each of its ranks. The rule
+    ``nodes_of_ranks``: by replica, where the hardware has each of its ranks. The rule
     stands in the docstring of `EpConfig`. ``where`` begins the text of an error.
 
     Raises:
@@ -31,8 +31,9 @@ def resolve(where: str, config: EpConfig, nodes_of_ranks: Sequence[Sequence[Hash
             raise ValueError(
                 f"{where}: got ranks in the nodes (CPU: processes, GPU: hosts) "
                 f"{[list(nodes) for nodes in nodes_of_ranks]}, expected nodes of one size whose "
-                "ranks follow one another. Order the devices of the mesh by node, or set "
-                "EpConfig.ranks_per_node, or EpConfig(mode='direct')."
+                "ranks follow one another. Order the devices of the mesh by node (along several "
+                "axes the last one runs fastest), or set EpConfig.ranks_per_node, or "
+                "EpConfig(mode='direct')."
             )
     assert per_node is not None
     if num_ranks % per_node:

@@ -76,7 +76,7 @@ def _warn_of_hidden_gpus(host: str, hellos: list[dict[str, str]]) -> None:
 
 
 def memory(
-    num_bytes: int, device: jax.Device, place: str, timeout_s: float
+    num_bytes: int, device: jax.Device, rendezvous: str, timeout_s: float
 ) -> _native.NvshmemMemory:
     """A block of at least so many bytes that no process uses; collective over the world.
 
@@ -86,7 +86,7 @@ def memory(
     me, processes = jax.process_index(), list(range(jax.process_count()))
     free = [number for number, block in enumerate(_blocks) if not block.in_use]
     texts = bootstrap.exchange(
-        "EpGroup.create", f"{place}/free", json.dumps(free), processes, me, timeout_s
+        "EpGroup.create", f"{rendezvous}/free", json.dumps(free), processes, me, timeout_s
     )
     everywhere = set.intersection(*(set(json.loads(text)) for text in texts))
     fitting = [_blocks[number] for number in everywhere if _blocks[number].bytes >= num_bytes]

@@ -4,7 +4,8 @@
 Sizes, per rank: T rows sent, H hidden, K top_k, R ranks, N rows of ``d.x``; S is K when the
 operation carries a float for every slot of a row, else 0. See ``token.Handle`` for places,
 send_counts, rows, recv_counts and relay. The custom call has one operand more, the second:
-``position``, int32[2], the rank and which group along the other mesh axes.
+``position``, int32[2], the rank and which group along the further mesh axes, as
+`group_axis.replicas` numbers them.
 
 =======================  =====================================================================
 token                    zeros -> token, the beginning of a sequence of operations
@@ -41,7 +42,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from jax_smfree._src import checks, compat, targets
+from jax_smfree._src import compat, targets
 from jax_smfree._src.group_key import GroupKey
 
 # How the operations of a program come from those that the user wrote: an operation of the backward
@@ -71,15 +72,15 @@ class Call:
     varying: frozenset[str]
     derivation: int = 0
 
-    def derived(self, *steps: int) -> Call:
+    def derived(self, *digits: int) -> Call:
         """The call of the operation that differentiation or rematerialisation makes of this.
 
         Raises:
           ValueError: when the digits no longer fit into a message, from the sixteenth on.
         """
         derivation = self.derivation
-        for step in steps:
-            derivation = derivation * 4 + step
+        for digit in digits:
+            derivation = derivation * 4 + digit
         if derivation >= 2**31:
             raise ValueError(
                 f"jax_smfree: the operation at {self.call_site} is differentiated or replayed "
@@ -163,10 +164,9 @@ def _combine_recv(token: Any, *_: Any, call: Call) -> Any:
 def _position(group: GroupKey) -> jax.Array:
     """Varies over all axes of the mesh, so it is none of the operands that are differentiated."""
     replica = jnp.int32(0)
-    for axis in group.mesh_axes:
-        if axis != group.axis:
-            size = group.mesh.shape[axis]
-            replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
+    for axis in group.further_axes:
+        size = group.mesh.shape[axis]
+        replica = replica * size + jax.lax.axis_index(axis).astype(jnp.int32)
     rank = jax.lax.axis_index(group.axis).astype(jnp.int32)
     return jnp.stack([compat.varying(v, group.mesh_axes) for v in (rank, replica)])
 
@@ -193,7 +193,7 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     lower_position: Any = mlir.lower_fun(_position, multiple_results=False)
 
     def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
-        checks.check_devices(call, compat.lowering_mesh(ctx))
+        call.group.check_devices(call.call_site, compat.lowering_mesh(ctx))
         token_aval, *avals = ctx.avals_in
         (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
         ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_smfree._src import arguments
+from jax_smfree._src import arguments, group_axis
 
 Result = TypeVar("Result")
 
@@ -46,7 +46,7 @@ class Handle:
     """Where each copy went: ``rows[s, t, k]`` is its row of ``d.x`` on this rank, or -1."""
 
     rows: Array  # int32 [R, T, K]
-    axis: str = dataclasses.field(metadata={"static": True})
+    axis: group_axis.Axis = dataclasses.field(metadata={"static": True})
     ranks_per_sum: int = dataclasses.field(metadata={"static": True})  # of a node; direct: 1
 
 
@@ -63,7 +63,7 @@ class DispatchResult:
 
 
 def dispatch(
-    x: Array, topk_idx: Array, topk_weights: Array | None, *, axis: str, config: Config
+    x: Array, topk_idx: Array, topk_weights: Array | None, *, axis: group_axis.Axis, config: Config
 ) -> DispatchResult:
     """Rows to the ranks of their experts.
 
@@ -176,7 +176,7 @@ def lay_out(
     )
 
 
-def _exchange(blocks: Array, axis: str) -> Array:
+def _exchange(blocks: Array, axis: group_axis.Axis) -> Array:
     """``blocks[r]`` goes to rank r; returns what each rank sent here: [R, ...] -> [R, ...]."""
     received: Array = jax.lax.all_to_all(blocks, axis, split_axis=0, concat_axis=0)
     return received
@@ -204,16 +204,11 @@ def _sum_in_order(terms: Iterable[Array]) -> Array:
 class Group:
     """What the reference needs to know of an ``EpGroup``."""
 
-    axis: str
+    axis: group_axis.Axis
     config: Config
 
     def __post_init__(self) -> None:
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        if not axes or not all(isinstance(axis, str) for axis in axes):
-            raise TypeError(
-                f"ReferenceGroup: got {arguments.shown(self.axis)} as axis, expected the name of "
-                "a mesh axis."
-            )
+        group_axis.checked("ReferenceGroup", self.axis)
         if not hasattr(self.config, "num_recv_rows"):
             raise TypeError(
                 f"ReferenceGroup: got {arguments.shown(self.config)} as config, expected an "

@@ -27,6 +27,26 @@ from jax_smfree._src.autodiff import DATA_PRIMITIVES, TANGENTS, batch_of_one
 from jax_smfree._src.primitives import RECV_PRIMITIVES, REPLAY, Call, tie_p
 
 
+def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A ``jax.checkpoint`` policy: keep what was received, so that nothing is sent again.
+
+    ``jax.checkpoint(layer, policy=smfree.save_comm_policy)`` saves the results of every recv phase
+    and computes everything else again. Without it a rematerialised layer sends its rows again.
+
+    Example:
+      >>> @on_ranks
+      ... def gradient(x, topk_idx):
+      ...     def layer(x):
+      ...         d, token = smfree.dispatch(group.token(), x, topk_idx)
+      ...         return smfree.combine(token, d, jnp.tanh(d.x))[0]
+      ...     layer = jax.checkpoint(layer, policy=smfree.save_comm_policy)
+      ...     return jax.grad(lambda x: layer(x).sum())(x)
+      >>> gradient(x, topk_idx).shape
+      (16, 16)
+    """
+    return primitive in RECV_PRIMITIVES
+
+
 def _is_kept_whole(policy: Any, primitive: Primitive, avals: Sequence[Any], call: Call) -> bool:
     return primitive in RECV_PRIMITIVES and compat.is_saved(policy(primitive, *avals, call=call))
 

@@ -22,6 +22,11 @@ _call_sites: dict[int, str] = {}
 TARGETS: tuple[str, ...] = tuple(_native.cpu_targets())
 """Names of the custom calls that a compiled program contains."""
 
+DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = [
+    jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS
+]
+"""For ``jax.export.export(f, disabled_checks=smfree.DISABLE_JAX_EXPORT_CHECKS)``."""
+
 
 @functools.cache
 def register(platform: str) -> None:

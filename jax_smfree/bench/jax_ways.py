@@ -148,7 +148,7 @@ def _exchange(blocks: Array) -> Array:
 class PairRouting(NamedTuple):
     copy_of_row: Array
     group_sizes: Array
-    place: Array  # int32 [T, R], place of a row among those sent to a rank; pair_capacity if none
+    position: Array  # int32 [T, R], of a row among those sent to a rank; pair_capacity if none
     rows: Array  # int32 [R, pair_capacity, K], rows of the grouped array; capacity for none
 
 
@@ -156,20 +156,20 @@ def _pair_dispatch(s: Shape, x: Array, topk_idx: Array, topk_weights: Array) -> 
     routing = route(s, topk_idx)
     block = s.pair_capacity
     goes = (topk_idx[:, :, None] // s.local_experts == jnp.arange(s.ranks)).any(1)  # [T, R]
-    place = jnp.where(goes, jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, block)
-    slot = jnp.arange(s.ranks) * (block + 1) + place
+    position = jnp.where(goes, jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, block)
+    place = jnp.arange(s.ranks) * (block + 1) + position
     source = jnp.zeros(s.ranks * (block + 1), jnp.int32)
-    source = source.at[slot].set(jnp.arange(s.rows, dtype=jnp.int32)[:, None])
+    source = source.at[place].set(jnp.arange(s.rows, dtype=jnp.int32)[:, None])
     source = source.reshape(s.ranks, block + 1)[:, :block]
     wire = _exchange(take(x, source))
 
-    places_here = lax.all_to_all(place.T, AXIS, 0, 0)  # [R, T]
-    in_wire = (jnp.arange(s.ranks)[:, None] * block + places_here).reshape(-1)
+    positions_here = lax.all_to_all(position.T, AXIS, 0, 0)  # [R, T]
+    in_wire = (jnp.arange(s.ranks)[:, None] * block + positions_here).reshape(-1)
     picked = take(wire, take(in_wire, routing.copy_of_row // s.top_k))
     rows = jnp.full((s.ranks, block + 1, s.top_k), s.capacity, jnp.int32)
-    rows = rows.at[jnp.arange(s.ranks)[:, None], places_here].set(routing.row_of_copy)[:, :block]
+    rows = rows.at[jnp.arange(s.ranks)[:, None], positions_here].set(routing.row_of_copy)[:, :block]
     weights = _weights(s, routing, topk_weights)
-    pair = PairRouting(routing.copy_of_row, routing.group_sizes, place, rows)
+    pair = PairRouting(routing.copy_of_row, routing.group_sizes, position, rows)
     return Grouped(picked, routing.group_sizes, weights, pair)
 
 
@@ -179,9 +179,9 @@ def _pair_combine(s: Shape, d: Grouped, y: Array) -> Array:
     wire = _exchange(partial.reshape(s.ranks, block, s.hidden))
     total = jnp.zeros((), jnp.float32)
     for rank in range(s.ranks):
-        place = d.routing.place[:, rank]
-        row = take(wire, rank * block + jnp.minimum(place, block - 1)).astype(jnp.float32)
-        total += jnp.where(place[:, None] < block, row, 0)
+        position = d.routing.position[:, rank]
+        row = take(wire, rank * block + jnp.minimum(position, block - 1)).astype(jnp.float32)
+        total += jnp.where(position[:, None] < block, row, 0)
     return total.astype(y.dtype)
 
 

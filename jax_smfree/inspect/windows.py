@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One piece of work between a send and its recv.
+    """One instruction that works between a send and its recv.
 
     Attributes:
       instruction: its name in the compiled program.
@@ -63,8 +63,8 @@ class Operation:
         digits = _digits(self.derivation)
         words = [
             names[digit]
-            for place, digit in enumerate(digits)
-            if not (digit == 1 and 2 in digits) and not (digit == 3 and 2 in digits[place:])
+            for at, digit in enumerate(digits)
+            if not (digit == 1 and 2 in digits) and not (digit == 3 and 2 in digits[at:])
         ]
         return " ".join(words or ["forward"])
 

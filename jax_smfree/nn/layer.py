@@ -7,7 +7,7 @@ import jax
 from jax import Array
 from jax.tree_util import SequenceKey
 
-from jax_smfree._src import arguments, compat
+from jax_smfree._src import arguments, compat, group_axis
 from jax_smfree._src.config import EpConfig
 from jax_smfree.nn import operations, router
 from jax_smfree.nn.experts import check_swiglu, grouped_mlp, mlp
@@ -128,11 +128,11 @@ def check_layer(
 
 def experts_here(where: str, group: Any) -> int:
     """Of this rank: the call stands inside of a ``shard_map``."""
-    axes = group.axis if isinstance(group.axis, tuple) else (group.axis,)
-    if not compat.manual_axes().issuperset(axes):
+    names = group_axis.names(group.axis)
+    if not compat.manual_axes().issuperset(names):
         raise ValueError(
             f"{where}: got a call outside of jax.shard_map, expected one inside of it, over all "
-            f"axes of the group's mesh, {', '.join(axes)} included. On global arrays it is "
+            f"axes of the group's mesh, {', '.join(names)} included. On global arrays it is "
             "nn.moe_layer_on_mesh."
         )
     experts: int = group.config.num_experts // jax.lax.axis_size(group.axis)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_smfree._src import arguments
 from jax_smfree._src.group import EpGroup
+from jax_smfree._src.group_axis import Axis
 from jax_smfree._src.placement import placed
 from jax_smfree._src.token import Token
 from jax_smfree.nn.layer import MoeAux, check_layer, moe_layer
@@ -59,7 +60,7 @@ def init_moe_on_mesh(
 
 
 @functools.lru_cache(maxsize=64)
-def _init_on_mesh(mesh: Mesh, axis: str, **sizes: Any) -> Callable[[Array], MoeParams]:
+def _init_on_mesh(mesh: Mesh, axis: Axis, **sizes: Any) -> Callable[[Array], MoeParams]:
     """`init_moe` as one program, which the layers of a model share."""
 
     def init(key: Array) -> MoeParams:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_smfree._src import arguments
+from jax_smfree._src import arguments, group_axis
 
 
 @jax.tree_util.register_dataclass
@@ -112,11 +112,13 @@ def init_moe(
     )
 
 
-def moe_specs(params: MoeParams, axis: str) -> MoeParams:
+def moe_specs(params: MoeParams, axis: group_axis.Axis) -> MoeParams:
     """The ``PartitionSpec`` of every parameter: experts over ``axis``, the rest replicated.
 
+    ``axis`` is that of the group: a name or a tuple of them.
+
     Raises:
-      TypeError: for what is no `MoeParams` or no name of an axis.
+      ValueError, TypeError: for what is no `MoeParams`, or names no axes.
 
     Example:
       >>> specs = nn.moe_specs(params, "ep")
@@ -124,11 +126,7 @@ def moe_specs(params: MoeParams, axis: str) -> MoeParams:
       (True, True)
     """
     arguments.instance("moe_specs", "params", params, MoeParams, "Make it with nn.init_moe.")
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    if not all(isinstance(name, str) for name in axes):
-        raise TypeError(
-            f"moe_specs: got axis={arguments.shown(axis)}, expected the name of the group's axis."
-        )
+    axis = group_axis.checked("moe_specs", axis)
     replicated, split = PartitionSpec(), PartitionSpec(axis)
     specs: MoeParams = jax.tree.map(lambda _: replicated, params)
     return dataclasses.replace(specs, experts=jax.tree.map(lambda _: split, params.experts))

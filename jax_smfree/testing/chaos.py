@@ -58,7 +58,7 @@ def chaos(
       with chaos(group, seed=1, max_delay_us=1000):
           np.testing.assert_array_equal(step(x), expected)
     """
-    from jax_smfree._src import arguments, checks
+    from jax_smfree._src import arguments
     from jax_smfree._src.group import EpGroup
 
     for name, value in (("max_delay_us", max_delay_us), ("stall_ms", stall_ms), ("seed", seed)):
@@ -72,7 +72,7 @@ def chaos(
             "to 1."
         )
     arguments.flag("chaos", "reorder", reorder)
-    checks.check_open("chaos", arguments.instance("chaos", "group", group, EpGroup))
+    arguments.instance("chaos", "group", group, EpGroup)._check_open("chaos")
 
     natives = [native for native in group._life.natives if isinstance(native, _native.CpuGroup)]
     if len(natives) < len(group._life.natives):

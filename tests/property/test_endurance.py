@@ -16,7 +16,7 @@ from property.self_checking import SelfChecking
 from support import as_many, backend, block, chaos_on_cpu, ep_mesh, make_problem
 
 
-def test_ten_thousand_operations_under_chaos(groups):
+def test_ten_thousand_operations_under_chaos():
     """On two lanes, with delays, reordering and pauses."""
     exchange = SelfChecking(ranks=as_many(4), tokens=4, hidden=8, lanes=2)
     rounds = 10_000 // (2 * exchange.lanes)

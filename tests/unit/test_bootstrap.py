@@ -48,9 +48,9 @@ def meeting(store, monkeypatch):
     """Runs an exchange of some of ``PROCESSES``, each in a thread; returns what each gets."""
     counting = Counting(store)
     monkeypatch.setattr(compat, "distributed_client", lambda: counting)
-    # Threads of one process may not meet at one place; processes are what these stand for.
-    monkeypatch.setattr(bootstrap, "_places", NoPlaces())
-    place = f"test/{next(_numbers)}"
+    # Threads of one process may not meet at one rendezvous; processes are what these stand for.
+    monkeypatch.setattr(bootstrap, "_occupied", NeverOccupied())
+    rendezvous = f"test/{next(_numbers)}"
 
     def meet(present=range(PROCESSES), timeout_s=20.0, delays=None):
         got = {}
@@ -59,7 +59,7 @@ def meeting(store, monkeypatch):
             time.sleep((delays or {}).get(process, 0.0))
             try:
                 got[process] = bootstrap.exchange(
-                    "test", place, f"of {process}", range(PROCESSES), process, timeout_s
+                    "test", rendezvous, f"of {process}", range(PROCESSES), process, timeout_s
                 )
             except smfree.SmfreeError as error:
                 got[process] = str(error)
@@ -71,16 +71,16 @@ def meeting(store, monkeypatch):
             thread.join()
         return got
 
-    meet.place, meet.requests = place, counting.requests
-    meet.left = lambda: store.key_value_dir_get(f"{place}/")
+    meet.rendezvous, meet.requests = rendezvous, counting.requests
+    meet.left = lambda: store.key_value_dir_get(f"{rendezvous}/")
     return meet
 
 
 _numbers = itertools.count()
 
 
-class NoPlaces(set):
-    def __contains__(self, place):
+class NeverOccupied(set):
+    def __contains__(self, rendezvous):
         return False
 
 
@@ -88,7 +88,7 @@ EVERYBODY = {p: [f"of {q}" for q in range(PROCESSES)] for p in range(PROCESSES)}
 
 
 def test_everybody_gets_everything_and_nothing_is_left(meeting):
-    for _ in range(3):  # at the same place
+    for _ in range(3):  # at the same rendezvous
         assert meeting() == EVERYBODY
         assert meeting.left() == []
 
@@ -121,11 +121,11 @@ def test_who_gave_up_earlier_is_met_the_next_time(meeting):
 def test_a_key_that_was_left_behind(meeting, store):
     """By a process that was killed while it waited: no error of the store, and no answer for it."""
     meeting(range(1, PROCESSES), timeout_s=0.2)
-    store.key_value_set(f"{meeting.place}/here/5", "stale", allow_overwrite=True)
+    store.key_value_set(f"{meeting.rendezvous}/here/5", "stale", allow_overwrite=True)
     assert meeting(delays={0: 1.0}) == EVERYBODY
 
 
-def test_two_threads_at_one_place(store, monkeypatch):
+def test_two_threads_at_one_rendezvous(store, monkeypatch):
     monkeypatch.setattr(compat, "distributed_client", lambda: store)
 
     def wait_in_vain():

@@ -74,7 +74,10 @@ def test_bad_values(bad, error, match):
     ("config", "axis", "match"),
     [
         ({"num_experts": 6}, "ep", "num_experts=6 over 4 ranks"),
-        ({}, "expert", "axis='expert'"),
+        ({}, "expert", r"axis='expert', expected one of the mesh's axes \['ep'\]"),
+        ({}, ("dp", "ep"), r"axis=\('dp', 'ep'\), expected without \['dp'\], some of the mesh's"),
+        ({}, ("ep", "ep"), r"axis=\('ep', 'ep'\), expected .* each of them once"),
+        ({}, (), r"axis=\(\), expected .* at least one name"),
         ({"ranks_per_node": 3}, "ep", "ranks_per_node=3 for 4 ranks, expected a divisor"),
         ({"mode": "hierarchical"}, "ep", "4 ranks in nodes of 4, expected more than one node"),
         ({"mode": "hierarchical", "ranks_per_node": 1}, "ep", "more than one rank in each"),
@@ -107,7 +110,11 @@ def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
         (lambda: smfree.EpGroup.create(None, config=CONFIG), TypeError, "NoneType as mesh"),
         (
             lambda: smfree.EpGroup.create(ep_mesh(1), ["ep"], config=CONFIG),
-            TypeError, "a list as axis",
+            TypeError, "a list as axis, expected the name of a mesh axis, or a tuple of names",
+        ),
+        (
+            lambda: smfree.EpGroup.create(ep_mesh(1), ("ep", 0), config=CONFIG),
+            TypeError, r"\('ep', 0\) as axis",
         ),
         (lambda: smfree.nvl_size_hint(CONFIG, 0), ValueError, "num_ranks=0, expected a positive"),
         (lambda: smfree.rdma_size_hint(CONFIG, 2.0), ValueError, r"num_ranks=2\.0"),

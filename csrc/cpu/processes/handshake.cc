@@ -206,9 +206,9 @@ class Greeting {
     const int error = SendHello(socket.fd(), hello_);
     const Status status = CheckHello(hello_, theirs, ranks_of_process_);
     if (!status.ok()) return status;
-    Socket& slot = sockets_[static_cast<size_t>(theirs.process)];
-    if (error != 0 || theirs.process < me_ || slot.open()) return Refused(theirs.process);
-    slot = std::move(socket);
+    Socket& to_them = sockets_[static_cast<size_t>(theirs.process)];
+    if (error != 0 || theirs.process < me_ || to_them.open()) return Refused(theirs.process);
+    to_them = std::move(socket);
     return Status();
   }
 

@@ -28,15 +28,15 @@ class Outbox {
     return exchange_.BeginSend(phase_, call_, identity_, arguments);
   }
 
-  // Makes room for counts[r] rows in each region r. Any thread may then write the parts.
+  // Makes room for counts[r] rows in each region r. Any thread may then write there.
   Status Allocate(const int32_t* counts, int32_t experts, int32_t slots) {
     const Nodes& nodes = exchange_.nodes();
     int64_t offset = 0;
     for (int32_t region = 0; region < nodes.Regions(leg_); ++region) {
       const int32_t rows = counts[region];
       const MessageLayout layout(rows, experts, slots, exchange_.row_bytes());
-      parts_.push_back(Part{{}, nullptr, nullptr, nullptr, offset});
-      parts_.back().header = MessageHeader{
+      rooms_.push_back(Room{{}, nullptr, nullptr, nullptr, offset});
+      rooms_.back().header = MessageHeader{
           identity_, call_.rank, nodes.Peer(leg_, call_.rank, region), leg_,
           nodes.RegionAtPeer(leg_, call_.rank, region), static_cast<int32_t>(call_.tokens), rows,
           experts, slots, layout.bytes};
@@ -46,28 +46,28 @@ class Outbox {
     auto block = exchange_.Allocate(offset);
     if (!block.ok()) return block.status();
     block_ = std::move(block.value());
-    for (Part& part : parts_) {
-      const MessageLayout layout(part.header.rows, experts, slots, exchange_.row_bytes());
-      std::byte* const data = block_->data() + part.offset;
-      part.experts = reinterpret_cast<int32_t*>(data + layout.experts_offset);
-      part.slots = reinterpret_cast<float*>(data + layout.slots_offset);
-      part.rows = data + layout.rows_offset;
+    for (Room& room : rooms_) {
+      const MessageLayout layout(room.header.rows, experts, slots, exchange_.row_bytes());
+      std::byte* const data = block_->data() + room.offset;
+      room.experts = reinterpret_cast<int32_t*>(data + layout.experts_offset);
+      room.slots = reinterpret_cast<float*>(data + layout.slots_offset);
+      room.rows = data + layout.rows_offset;
     }
     return Status();
   }
 
-  int32_t* experts(int32_t region) { return part(region).experts; }
-  float* slots(int32_t region) { return part(region).slots; }
-  std::byte* rows(int32_t region) { return part(region).rows; }
+  int32_t* experts(int32_t region) { return room(region).experts; }
+  float* slots(int32_t region) { return room(region).slots; }
+  std::byte* rows(int32_t region) { return room(region).rows; }
   int64_t total_rows() const { return total_rows_; }
 
   // What goes to this rank itself goes last: an operation that has ended here has then handed over
   // all that others need of it, and the group may be closed.
   void Post() {
     for (const bool to_itself : {false, true}) {
-      for (const Part& part : parts_) {
-        if ((part.header.destination == call_.rank) != to_itself) continue;
-        exchange_.Post(part.header, block_, part.offset);
+      for (const Room& room : rooms_) {
+        if ((room.header.destination == call_.rank) != to_itself) continue;
+        exchange_.Post(room.header, block_, room.offset);
       }
     }
   }
@@ -76,21 +76,21 @@ class Outbox {
   Status Fail(Status status) { return exchange_.Fail(call_.rank, std::move(status)); }
 
  private:
-  struct Part {
+  struct Room {  // of one message
     MessageHeader header;
     int32_t* experts;
     float* slots;
     std::byte* rows;
     int64_t offset;
   };
-  Part& part(int32_t region) { return parts_[static_cast<size_t>(region)]; }
+  Room& room(int32_t region) { return rooms_[static_cast<size_t>(region)]; }
 
   Exchange& exchange_;
   const char* const phase_;
   const Call call_;
   const Leg leg_;
   const Identity identity_;
-  std::vector<Part> parts_;  // by region
+  std::vector<Room> rooms_;  // by region
   int64_t total_rows_ = 0;
   std::shared_ptr<Arena::Block> block_;
 };

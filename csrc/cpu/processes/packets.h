@@ -19,7 +19,7 @@ constexpr uint32_t kVersion = 3;
 
 enum class PacketKind : uint32_t {
   kHello = 1,    // first packet of each side
-  kSegment = 2,  // a new piece of the sender's arena; its file descriptor comes along
+  kSegment = 2,  // a new segment of the sender's arena; its file descriptor comes along
   kMessage = 3,  // rows are ready in the sender's arena
   kRelease = 4,  // the receiver needs the rows of a message no more
   kFault = 5,    // the sender's side of the group has failed; a text follows the packet

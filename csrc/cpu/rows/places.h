@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Places: where the copies of rows are, and how rows get there and back. A copy of row t goes to
+// Places: where rows stand in messages, and how they get there and back. Row t goes to
 // destination d as the i-th row there:
 //
 //   place = d * tokens + i          i counts the rows to d in the order of t

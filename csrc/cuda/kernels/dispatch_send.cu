@@ -8,7 +8,7 @@
 // In hierarchical mode there is a message to each node instead, to its relay; the same `places`.
 //
 // Route    S1, S2  a thread per slot. A bit per (expert, row) and (rank, row) of the block in
-//                  shared memory makes every index a population count; the blocks add up their
+//                  shared memory makes every position a population count; the blocks add up their
 //                  totals across a barrier, so all of them must be resident at once: they are
 //                  no more than the SMs of the device, and kMaxRouteBlocks. Writes places,
 //                  send_counts, headers, codes and slots.

@@ -136,12 +136,12 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Chunks&
   }
   // The kernel behind this one puts what is for other nodes (put_messages.cu).
   if (g.puts_on_device && g.memories[m.Peer(region)] == nullptr) return;
-  const ChunkBytes part(g, op, chunks, chunk);
+  const ChunkBytes range(g, op, chunks, chunk);
   const uint64_t ticket = atomicAdd(&g.state->queue_tail, 1ull);
   Descriptor& entry = g.queue[ticket & g.queue_mask];
   entry.signal = signal;
-  entry.begin = part.begin;
-  entry.bytes = part.end - part.begin;
+  entry.begin = range.begin;
+  entry.bytes = range.end - range.begin;
   entry.lane_index = lane.index;
   entry.leg = m.leg;
   entry.region = region;

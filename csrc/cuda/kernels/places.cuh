@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Places: where the copies of rows are. A copy of row t in list d is the i-th row there:
+// Places: where rows stand in the messages. Row t is the i-th row of list d, if it is in it:
 //
 //   place = d * T + i          i counts the rows in list d in the order of t
 //

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The symmetric memory of a rank whose peers are in other processes: a block of NVSHMEM's heap, at
-// the same place in all of them.
+// the same offset in all of them.
 //
 // NVSHMEM frees with a barrier, and a group is closed without one. So blocks are kept, and serve
 // later groups once no process uses them any more (jax_smfree/_src/nvshmem.py).

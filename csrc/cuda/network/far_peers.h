@@ -39,7 +39,7 @@ class FarPeers {
   struct Wiring {
     int32_t device;
     const Nvshmem* nvshmem;
-    char* memory;                          // of this rank, zero; at the same place everywhere
+    char* memory;                          // of this rank, zero; at the same offset everywhere
     int64_t fault_word;                    // in the memory of each rank
     std::vector<int32_t> process_of_rank;  // kNear: not one of these peers
   };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // NVSHMEM, for groups with a process per GPU: its world, which is all processes of the job, and
-// memory at the same place of a heap on each of them.
+// memory at the same offset of a heap on each of them.
 //
 // The host library is looked up, not linked: the package works without it, and a process has one
 // copy, which XLA may have loaded, and initialised, before.
@@ -33,17 +33,17 @@ class Nvshmem {
   // finds no way from GPU to GPU.
   Status Join(const std::string& unique_id, int32_t me, int32_t processes, int32_t device);
 
-  // Collective over the world: all processes get as many bytes, at the same place of their heaps.
+  // Collective over the world: all processes get as many bytes, at the same offset of their heaps.
   // nullptr if one of them has too little memory. For good: see memory_nvshmem.h.
   char* Allocate(size_t bytes) const;
-  // Where this process reaches that place in the heap of `process`; nullptr if not by NVLink.
+  // Where this process reaches that offset in the heap of `process`; nullptr if not by NVLink.
   char* At(char* memory, int32_t process) const;
 
   // Lets the kernels of a module, which was linked with the device library, call NVSHMEM.
   Status InitModule(CUmodule module) const;
 
   // Work on a stream of the GPU's primary context, which is current. Addresses are those of this
-  // process, for the same place in the heap of `process`. NVSHMEM ends the process where a call
+  // process, for the same offset in the heap of `process`. NVSHMEM ends the process where a call
   // fails.
   //
   // Copies bytes there; when they have been delivered, sets `word` there to `value`.
