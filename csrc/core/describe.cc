@@ -60,7 +60,7 @@ std::string DescribeCallAndLane(const Identity& identity) {
 
 }  // namespace
 
-std::string DescribePlace(const Identity& identity) {
+std::string DescribePoint(const Identity& identity) {
   return DescribeCallAndLane(identity) + ", number " + std::to_string(identity.number);
 }
 
@@ -70,7 +70,7 @@ std::string DescribeOperation(const Identity& identity) {
 }
 
 std::string DescribeCall(const char* phase, int32_t rank, const Identity& identity) {
-  return "rank " + std::to_string(rank) + " in " + phase + " (" + DescribePlace(identity) + ")";
+  return "rank " + std::to_string(rank) + " in " + phase + " (" + DescribePoint(identity) + ")";
 }
 
 std::string JoinNumbers(const std::vector<int32_t>& numbers) {

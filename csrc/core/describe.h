@@ -21,7 +21,7 @@ std::string DescribeDerivation(int32_t derivation);
 
 // "model.py:31 in moe; lane 0, forward, number 12"; "model.py:31 in moe, call 2 of that line; …" where
 // the program has several that are alike.
-std::string DescribePlace(const Identity& identity);
+std::string DescribePoint(const Identity& identity);
 
 // "combine number 11 (model.py:35 in moe; lane 0, forward)"
 std::string DescribeOperation(const Identity& identity);

@@ -24,12 +24,12 @@
 
 namespace smfree::cpu {
 
-// Makes the mover a bad one, for tests. Messages of one place (identity.h) from one rank to another
+// Makes the mover a bad one, for tests. Messages of one point (identity.h) from one rank to another
 // always stay in order, because that is what every mover guarantees.
 struct Chaos {
   uint64_t seed = 0;
   int64_t max_delay_us = 0;        // each message is held back by a random time up to this
-  bool reorder = false;            // messages may overtake those of other peers and other places
+  bool reorder = false;            // messages may overtake those of other peers and other points
   double stall_probability = 0.0;  // per message: everything stands still ...
   int64_t stall_ms = 0;            // ... for this long
   bool enabled() const { return max_delay_us > 0 || (stall_probability > 0 && stall_ms > 0); }

@@ -47,25 +47,25 @@ constexpr Identity WithOperation(Identity identity, Operation operation) {
   return identity;
 }
 
-// A place in a sequence of operations. A token is used once, so all ranks make one call there; only
+// A point in a sequence of operations. A token is used once, so all ranks make one call there; only
 // a token that is kept and used again (by a custom_vjp that recomputes) has several calls of one
-// line at a place, which their instances tell apart. Messages of one place from one rank to
+// line at a point, which their instances tell apart. Messages of one point from one rank to
 // another arrive in the order of sending: a loop may come by again.
-struct Place {
+struct Point {
   int64_t run_id;
   uint64_t sequence;
   int64_t number;
   int32_t lane;
   int32_t derivation;
 
-  explicit Place(const Identity& identity)
+  explicit Point(const Identity& identity)
       : run_id(identity.run_id),
         sequence(identity.sequence),
         number(identity.number),
         lane(identity.lane),
         derivation(identity.derivation) {}
-  friend bool operator<(const Place& a, const Place& b) {
-    const auto tied = [](const Place& p) {
+  friend bool operator<(const Point& a, const Point& b) {
+    const auto tied = [](const Point& p) {
       return std::tie(p.run_id, p.sequence, p.number, p.lane, p.derivation);
     };
     return tied(a) < tied(b);
@@ -77,7 +77,7 @@ constexpr bool SameCall(const Identity& a, const Identity& b) {
   return a.call_site == b.call_site && a.operation == b.operation;
 }
 
-// The same operation of the same place. Both identities must be of one place, but for the number.
+// The same operation of the same point. Both identities must be of one point, but for the number.
 constexpr bool SameOperation(const Identity& a, const Identity& b) {
   return a.number == b.number && a.instance == b.instance && SameCall(a, b);
 }

@@ -35,7 +35,7 @@ SMFREE_HD constexpr int32_t ParityOf(int64_t number) {
 enum class Side : int32_t { kForward = 0, kMirrored = 1, kReplay = 2 };
 constexpr int32_t kSides = 3;
 
-// A tangent changes the side, a transpose takes the place of what it is made from.
+// A tangent changes the side, a transpose stays on the side of what it is made from.
 SMFREE_HD constexpr Side SideOf(int32_t derivation) {
   bool mirrored = false, replay = false;
   for (; derivation > 0; derivation /= 4) {

@@ -23,7 +23,7 @@
 //   …                 up to region_bytes                    unused
 //
 // A message is thus one contiguous range that begins at its region's start: the mover copies it in
-// pieces cut anywhere, and the place of its parts follows from the counts in its header.
+// chunks cut anywhere, and where its arrays are follows from the counts in its header.
 //
 // The recv region of source s here and the send region of destination d there are of one size, so
 // that every offset is arithmetic. Sending needs the worst case too: a dispatch packs at most
@@ -68,7 +68,7 @@ SMFREE_HD constexpr int64_t AlignUp(int64_t n, int64_t alignment) {
 //   slots_offset     rows * slots * 4      float32: values that ride along with each row
 //   rows_offset      rows * row_bytes      the rows
 //
-// each part aligned up to kAlignment. `experts` and `slots` are top_k, or 0 where the part is
+// each array aligned up to kAlignment. `experts` and `slots` are top_k, or 0 where the array is
 // absent: only a dispatch whose routing the receiver does not know yet carries expert ids. They
 // come first, so that a receiver can compute the layout while the rows are still on their way.
 struct MessageLayout {
@@ -118,7 +118,7 @@ struct Layout {
     return layout;
   }
 
-  // From a region's start to the parts of the message in it.
+  // From a region's start to the arrays of the message in it.
   SMFREE_HD constexpr MessageLayout Message(int64_t rows, bool has_experts, bool has_slots) const {
     return MessageLayout(rows, has_experts ? top_k : 0, has_slots ? top_k : 0, row_bytes);
   }

@@ -6,7 +6,7 @@
 //   hierarchical   kWire   the ranks of one index, of all nodes    regions = nodes
 //                  kNode   the ranks of a node                     regions = ranks
 //
-// A region is a place for one message of one operation, at its sender and at its receiver. On kNode
+// A region is room for one message of one operation, at its sender and at its receiver. On kNode
 // a rank exchanges one message with each rank of its node for each node (PROTOCOL.md, "Hierarchical
 // mode"): region n * ranks_per_node + i is that with index i, for node n. In a dispatch this is what
 // rank n * ranks_per_node + i has sent here.

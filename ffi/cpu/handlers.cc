@@ -90,7 +90,7 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
   begun.call.identity.sequence = begun.token.sequence;
   if (!begun.token.used_once()) {
     return Status(FaultKind::kTwoInFlight,
-                  DescribePlace(begun.call.identity) + ": " + kTokenUsedTwice);
+                  DescribePoint(begun.call.identity) + ": " + kTokenUsedTwice);
   }
   const Status status = CheckRows(begun.group->config(), operands.rows);
   if (!status.ok()) return status;

@@ -23,7 +23,7 @@ class ChaoticSchedule {
   }
   bool enabled() const { return chaos_.enabled(); }
 
-  // Not before the times returned for earlier messages of the same place from the same source to
+  // Not before the times returned for earlier messages of the same point from the same source to
   // the same destination; without reordering, not before any earlier time.
   Clock::time_point DueTime(const MessageHeader& header) {
     const Clock::time_point now = Clock::now();
@@ -32,7 +32,7 @@ class ChaoticSchedule {
     }
     const auto delay = std::chrono::microseconds(
         std::uniform_int_distribution<int64_t>(0, chaos_.max_delay_us)(random_));
-    const FifoKey key(header.source, header.destination, Place(header.identity));
+    const FifoKey key(header.source, header.destination, Point(header.identity));
     Clock::time_point& last = chaos_.reorder ? last_due_[key] : last_due_of_all_;
     last = std::max({last, now + delay, stalled_until_});
     return last;
@@ -42,7 +42,7 @@ class ChaoticSchedule {
   void Forget() { last_due_.clear(); }
 
  private:
-  using FifoKey = std::tuple<int32_t, int32_t, Place>;  // source, destination, place
+  using FifoKey = std::tuple<int32_t, int32_t, Point>;  // source, destination, point
 
   Chaos chaos_;
   std::mt19937_64 random_;

@@ -6,7 +6,7 @@
 // Two calls of one layer are alike in all that they say of themselves, and if no data orders them,
 // ranks run them in different orders. What tells them apart is which call of the compiled program
 // each one is. All processes compile the same program, and XLA creates its calls in the order of
-// its schedule, so a call is named by its place among the alike ones of its program (Instance). What
+// its schedule, so a call is named by its index among the alike ones of its program (Instance). What
 // has to be found out is which calls are one program, since a process may compile others besides:
 //
 //   * XLA creates the calls of a program on one thread, while somebody waits for its compilation.

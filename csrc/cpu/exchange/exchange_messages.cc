@@ -69,7 +69,7 @@ void Exchange::Post(const MessageHeader& header, std::shared_ptr<Arena::Block> b
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     NoteSent(header);
-    // As long as any message is held back, the others queue up behind it, so that those of a place
+    // As long as any message is held back, the others queue up behind it, so that those of a point
     // stay in order when chaos ends.
     if (chaos_.enabled() || held_back_ > 0) {
       ++held_back_;

@@ -44,7 +44,7 @@ Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
   return Status();
 }
 
-// Whether a message at the place of `expected` may be of another call of the same line.
+// Whether a message at the point of `expected` may be of another call of the same line.
 bool MayBeAnotherCall(const Expectation& expected, const MessageHeader& found) {
   return SameCall(found.identity, expected.identity) && found.tokens == expected.tokens &&
          found.identity.instance.program == expected.identity.instance.program;
@@ -62,14 +62,14 @@ std::string DescribeOtherCall(const Expectation& expected, const MessageHeader& 
 }  // namespace
 
 Mailbox::Traffic& Mailbox::At(const Identity& identity) {
-  const Place place(identity);
-  const auto found = places_.find(place);
-  if (found != places_.end()) return found->second;
+  const Point point(identity);
+  const auto found = points_.find(point);
+  if (found != points_.end()) return found->second;
   if (!spare_.empty()) {
-    spare_.key() = place;
-    return places_.insert(std::move(spare_)).position->second;
+    spare_.key() = point;
+    return points_.insert(std::move(spare_)).position->second;
   }
-  Traffic& traffic = places_[place];
+  Traffic& traffic = points_[point];
   for (const Leg leg : {kWire, kNode}) {
     traffic.arrived[leg].resize(static_cast<size_t>(nodes_.Regions(leg)));
   }
@@ -77,8 +77,8 @@ Mailbox::Traffic& Mailbox::At(const Identity& identity) {
 }
 
 void Mailbox::Leave(const Identity& identity) {
-  const auto it = places_.find(Place(identity));
-  if (it->second.empty()) spare_ = places_.extract(it);
+  const auto it = points_.find(Point(identity));
+  if (it->second.empty()) spare_ = points_.extract(it);
 }
 
 Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
@@ -90,7 +90,7 @@ Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
                        "begin each with a fresh group.token()");
   }
   traffic.in_flight.push_back(identity);
-  if (places_.size() <= kMaxOfEarlierRuns) return Status();
+  if (points_.size() <= kMaxOfEarlierRuns) return Status();
   Unreceived unreceived;
   AddUnreceived(identity.run_id, &unreceived);
   if (unreceived.count() <= kMaxOfEarlierRuns) return Status();
@@ -106,8 +106,8 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
                                            Receive& receive) const {
   const Expectation& expected = receive.expected;
   auto& fifo = traffic.arrived[expected.leg][static_cast<size_t>(region)];
-  Message& slot = receive.messages[static_cast<size_t>(region)];
-  if (fifo.empty() || slot.data != nullptr) return Match::kNone;
+  Message& taken = receive.messages[static_cast<size_t>(region)];
+  if (fifo.empty() || taken.data != nullptr) return Match::kNone;
   const auto found = std::find_if(fifo.begin(), fifo.end(), [&](const Message& message) {
     return SameOperation(message.header.identity, expected.identity);
   });
@@ -121,7 +121,7 @@ StatusOr<Mailbox::Match> Mailbox::TakeFrom(Traffic& traffic, int32_t region,
   }
   Status shapes = CheckShapes(expected, found->header);
   if (!shapes.ok()) return shapes;
-  slot = std::move(*found);
+  taken = std::move(*found);
   fifo.erase(found);
   --traffic.unread;
   --receive.missing;
@@ -182,8 +182,8 @@ Status Mailbox::Expect(const ReceivePtr& receive, bool* complete) {
 }
 
 bool Mailbox::IsWaiting(const ReceivePtr& receive) const {
-  const auto it = places_.find(Place(receive->expected.identity));
-  if (it == places_.end()) return false;
+  const auto it = points_.find(Point(receive->expected.identity));
+  if (it == points_.end()) return false;
   const auto& waiting = it->second.waiting;
   return std::find(waiting.begin(), waiting.end(), receive) != waiting.end();
 }
@@ -199,7 +199,7 @@ std::vector<int32_t> Mailbox::Missing(const Receive& receive) const {
 }
 
 std::string Mailbox::DescribeMissing(const Receive& receive, int32_t source) const {
-  // What lies unread from that source, at whatever place: most often the operation that the peer
+  // What lies unread from that source, at whatever point: most often the operation that the peer
   // took instead of the expected one.
   std::string unread;
   int64_t count = 0;
@@ -239,7 +239,7 @@ Status Mailbox::Late(const Receive& receive) const {
 
 Mailbox::Contents Mailbox::TakeAll() {
   Contents contents;
-  for (auto& [place, traffic] : places_) {
+  for (auto& [point, traffic] : points_) {
     for (ReceivePtr& receive : traffic.waiting) contents.receives.push_back(std::move(receive));
     for (auto& leg : traffic.arrived) {
       for (auto& fifo : leg) {
@@ -247,13 +247,13 @@ Mailbox::Contents Mailbox::TakeAll() {
       }
     }
   }
-  places_.clear();
+  points_.clear();
   return contents;
 }
 
 std::vector<ReceivePtr> Mailbox::Waiting() const {
   std::vector<ReceivePtr> waiting;
-  for (const auto& [place, traffic] : places_) {
+  for (const auto& [point, traffic] : points_) {
     waiting.insert(waiting.end(), traffic.waiting.begin(), traffic.waiting.end());
   }
   return waiting;
@@ -266,8 +266,8 @@ int64_t Mailbox::messages() const {
 }
 
 void Mailbox::AddUnreceived(std::optional<int64_t> but_run_id, Unreceived* all) const {
-  for (const auto& [place, traffic] : places_) {
-    if (place.run_id == but_run_id) continue;
+  for (const auto& [point, traffic] : points_) {
+    if (point.run_id == but_run_id) continue;
     int64_t bytes = 0;
     for (const auto& leg : traffic.arrived) {
       for (const auto& fifo : leg) {
@@ -279,7 +279,7 @@ void Mailbox::AddUnreceived(std::optional<int64_t> but_run_id, Unreceived* all) 
 }
 
 void Mailbox::ForEachUnread(const std::function<void(const Message&)>& body) const {
-  for (const auto& [place, traffic] : places_) {
+  for (const auto& [point, traffic] : points_) {
     for (const auto& leg : traffic.arrived) {
       for (const auto& fifo : leg) std::for_each(fifo.begin(), fifo.end(), body);
     }

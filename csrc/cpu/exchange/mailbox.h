@@ -5,12 +5,12 @@
 // threads: the Exchange guards all mailboxes of a process with one mutex.
 //
 // A receive takes from each region of its leg (nodes.h) the first message of its identity. So
-// operations of different places, and of different instances at one place (identity.h), do not
+// operations of different points, and of different instances at one point (identity.h), do not
 // depend on each other, in whatever order ranks run them. Three things are refused:
-//   * a send while the same operation, or one of another line, is in flight at its place;
+//   * a send while the same operation, or one of another line, is in flight at its point;
 //   * a send while many of earlier runs of programs are in flight: what is never received would
 //     pile up. A token in flight may leave its program, so a few are fine;
-//   * a message of another line, or with other shapes, than what is waited for at its place: ranks
+//   * a message of another line, or with other shapes, than what is waited for at its point: ranks
 //     disagree. It is found at once, where one token was threaded through what they did so far.
 #ifndef SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
 #define SMFREE_CSRC_CPU_EXCHANGE_MAILBOX_H_
@@ -87,7 +87,7 @@ class Mailbox {
   void AddUnreceived(std::optional<int64_t> but_run_id, Unreceived* all) const;
 
  private:
-  struct Traffic {  // of one place
+  struct Traffic {  // of one point
     std::vector<std::vector<Message>> arrived[kLegs];  // FIFO by region; short: erasing is cheap
     int32_t unread = 0;                                // messages in them
     std::vector<ReceivePtr> waiting;
@@ -98,7 +98,7 @@ class Mailbox {
   enum class Match { kNone, kTaken };
 
   Traffic& At(const Identity& identity);
-  // Forgets the identity's place if nothing goes on there.
+  // Forgets the identity's point if nothing goes on there.
   void Leave(const Identity& identity);
   StatusOr<Match> TakeFrom(Traffic& traffic, int32_t region, Receive& receive) const;
   // All of `receive` is there; on its operation's last leg the operation is in flight no more.
@@ -108,8 +108,8 @@ class Mailbox {
 
   const int32_t rank_;
   const Nodes nodes_;
-  std::map<Place, Traffic> places_;
-  std::map<Place, Traffic>::node_type spare_;  // a place that was left, for its memory
+  std::map<Point, Traffic> points_;
+  std::map<Point, Traffic>::node_type spare_;  // a point that was left, for its memory
   std::vector<std::optional<MessageHeader>> last_from_;  // the last arrival of each source
 };
 

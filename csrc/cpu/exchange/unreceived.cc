@@ -13,7 +13,7 @@ constexpr size_t kMaxDescribed = 4;  // calls
 }  // namespace
 
 void Unreceived::Add(const Identity& sent, int64_t bytes) {
-  ++times_[std::string(Name(sent.operation)) + " (" + DescribePlace(sent) + ")"];
+  ++times_[std::string(Name(sent.operation)) + " (" + DescribePoint(sent) + ")"];
   ++count_;
   bytes_ += bytes;
 }
