@@ -183,7 +183,7 @@ def route(
         logits = logits + bias.astype(jnp.float32)[None, :]
 
     scores, log_scores = _scores(logits, config)
-    choice = jax.lax.stop_gradient(logits if config.softmax == "after" else scores)
+    choice = jax.lax.stop_gradient(scores_of_choice(logits, config))
     if balance_bias is not None:
         balance_bias = arguments.array(name, "balance_bias", balance_bias, (experts,))
         choice = choice + jax.lax.stop_gradient(balance_bias).astype(jnp.float32)[None, :]
@@ -197,6 +197,11 @@ def route(
             for of_rows in (topk_weights, probabilities, logits)
         )
     return Routes(topk_idx, topk_weights, probabilities, logits)
+
+
+def scores_of_choice(logits: Array, config: RouterConfig) -> Array:
+    """What the choice compares, float32 [T, E], before ``balance_bias`` is added."""
+    return logits if config.softmax == "after" else _scores(logits, config)[0]
 
 
 def _scores(logits: Array, config: RouterConfig) -> tuple[Array, Array]:
