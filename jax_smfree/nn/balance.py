@@ -240,7 +240,7 @@ def quantile_balance_bias(
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = jnp.float32(0.5) * (low + high)
-        reached = jax.lax.psum(jnp.sum(needed <= middle, axis=0, dtype=jnp.float32), axes)
+        reached = jax.lax.psum(jnp.sum(needed <= middle[None, :], axis=0, dtype=jnp.float32), axes)
         enough = reached >= wanted
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
