@@ -7,14 +7,29 @@ moe_two_batches                  two micro-batches that hide each other's moveme
 moe_layer_on_mesh,               the layer on global arrays; of it are the modules for
 init_moe_on_mesh,                Flax NNX and Equinox, jax_smfree.nn.{nnx,equinox}
 init_balance_bias_on_mesh
-route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
-expert_load, update_balance_bias
+RouterConfig, route, Routes,     the routers of all common models, and balance for benchmarks
+balanced_routes
+load_balancing_loss,             losses that keep the experts equally busy and the logits small
+router_z_loss
+update_balance_bias,             the same without a loss
+quantile_balance_bias
+expert_load, load_metrics        how busy the experts are
+ExpertPlacement, plan_placement, redundant copies of busy experts
+move_parameters, spread
 grouped_mlp, mlp                 the compute of the experts
 grouped_matmul, block_matmul     what they multiply with
 ReferenceGroup                   in place of an EpGroup, for ``implementation="reference"``
 """
 
 from jax_smfree._src.reference import Group as ReferenceGroup
+from jax_smfree.nn.balance import (
+    expert_load,
+    load_balancing_loss,
+    load_metrics,
+    quantile_balance_bias,
+    router_z_loss,
+    update_balance_bias,
+)
 from jax_smfree.nn.experts import grouped_mlp, mlp
 from jax_smfree.nn.layer import MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
@@ -26,22 +41,20 @@ from jax_smfree.nn.on_mesh import (
 )
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
-from jax_smfree.nn.router import (
-    Routes,
-    expert_load,
-    load_balancing_loss,
-    route,
-    update_balance_bias,
-)
+from jax_smfree.nn.physical import ExpertPlacement, move_parameters, plan_placement, spread
+from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
 
 __all__ = [
+    "ExpertPlacement",
     "GroupedMatmul",
     "Implementation",
     "MoeAux",
     "MoeParams",
     "ReferenceGroup",
+    "RouterConfig",
     "Routes",
     "SwigluParams",
+    "balanced_routes",
     "block_matmul",
     "expert_load",
     "grouped_matmul",
@@ -51,11 +64,17 @@ __all__ = [
     "init_moe_on_mesh",
     "init_swiglu",
     "load_balancing_loss",
+    "load_metrics",
     "mlp",
     "moe_layer",
     "moe_layer_on_mesh",
     "moe_specs",
     "moe_two_batches",
+    "move_parameters",
+    "plan_placement",
+    "quantile_balance_bias",
     "route",
+    "router_z_loss",
+    "spread",
     "update_balance_bias",
 ]

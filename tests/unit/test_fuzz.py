@@ -160,17 +160,55 @@ PLAIN = {
     ),
     "route": (
         nn.route,
-        lambda: {"x": x(), "router": jnp.ones((HIDDEN, EXPERTS)), "top_k": 2,
-                 "balance_bias": jnp.ones(EXPERTS)},
+        lambda: {"x": x(), "weight": jnp.ones((HIDDEN, EXPERTS)),
+                 "config": nn.RouterConfig(2), "bias": jnp.ones(EXPERTS),
+                 "balance_bias": jnp.ones(EXPERTS), "mask": jnp.ones(ROWS, bool)},
+    ),
+    "RouterConfig": (
+        nn.RouterConfig,
+        lambda: {"top_k": 2, "score": "sigmoid", "normalise": True, "epsilon": 1e-20,
+                 "scale": 2.5, "num_groups": 2, "groups_kept": 1, "group_score": "top2",
+                 "softmax": "before"},
+    ),
+    "balanced_routes": (
+        nn.balanced_routes,
+        lambda: {"num_tokens": ROWS, "num_experts": EXPERTS, "top_k": TOP_K},
     ),
     "expert_load": (nn.expert_load, lambda: {"topk_idx": idx(), "num_experts": EXPERTS}),
     "load_balancing_loss": (
         nn.load_balancing_loss,
-        lambda: {"probabilities": jnp.ones((ROWS, EXPERTS)), "load": jnp.ones(EXPERTS, int)},
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K), "sequences": 2,
+                 "sequence_ids": jnp.zeros(ROWS, int), "axes": ()},
     ),
     "update_balance_bias": (
         nn.update_balance_bias,
         lambda: {"bias": jnp.ones(EXPERTS), "load": jnp.ones(EXPERTS, int), "rate": 0.1},
+    ),
+    "router_z_loss": (
+        nn.router_z_loss,
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K), "axes": ()},
+    ),
+    "quantile_balance_bias": (
+        nn.quantile_balance_bias,
+        lambda: {"bias": jnp.zeros(EXPERTS), "routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K),
+                 "config": nn.RouterConfig(TOP_K), "axes": ()},
+    ),
+    "load_metrics": (nn.load_metrics, lambda: {"load": jnp.ones(EXPERTS, int)}),
+    "ExpertPlacement": (nn.ExpertPlacement, lambda: {"logical_of_physical": (0, 1, 0)}),
+    "plan_placement": (
+        nn.plan_placement,
+        lambda: {"load": jnp.ones(EXPERTS, int), "num_physical": 12, "num_ranks": 4,
+                 "num_nodes": 2, "num_groups": 4},
+    ),
+    "move_parameters": (
+        nn.move_parameters,
+        lambda: {"params": params().experts, "old": nn.ExpertPlacement(tuple(range(EXPERTS))),
+                 "new": nn.ExpertPlacement((0, *range(EXPERTS)))},
+    ),
+    "spread": (
+        nn.spread,
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K),
+                 "placement": nn.ExpertPlacement(tuple(range(EXPERTS))), "rank": 1},
     ),
     "mlp": (nn.mlp, lambda: {"x": x(), "params": params().shared}),
     "grouped_mlp": (
