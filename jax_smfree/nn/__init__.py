@@ -7,7 +7,9 @@ moe_two_batches                  two micro-batches that hide each other's moveme
 moe_layer_on_mesh,               the layer on global arrays; of it are the modules for
 init_moe_on_mesh,                Flax NNX and Equinox, jax_smfree.nn.{nnx,equinox}
 init_balance_bias_on_mesh
-route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
+RouterConfig, route, Routes,     the routers of all common models, and balance for benchmarks
+balanced_routes
+load_balancing_loss,             ways to keep the experts equally busy
 expert_load, update_balance_bias
 grouped_mlp, mlp                 the compute of the experts
 grouped_matmul, block_matmul     what they multiply with
@@ -15,6 +17,7 @@ ReferenceGroup                   in place of an EpGroup, for ``implementation="r
 """
 
 from jax_smfree._src.reference import Group as ReferenceGroup
+from jax_smfree.nn.balance import expert_load, load_balancing_loss, update_balance_bias
 from jax_smfree.nn.experts import grouped_mlp, mlp
 from jax_smfree.nn.layer import MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
@@ -26,13 +29,7 @@ from jax_smfree.nn.on_mesh import (
 )
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
-from jax_smfree.nn.router import (
-    Routes,
-    expert_load,
-    load_balancing_loss,
-    route,
-    update_balance_bias,
-)
+from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
 
 __all__ = [
     "GroupedMatmul",
@@ -40,8 +37,10 @@ __all__ = [
     "MoeAux",
     "MoeParams",
     "ReferenceGroup",
+    "RouterConfig",
     "Routes",
     "SwigluParams",
+    "balanced_routes",
     "block_matmul",
     "expert_load",
     "grouped_matmul",

@@ -11,6 +11,7 @@ from jax import Array
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import Token
 from jax_smfree.nn import matmul
+from jax_smfree.nn.balance import update_balance_bias
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.on_mesh import (
     bias_of_balanced,
@@ -19,7 +20,6 @@ from jax_smfree.nn.on_mesh import (
     moe_layer_on_mesh,
 )
 from jax_smfree.nn.params import MoeParams
-from jax_smfree.nn.router import update_balance_bias
 
 try:
     import equinox

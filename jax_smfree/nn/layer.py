@@ -9,11 +9,13 @@ from jax.tree_util import SequenceKey
 
 from jax_smfree._src import arguments, compat
 from jax_smfree._src.config import EpConfig
-from jax_smfree.nn import operations, router
+from jax_smfree.nn import operations
+from jax_smfree.nn.balance import expert_load, load_balancing_loss
 from jax_smfree.nn.experts import check_swiglu, grouped_mlp, mlp
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
+from jax_smfree.nn.router import RouterConfig, Routes, route
 
 
 class MoeAux(NamedTuple):
@@ -24,10 +26,9 @@ class MoeAux(NamedTuple):
     num_dropped: Array  # int32 [], copies that did not fit into this rank's recv_capacity
 
     @classmethod
-    def of(cls, routes: router.Routes, num_dropped: Array) -> "MoeAux":
-        load = router.expert_load(routes.topk_idx, num_experts=routes.probabilities.shape[1])
-        loss = router.load_balancing_loss(routes.probabilities, load)
-        return cls(loss, load, num_dropped[0])
+    def of(cls, routes: Routes, num_dropped: Array) -> "MoeAux":
+        load = expert_load(routes.topk_idx, num_experts=routes.probabilities.shape[1])
+        return cls(load_balancing_loss(routes), load, num_dropped[0])
 
 
 # Positions as keys: flax.nnx.tabulate takes no other pytree inside of a tuple.
@@ -88,7 +89,7 @@ def moe_layer(
     ops, op_token = operations.enter("moe_layer", implementation, token)
     config, experts = token.group.config, experts_here("moe_layer", token.group)
     check_layer("moe_layer", config, experts, params, x, balance_bias, grouped_matmul)
-    routes = router.route(x, params.router, config.top_k, balance_bias=balance_bias)
+    routes = route(x, params.router, router_config(config), balance_bias=balance_bias)
 
     op_token = ops.dispatch_send(op_token, x, routes.topk_idx, routes.topk_weights)
     if params.shared is not None:
@@ -102,6 +103,11 @@ def moe_layer(
         out = out + shared
     token = operations.leave(implementation, token, op_token)
     return token, out, MoeAux.of(routes, d.num_dropped)
+
+
+def router_config(config: EpConfig) -> RouterConfig:
+    """A softmax, normalised; with one expert per row not, as in the Switch Transformer."""
+    return RouterConfig(config.top_k, normalise=config.top_k > 1)
 
 
 def check_layer(

@@ -26,7 +26,7 @@ from jax import Array
 from jax_smfree._src import arguments
 from jax_smfree.nn import operations, router
 from jax_smfree.nn.experts import grouped_mlp, mlp
-from jax_smfree.nn.layer import MoeAux, check_layer, experts_here
+from jax_smfree.nn.layer import MoeAux, check_layer, experts_here, router_config
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -83,8 +83,8 @@ def moe_two_batches(
     for token, x in zip(tokens, xs, strict=True):
         config, num_experts = token.group.config, experts_here(name, token.group)
         check_layer(name, config, num_experts, params, x, balance_bias, grouped_matmul)
-    top_k = tokens[0].group.config.top_k
-    route = functools.partial(router.route, top_k=top_k, balance_bias=balance_bias)
+    how = router_config(tokens[0].group.config)
+    route = functools.partial(router.route, config=how, balance_bias=balance_bias)
     experts = functools.partial(grouped_mlp, grouped_matmul=grouped_matmul)
 
     routes0 = route(x0, params.router)

@@ -9,6 +9,7 @@ from jax import Array
 
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import Token
+from jax_smfree.nn.balance import update_balance_bias
 from jax_smfree.nn.layer import MoeAux
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.on_mesh import (
@@ -18,7 +19,6 @@ from jax_smfree.nn.on_mesh import (
     moe_layer_on_mesh,
 )
 from jax_smfree.nn.params import MoeParams, SwigluParams
-from jax_smfree.nn.router import update_balance_bias
 
 try:
     from flax import nnx
