@@ -62,7 +62,12 @@ CASES = {
         "DeepseekV3Config",
         {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
     ),
-    "gpt-oss": Case("gpt_oss", "GptOssMLP", "GptOssConfig", {"num_local_experts": 8}),
+    "gpt-oss": Case(
+        "gpt_oss",
+        "GptOssMLP",
+        "GptOssConfig",
+        {"num_local_experts": 8, "swiglu_limit": 1.5},
+    ),
     "Llama-4": Case(
         "llama4",
         "Llama4TextMoe",
@@ -129,7 +134,7 @@ def assert_close(got: Any, want: Any) -> None:
     def compare(path: Any, got: Any, want: Any) -> None:
         name = jax.tree_util.keystr(path)
         assert np.abs(want).max() > 0.01, f"{name}: nothing to compare"
-        atol = 2e-6 * np.abs(want).max()
+        atol = 4e-6 * np.abs(want).max()
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=name)
 
     jax.tree_util.tree_map_with_path(compare, got, want)
