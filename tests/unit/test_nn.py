@@ -57,7 +57,7 @@ def make_rows(seed: int = 1) -> jax.Array:
 
 def dense_layer(params: nn.MoeParams, x: jax.Array, bias: jax.Array | None = None) -> Any:
     """Every expert on every row, weighted with zero where the router did not choose it."""
-    routes = nn.route(x, params.router, TOP_K, balance_bias=bias)
+    routes = nn.route(x, params.router, nn.RouterConfig(TOP_K), balance_bias=bias)
     all_outputs = jax.vmap(nn.mlp, in_axes=(None, 0), out_axes=1)(x, params.experts)
     weights = jnp.zeros((x.shape[0], NUM_EXPERTS))
     weights = weights.at[jnp.arange(x.shape[0])[:, None], routes.topk_idx].set(routes.topk_weights)
