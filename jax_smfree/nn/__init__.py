@@ -7,7 +7,9 @@ moe_two_batches                  two micro-batches that hide each other's moveme
 moe_layer_on_mesh,               the layer on global arrays; of it are the modules for
 init_moe_on_mesh,                Flax NNX and Equinox, jax_smfree.nn.{nnx,equinox}
 init_balance_bias_on_mesh
-route, load_balancing_loss,      the router, and two ways to keep the experts equally busy
+RouterConfig, route, Routes,     the routers of all common models, and balance for benchmarks
+balanced_routes
+load_balancing_loss,             ways to keep the experts equally busy
 expert_load, update_balance_bias
 grouped_mlp, mlp,                the compute of the experts: ready ones, and their activations
 sigmoid_gated_mlp, local_expert,
@@ -38,7 +40,7 @@ from jax_smfree.nn.on_mesh import (
 )
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MlpParams, MoeParams, SigmoidGatedParams, init_mlp, init_moe
-from jax_smfree.nn.router import RouterConfig, Routes, route
+from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
 from jax_smfree.nn.specs import moe_specs
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Shared",
     "SigmoidGatedParams",
     "WeightOn",
+    "balanced_routes",
     "block_matmul",
     "clamped_swiglu",
     "expert_load",

@@ -160,13 +160,24 @@ PLAIN = {
     ),
     "route": (
         nn.route,
-        lambda: {"x": x(), "router": jnp.ones((HIDDEN, EXPERTS)), "top_k": 2,
-                 "balance_bias": jnp.ones(EXPERTS)},
+        lambda: {"x": x(), "weight": jnp.ones((HIDDEN, EXPERTS)),
+                 "config": nn.RouterConfig(2), "bias": jnp.ones(EXPERTS),
+                 "balance_bias": jnp.ones(EXPERTS), "mask": jnp.ones(ROWS, bool)},
+    ),
+    "RouterConfig": (
+        nn.RouterConfig,
+        lambda: {"top_k": 2, "score": "sigmoid", "normalise": True, "epsilon": 1e-20,
+                 "scale": 2.5, "num_groups": 2, "groups_kept": 1, "group_score": "top2",
+                 "softmax": "before"},
+    ),
+    "balanced_routes": (
+        nn.balanced_routes,
+        lambda: {"num_tokens": ROWS, "num_experts": EXPERTS, "top_k": TOP_K},
     ),
     "expert_load": (nn.expert_load, lambda: {"topk_idx": idx(), "num_experts": EXPERTS}),
     "load_balancing_loss": (
         nn.load_balancing_loss,
-        lambda: {"probabilities": jnp.ones((ROWS, EXPERTS)), "load": jnp.ones(EXPERTS, int)},
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K)},
     ),
     "update_balance_bias": (
         nn.update_balance_bias,

@@ -18,6 +18,7 @@ from support import as_many, ep_mesh
 NUM_RANKS, NUM_EXPERTS, TOP_K = 4, 8, 2
 HIDDEN, WIDTH, TOKENS = 16, 24, 12
 BLOCK = 4
+ROUTER = nn.RouterConfig(TOP_K)
 P = PartitionSpec
 
 
@@ -57,7 +58,7 @@ def make_rows(seed: int = 1) -> jax.Array:
 
 def dense_layer(params: nn.MoeParams, x: jax.Array, bias: jax.Array | None = None) -> Any:
     """Every expert on every row, weighted with zero where the router did not choose it."""
-    routes = nn.route(x, params.router, nn.RouterConfig(TOP_K), balance_bias=bias)
+    routes = nn.route(x, params.router, ROUTER, balance_bias=bias)
     all_outputs = jax.vmap(nn.mlp, in_axes=(None, 0), out_axes=1)(x, params.experts)
     weights = jnp.zeros((x.shape[0], NUM_EXPERTS))
     weights = weights.at[jnp.arange(x.shape[0])[:, None], routes.topk_idx].set(routes.topk_weights)
@@ -181,7 +182,7 @@ def test_unknown_implementation_is_refused(group: Any) -> None:
 def test_route_chooses_by_score_and_weighs_by_probability() -> None:
     x, router_weights = make_rows(), make_params().router
     bias = jnp.zeros(NUM_EXPERTS).at[3].set(2.0)
-    routes = nn.route(x, router_weights, TOP_K, balance_bias=bias)
+    routes = nn.route(x, router_weights, ROUTER, balance_bias=bias)
     assert (routes.topk_idx[:, 0] == 3).all(), "a bias above 1 wins everywhere"
     np.testing.assert_allclose(routes.topk_weights.sum(-1), 1, rtol=1e-6)
     chosen = jnp.take_along_axis(routes.probabilities, routes.topk_idx, axis=-1)
@@ -192,11 +193,12 @@ def test_route_chooses_by_score_and_weighs_by_probability() -> None:
 def test_load_balancing_loss_is_one_when_balanced_and_e_when_collapsed() -> None:
     idx = jnp.arange(TOKENS * TOP_K, dtype=jnp.int32).reshape(TOKENS, TOP_K) % NUM_EXPERTS
     uniform = jnp.full((TOKENS, NUM_EXPERTS), 1 / NUM_EXPERTS)
-    load = nn.expert_load(idx, NUM_EXPERTS)
-    np.testing.assert_allclose(nn.load_balancing_loss(uniform, load), 1, rtol=1e-6)
+    routes = nn.Routes(idx, jnp.ones(idx.shape), uniform, uniform)
+    np.testing.assert_allclose(nn.load_balancing_loss(routes), 1, rtol=1e-6)
     certain = jnp.zeros((TOKENS, NUM_EXPERTS)).at[:, 0].set(1.0)
-    load = nn.expert_load(jnp.zeros((TOKENS, 1), jnp.int32), NUM_EXPERTS)
-    np.testing.assert_allclose(nn.load_balancing_loss(certain, load), NUM_EXPERTS, rtol=1e-6)
+    first = jnp.zeros((TOKENS, 1), jnp.int32)
+    routes = nn.Routes(first, jnp.ones(first.shape), certain, certain)
+    np.testing.assert_allclose(nn.load_balancing_loss(routes), NUM_EXPERTS, rtol=1e-6)
 
 
 def test_balance_bias_evens_out_the_load() -> None:
@@ -205,14 +207,14 @@ def test_balance_bias_evens_out_the_load() -> None:
 
     def spread(bias: jax.Array) -> float:
         load = nn.expert_load(
-            nn.route(x, router_weights, TOP_K, balance_bias=bias).topk_idx, NUM_EXPERTS
+            nn.route(x, router_weights, ROUTER, balance_bias=bias).topk_idx, NUM_EXPERTS
         )
         return float(jnp.std(load) / jnp.mean(load))
 
     @jax.jit
     def step(bias: jax.Array, _: None) -> tuple[jax.Array, None]:
         load = nn.expert_load(
-            nn.route(x, router_weights, TOP_K, balance_bias=bias).topk_idx, NUM_EXPERTS
+            nn.route(x, router_weights, ROUTER, balance_bias=bias).topk_idx, NUM_EXPERTS
         )
         return nn.update_balance_bias(bias, load, rate=5e-3), None
 
