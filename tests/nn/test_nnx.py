@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_smfree import nn
 from jax_smfree.nn import nnx as smfree_nnx
 from nn.functional import EXPERTS, HIDDEN, config, functional, loss, rows_on
 from support import as_many, ep_mesh, mesh_of
@@ -19,17 +18,12 @@ def layer_on(group, **options):
     )
 
 
-def params_of(layer):
-    shared = layer.shared.values() if layer.shared is not None else None
-    return nn.MoeParams(layer.router[...], layer.experts.values(), shared)
-
-
 @pytest.mark.parametrize(("mesh", "shared_width"), [("ep", 0), ("data,ep", 16)])
 def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
     group = groups(mesh_of(mesh), **config())
     layer, x = layer_on(group, shared_width=shared_width), rows_on(group)
     out, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
-    np.testing.assert_allclose(out, functional(group, params_of(layer), x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out, functional(group, layer.params(), x), rtol=1e-5, atol=1e-6)
     assert int(aux.load.sum()) == 2 * len(x)
     assert int(aux.num_dropped) == 0
     assert float(aux.load_balancing_loss) >= 0.5

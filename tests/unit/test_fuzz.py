@@ -63,7 +63,7 @@ def values():
         smfree.EpConfig(**SIZES), plan.Machine(), plan.Routing(4, 2), ep_mesh(1),
         Mesh(np.array(jax.devices()[:1]), ("other",)),
         nn.init_moe(key, hidden=4, num_experts=2, expert_width=3),
-        nn.init_swiglu(key, 4, 3, dtype=jnp.float32),
+        nn.init_mlp(key, 4, 3, dtype=jnp.float32),
         nn.ReferenceGroup("ep", smfree.EpConfig(**SIZES)).token(),
     ]  # fmt: skip
     return [*numbers, *others, *arrays, *foreign]
@@ -198,8 +198,8 @@ PLAIN = {
         lambda: {"x": x(), "w": jnp.ones((2, HIDDEN, WIDTH)), "group_sizes": jnp.array([2, 2]),
                  "block_rows": 2},
     ),
-    "init_swiglu": (
-        nn.init_swiglu,
+    "init_mlp": (
+        nn.init_mlp,
         lambda: {"key": jax.random.key(0), "hidden": 4, "width": 2, "leading": (2,),
                  "dtype": jnp.float32},
     ),
