@@ -10,13 +10,11 @@ import importlib
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from jax_smfree import nn
+from clients.comparing import assert_close, forward_and_backward
 from support import as_many, ep_mesh
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install '.[clients]'")
@@ -128,18 +126,6 @@ def run_block(block: Any, x: np.ndarray, dout: np.ndarray) -> Any:
     return out.detach().numpy().reshape(x.shape), rows.grad.numpy(), gradients
 
 
-def assert_close(got: Any, want: Any) -> None:
-    """To the rounding of float32: sums of up to 100 products of size 1, in another order."""
-
-    def compare(path: Any, got: Any, want: Any) -> None:
-        name = jax.tree_util.keystr(path)
-        assert np.abs(want).max() > 0.01, f"{name}: nothing to compare"
-        atol = 4e-6 * np.abs(want).max()
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=name)
-
-    jax.tree_util.tree_map_with_path(compare, got, want)
-
-
 @pytest.mark.parametrize("model", CASES)
 def test_block_and_its_gradients_equal_the_models_own(model: str, hf_moe: Any, groups: Any) -> None:
     config, block = random_block(CASES[model])
@@ -161,22 +147,5 @@ def test_block_and_its_gradients_equal_the_models_own(model: str, hf_moe: Any, g
         dtype=jnp.float32,
     )
 
-    def on_each_rank(params: nn.MoeParams, x: jax.Array) -> jax.Array:
-        return nn.moe_layer(group.token(), params, x, **options)[1]
-
-    layer = jax.shard_map(
-        on_each_rank,
-        mesh=group.mesh,
-        in_specs=(nn.moe_specs(params, "ep"), P("ep")),
-        out_specs=P("ep"),
-    )
-
-    @jax.jit
-    def forward_and_backward(params: nn.MoeParams, x: jax.Array, dout: jax.Array) -> Any:
-        out, pullback = jax.vjp(layer, params, x)
-        return out, pullback(dout)
-
-    got_out, (got_gradients, got_dx) = forward_and_backward(params, x, dout)
-    assert_close(got_out, out)
-    assert_close(got_dx, dx)
-    assert_close(got_gradients, convert(config, gradients)[0])
+    results = forward_and_backward(group, params, options, x, dout)
+    assert_close(results, (out, convert(config, gradients)[0], dx))
