@@ -182,11 +182,38 @@ PLAIN = {
     "expert_load": (nn.expert_load, lambda: {"topk_idx": idx(), "num_experts": EXPERTS}),
     "load_balancing_loss": (
         nn.load_balancing_loss,
-        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K)},
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K), "sequences": 2,
+                 "sequence_ids": jnp.zeros(ROWS, int), "axes": ()},
     ),
     "update_balance_bias": (
         nn.update_balance_bias,
         lambda: {"bias": jnp.ones(EXPERTS), "load": jnp.ones(EXPERTS, int), "rate": 0.1},
+    ),
+    "router_z_loss": (
+        nn.router_z_loss,
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K), "axes": ()},
+    ),
+    "quantile_balance_bias": (
+        nn.quantile_balance_bias,
+        lambda: {"bias": jnp.zeros(EXPERTS), "routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K),
+                 "config": nn.RouterConfig(TOP_K), "axes": ()},
+    ),
+    "load_metrics": (nn.load_metrics, lambda: {"load": jnp.ones(EXPERTS, int)}),
+    "ExpertPlacement": (nn.ExpertPlacement, lambda: {"logical_of_physical": (0, 1, 0)}),
+    "plan_placement": (
+        nn.plan_placement,
+        lambda: {"load": jnp.ones(EXPERTS, int), "num_physical": 12, "num_ranks": 4,
+                 "num_nodes": 2, "num_groups": 4},
+    ),
+    "move_parameters": (
+        nn.move_parameters,
+        lambda: {"params": params().experts, "old": nn.ExpertPlacement(tuple(range(EXPERTS))),
+                 "new": nn.ExpertPlacement((0, *range(EXPERTS)))},
+    ),
+    "spread": (
+        nn.spread,
+        lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K),
+                 "placement": nn.ExpertPlacement(tuple(range(EXPERTS))), "rank": 1},
     ),
     "mlp": (nn.mlp, lambda: {"x": x(), "params": params().shared, "activation": nn.swiglu}),
     "sigmoid_gated_mlp": (
