@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of real models against plain loops over their experts, with gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -236,6 +237,22 @@ def test_two_batches_take_the_same_arguments(groups):
     assert_trees_close(gradients(layer, params, x)[0], gradients(expected_of, params, x)[0])
 
 
+def test_copies_of_experts(groups):
+    """Values, gradients, load and loss are those without copies."""
+    model, placement = MODELS["deepseek_v3"], nn.ExpertPlacement((*range(EXPERTS), 0, 3, 3, 5))
+    group, params, x = group_for(groups, model, num_experts=12), params_of(model), rows(20)
+    layer = on_mesh(group, model, placement=placement)
+
+    def with_copies(params, x):
+        experts = nn.move_parameters(params.experts, None, placement)
+        return layer(dataclasses.replace(params, experts=experts), x)
+
+    got, aux = gradients(with_copies, params, x)
+    expected, load = gradients(functools.partial(by_loop, model), params, x)
+    assert_trees_close(got, expected)
+    np.testing.assert_array_equal(aux.load, load)
+
+
 def test_what_does_not_fit_is_told(groups):
     model = MODELS["gemma"]
     group, params, x = group_for(groups, model), params_of(model), rows(4)
@@ -248,6 +265,7 @@ def test_what_does_not_fit_is_told(groups):
         ({"mask": jnp.ones(3, bool)}, r"got mask\[3\], expected mask\[4\]"),
         ({"routes": routes, "balance_bias": jnp.ones(EXPERTS)}, "expected one of them"),
         ({"experts": lambda x, *_: x[:, :1]}, r"result of experts\[\d+, 1\], expected"),
+        ({"placement": nn.ExpertPlacement((0, 1))}, "placement of 2 copies, expected as many"),
         ({"weight_on": "both"}, "weight_on='both', expected 'output' or 'input'"),
     ]  # fmt: skip
     for options, message in wrong:
