@@ -9,8 +9,13 @@ init_moe_on_mesh,                Flax NNX and Equinox, jax_smfree.nn.{nnx,equino
 init_balance_bias_on_mesh
 RouterConfig, route, Routes,     the routers of all common models, and balance for benchmarks
 balanced_routes
-load_balancing_loss,             ways to keep the experts equally busy
-expert_load, update_balance_bias
+load_balancing_loss,             losses that keep the experts equally busy and the logits small
+router_z_loss
+update_balance_bias,             the same without a loss
+quantile_balance_bias
+expert_load, load_metrics        how busy the experts are
+ExpertPlacement, plan_placement, redundant copies of busy experts
+move_parameters, spread
 grouped_mlp, mlp,                the compute of the experts: ready ones, and their activations
 sigmoid_gated_mlp, local_expert,
 swiglu, geglu, clamped_swiglu,
@@ -21,7 +26,14 @@ ReferenceGroup                   in place of an EpGroup, for ``implementation="r
 
 from jax_smfree._src.reference import Group as ReferenceGroup
 from jax_smfree.nn.activations import Activation, clamped_swiglu, geglu, relu_squared, swiglu
-from jax_smfree.nn.balance import expert_load, load_balancing_loss, update_balance_bias
+from jax_smfree.nn.balance import (
+    expert_load,
+    load_balancing_loss,
+    load_metrics,
+    quantile_balance_bias,
+    router_z_loss,
+    update_balance_bias,
+)
 from jax_smfree.nn.experts import (
     Experts,
     Shared,
@@ -40,11 +52,13 @@ from jax_smfree.nn.on_mesh import (
 )
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MlpParams, MoeParams, SigmoidGatedParams, init_mlp, init_moe
+from jax_smfree.nn.physical import ExpertPlacement, move_parameters, plan_placement, spread
 from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
 from jax_smfree.nn.specs import moe_specs
 
 __all__ = [
     "Activation",
+    "ExpertPlacement",
     "Experts",
     "GroupedMatmul",
     "Implementation",
@@ -70,15 +84,21 @@ __all__ = [
     "init_moe",
     "init_moe_on_mesh",
     "load_balancing_loss",
+    "load_metrics",
     "local_expert",
     "mlp",
     "moe_layer",
     "moe_layer_on_mesh",
     "moe_specs",
     "moe_two_batches",
+    "move_parameters",
+    "plan_placement",
+    "quantile_balance_bias",
     "relu_squared",
     "route",
+    "router_z_loss",
     "sigmoid_gated_mlp",
+    "spread",
     "swiglu",
     "update_balance_bias",
 ]

@@ -12,12 +12,11 @@ from jax.typing import DTypeLike
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.token import Token
 from jax_smfree.nn import modules
-from jax_smfree.nn.balance import update_balance_bias
+from jax_smfree.nn.balance import Axes, update_balance_bias
 from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux
 from jax_smfree.nn.on_mesh import init_balance_bias_on_mesh, init_moe_on_mesh
 from jax_smfree.nn.params import MoeParams
 from jax_smfree.nn.router import Routes
-from jax_smfree.nn.specs import Axes
 
 try:
     import equinox
@@ -45,8 +44,7 @@ class MoeLayer(equinox.Module):
       param_dtype, fsdp_axis, tensor_axis: see `jax_smfree.nn.init_moe_on_mesh`.
       balanced: whether the layer has a bias for `update_balance`.
       key: a PRNG key for the weights.
-      options: ``router``, ``experts``, ``shared``, ``weight_on``, ``grouped_matmul`` and
-        ``implementation`` of `jax_smfree.nn.moe_layer`.
+      options: the static arguments of `jax_smfree.nn.moe_layer`, `LayerOptions`.
 
     Example:
       >>> layer = MoeLayer(group, expert_width=64, shared_width=64, key=jax.random.key(0))

@@ -19,6 +19,7 @@ from jax_smfree.nn.experts import Experts, Shared, grouped_mlp, local_expert, ml
 from jax_smfree.nn.matmul import GroupedMatmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
+from jax_smfree.nn.physical import ExpertPlacement, spread
 from jax_smfree.nn.router import RouterConfig, Routes, route
 
 WeightOn = Literal["output", "input"]
@@ -28,6 +29,7 @@ class LayerOptions(TypedDict, total=False):
     """The static arguments of `moe_layer`, which all forms of the layer take."""
 
     router: RouterConfig | None
+    placement: ExpertPlacement | None
     experts: Experts
     shared: Shared
     weight_on: WeightOn
@@ -66,6 +68,7 @@ def moe_layer(
     routes: Routes | None = None,
     mask: Array | None = None,
     balance_bias: Array | None = None,
+    placement: ExpertPlacement | None = None,
     experts: Experts = grouped_mlp,
     shared: Shared = mlp,
     weight_on: WeightOn = "output",
@@ -92,6 +95,9 @@ def moe_layer(
       mask: bool [T]; rows that are False (padding) visit no expert and come out as zero, and what
         is in them reaches nothing, NaN included.
       balance_bias: float32 [E], see `update_balance_bias`.
+      placement: of redundant copies of experts, where ``config.num_experts`` counts the copies
+        and ``params.experts`` are those (`move_parameters`); the router, its bias, ``routes`` and
+        ``aux`` are of the logical experts.
       experts: ``experts(x, group_sizes, local_expert, params) -> y``, the compute of this rank's
         experts: ``x`` [N, H] grouped by expert, ``group_sizes`` int32 [E / R], ``local_expert``
         int32 [N] (see `local_expert`), ``params.experts``, and ``y`` [N, H]. By default
@@ -127,12 +133,12 @@ def moe_layer(
     name = "moe_layer"
     ops, op_token = operations.enter(name, implementation, token)
     config = token.group.config
-    layer = Layer.of(name, config, router, experts, shared, weight_on, grouped_matmul)
+    layer = Layer.of(name, config, router, placement, experts, shared, weight_on, grouped_matmul)
     layer.check(experts_here(name, token.group), params, x, routes, mask, balance_bias)
     x = layer.masked(x, mask)
     routes = layer.route(x, params.router, params.router_bias, routes, mask, balance_bias)
 
-    op_token = ops.dispatch_send(op_token, x, routes.topk_idx, routes.topk_weights)
+    op_token = ops.dispatch_send(op_token, x, *layer.sent(routes, token.group.axis))
     if params.shared is not None:
         op_token, of_shared = ops.overlap(op_token, layer.of_shared, x, params.shared)
     d, op_token = ops.dispatch_recv(op_token)
@@ -153,6 +159,7 @@ class Layer:
     where: str  # the function that was called, for errors
     config: EpConfig
     router: RouterConfig
+    placement: ExpertPlacement | None
     experts: Experts
     shared: Shared
     weight_on: WeightOn
@@ -164,6 +171,7 @@ class Layer:
         where: str,
         config: EpConfig,
         router: RouterConfig | None = None,
+        placement: ExpertPlacement | None = None,
         experts: Experts = grouped_mlp,
         shared: Shared = mlp,
         weight_on: WeightOn = "output",
@@ -178,6 +186,13 @@ class Layer:
                 f"{where}: got a router with top_k={router.top_k}, expected that of the group's "
                 f"EpConfig, {config.top_k}."
             )
+        if placement is not None:
+            arguments.instance(where, "placement", placement, ExpertPlacement)
+            if placement.num_physical != config.num_experts:
+                raise ValueError(
+                    f"{where}: got a placement of {placement.num_physical} copies, expected as "
+                    f"many as num_experts of the group's EpConfig, {config.num_experts}."
+                )
         arguments.function(where, "experts", experts)
         arguments.function(where, "shared", shared)
         arguments.choice(where, "weight_on", weight_on, ("output", "input"))
@@ -185,7 +200,12 @@ class Layer:
             arguments.function(where, "grouped_matmul", grouped_matmul)
             experts = functools.partial(experts, grouped_matmul=grouped_matmul)
         arguments.choice(where, "implementation", implementation, ("smfree", "reference"))
-        return cls(where, config, router, experts, shared, weight_on, implementation)
+        return cls(where, config, router, placement, experts, shared, weight_on, implementation)
+
+    @property
+    def num_logical(self) -> int:
+        """Experts of the router."""
+        return self.placement.num_experts if self.placement else self.config.num_experts
 
     def check(
         self,
@@ -204,11 +224,11 @@ class Layer:
         if mask is not None:
             arguments.array(where, "mask", mask, (rows,), np.bool_)
         if routes is None:
-            router = (config.hidden, config.num_experts)
+            router = (config.hidden, self.num_logical)
             arguments.array(where, "params.router", params.router, router)
         else:
             arguments.instance(where, "routes", routes, Routes, "nn.route returns one.")
-            slots, scores = (rows, config.top_k), (rows, config.num_experts)
+            slots, scores = (rows, config.top_k), (rows, self.num_logical)
             arguments.array(where, "routes.topk_idx", routes.topk_idx, slots, jnp.integer)
             arguments.array(where, "routes.topk_weights", routes.topk_weights, slots)
             arguments.array(where, "routes.probabilities", routes.probabilities, scores)
@@ -218,7 +238,7 @@ class Layer:
                     "for the router, which routes replace."
                 )
         if balance_bias is not None:
-            arguments.array(where, "balance_bias", balance_bias, (config.num_experts,))
+            arguments.array(where, "balance_bias", balance_bias, (self.num_logical,))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.experts):
             name = "params.experts" + jax.tree_util.keystr(path)
             shape = arguments.as_array(where, name, leaf, f"an array [{num_experts}, ...]").shape
@@ -249,6 +269,12 @@ class Layer:
         return routes._replace(
             topk_idx=topk_idx, topk_weights=routes.topk_weights.astype(jnp.float32)
         )
+
+    def sent(self, routes: Routes, axis: Any) -> tuple[Array, Array]:
+        """The routes that ``dispatch_send`` takes."""
+        if self.placement is not None:
+            routes = spread(routes, self.placement, rank=jax.lax.axis_index(axis))
+        return routes.topk_idx, routes.topk_weights
 
     def of_shared(self, x: Array, params: Any) -> Array:
         out = self.shared(x, params)

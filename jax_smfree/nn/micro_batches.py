@@ -52,8 +52,7 @@ def moe_two_batches(
       routes: those of each, or None, see `moe_layer`.
       masks: that of each, or None, see `moe_layer`.
       balance_bias: see `moe_layer`.
-      options: ``router``, ``experts``, ``shared``, ``weight_on``, ``grouped_matmul`` and
-        ``implementation`` of `moe_layer`.
+      options: the static arguments of `moe_layer`, `LayerOptions`.
 
     Returns:
       ``(tokens, outs, auxs)``, a pair each.
@@ -86,12 +85,12 @@ def moe_two_batches(
         layer.check(experts_here(name, token.group), params, x, given, mask, balance_bias)
     x0, x1 = map(layer.masked, xs, masks)
 
-    router = (params.router, params.router_bias)
+    router, axis = (params.router, params.router_bias), tokens[0].group.axis
     routes0 = layer.route(x0, *router, routes[0], masks[0], balance_bias)
-    token0 = ops.dispatch_send(token0, x0, routes0.topk_idx, routes0.topk_weights)
+    token0 = ops.dispatch_send(token0, x0, *layer.sent(routes0, axis))
     given1 = (x1, *router, routes[1], masks[1], balance_bias)
     token0, routes1 = ops.overlap(token0, layer.route, *given1)
-    token1 = ops.dispatch_send(token1, x1, routes1.topk_idx, routes1.topk_weights)
+    token1 = ops.dispatch_send(token1, x1, *layer.sent(routes1, axis))
     if params.shared is not None:
         token0, shared0 = ops.overlap(token0, layer.of_shared, x0, params.shared)
     d0, token0 = ops.dispatch_recv(token0)

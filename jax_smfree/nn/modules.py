@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 from jax import Array
 
 from jax_smfree._src.group import EpGroup
+from jax_smfree.nn.balance import Axes
 from jax_smfree.nn.on_mesh import moe_layer_on_mesh
 from jax_smfree.nn.params import MoeParams
-from jax_smfree.nn.specs import Axes, moe_specs
+from jax_smfree.nn.specs import moe_specs
 
 _Bias = TypeVar("_Bias")
 

@@ -17,11 +17,12 @@ from jax_smfree._src import arguments
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.placement import placed
 from jax_smfree._src.token import Token
+from jax_smfree.nn.balance import Axes
 from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux, moe_layer
 from jax_smfree.nn.params import MoeParams, check_key, init_moe
 from jax_smfree.nn.router import Routes
 from jax_smfree.nn.rows import Rows
-from jax_smfree.nn.specs import Axes, as_tuple, check_specs, gathered, moe_specs, once_over
+from jax_smfree.nn.specs import as_tuple, check_specs, gathered, moe_specs, once_over
 
 
 def init_moe_on_mesh(
@@ -186,8 +187,7 @@ def moe_layer_on_mesh(
       tensor_axis: axes over which the parameters stay split, as ``params_spec`` says; rows are the
         same along them, and results are summed. Experts of your own must return values whose sum
         over these axes is the result.
-      options: ``router``, ``experts``, ``shared``, ``weight_on``, ``grouped_matmul`` and
-        ``implementation`` of `moe_layer`.
+      options: the static arguments of `moe_layer`, `LayerOptions`.
 
     Returns:
       ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts. With

@@ -100,8 +100,8 @@ class RouterConfig:
             given = 'softmax="after"' if self.softmax == "after" else "normalise=True"
             cure = 'softmax="before", ' if self.softmax == "after" else ""
             raise ValueError(
-                f"{name}: got top_k=1 with {given}: every weight would be 1 and the router would "
-                f"learn nothing. Pass {cure}normalise=False."
+                f"{name}: got top_k=1 with {given}, expected {cure}normalise=False: otherwise "
+                "every weight would be 1, and the router would learn nothing."
             )
 
     def _set(self, field: str, value: object) -> None:
@@ -184,7 +184,7 @@ def route(
         logits = logits + bias.astype(jnp.float32)[None, :]
 
     scores, log_scores = _scores(logits, config)
-    choice = jax.lax.stop_gradient(logits if config.softmax == "after" else scores)
+    choice = jax.lax.stop_gradient(scores_of_choice(logits, config))
     if balance_bias is not None:
         balance_bias = arguments.array(name, "balance_bias", balance_bias, (experts,))
         choice = choice + jax.lax.stop_gradient(balance_bias).astype(jnp.float32)[None, :]
@@ -198,6 +198,11 @@ def route(
             for of_rows in (topk_weights, probabilities, logits)
         )
     return Routes(topk_idx, topk_weights, probabilities, logits)
+
+
+def scores_of_choice(logits: Array, config: RouterConfig) -> Array:
+    """What the choice compares, float32 [T, E], before ``balance_bias`` is added."""
+    return logits if config.softmax == "after" else _scores(logits, config)[0]
 
 
 def _scores(logits: Array, config: RouterConfig) -> tuple[Array, Array]:
@@ -224,7 +229,7 @@ def _choose(scores: Array, config: RouterConfig) -> Array:
         best, _ = jax.lax.top_k(grouped, 2 if config.group_score == "top2" else 1)
         _, kept = jax.lax.top_k(jnp.sum(best, axis=-1), config.groups_kept)
         groups = jnp.arange(config.num_groups, dtype=kept.dtype)
-        is_kept = jnp.any(kept[:, :, None] == groups, axis=1)
+        is_kept = jnp.any(kept[:, :, None] == groups[None, None, :], axis=1)
         grouped = jnp.where(is_kept[:, :, None], grouped, jnp.float32(-jnp.inf))
         scores = grouped.reshape(rows, experts)
     _, topk_idx = jax.lax.top_k(scores, config.top_k)
@@ -288,7 +293,7 @@ def balanced_routes(num_tokens: int, num_experts: int, top_k: int) -> Routes:
     # Rows take K after K of this order, from its end back to its beginning.
     order = np.argsort(np.arange(num_experts) % (num_experts // top_k), kind="stable")
     rows = jnp.arange(num_tokens, dtype=jnp.int32)[:, None] % num_experts
-    places = (rows * top_k + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
+    places = (rows * top_k + jnp.arange(top_k, dtype=jnp.int32)[None, :]) % num_experts
     return Routes(
         topk_idx=jnp.asarray(order, jnp.int32)[places],
         topk_weights=jnp.full((num_tokens, top_k), 1 / top_k, jnp.float32),

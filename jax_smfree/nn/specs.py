@@ -16,10 +16,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_smfree._src import arguments
+from jax_smfree.nn.balance import Axes
 from jax_smfree.nn.params import MlpParams, MoeParams
-
-# The name of a mesh axis, or several.
-Axes = str | tuple[str, ...]
 
 
 def moe_specs(

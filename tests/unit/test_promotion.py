@@ -167,6 +167,49 @@ def test_layers(groups, layer, name):
     assert_same(got, expected)
 
 
+def router_program():
+    """Everything that routers and balance return, and gradients."""
+    x = jax.random.normal(jax.random.key(0), (ROWS, HIDDEN), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (HIDDEN, EXPERTS), jnp.float32)
+    bias = jnp.linspace(-0.1, 0.1, EXPERTS, dtype=jnp.float32)
+    ids, mask = jnp.arange(ROWS, dtype=jnp.int32) // 3, jnp.arange(ROWS) < ROWS - 1
+    placement = nn.plan_placement(np.arange(EXPERTS), EXPERTS + 2, 2)
+
+    def loss(x, weight, config):
+        routes = nn.route(x, weight, config, bias=bias, balance_bias=bias, mask=mask)
+        losses = (
+            nn.load_balancing_loss(routes, sequences=3, sequence_ids=ids),
+            nn.load_balancing_loss(routes, sequences=2),
+            nn.router_z_loss(routes),
+        )
+        return sum(losses, start=jnp.sum(routes.topk_weights[:, 0])), (routes, losses)
+
+    def results(config):
+        gradients, (routes, losses) = jax.grad(loss, (0, 1), has_aux=True)(x, weight, config)
+        load = nn.expert_load(routes.topk_idx, EXPERTS)
+        moved = ()
+        if config.groups_kept == config.num_groups:
+            moved = nn.quantile_balance_bias(bias, routes, config)
+        spread = nn.spread(routes, placement, rank=1)
+        return gradients, routes, losses, moved, spread, nn.load_metrics(load)
+
+    groups = {"num_groups": 4, "groups_kept": 2, "group_score": "top2"}
+    configs = [
+        nn.RouterConfig(TOP_K, score="sigmoid", scale=2.5, **groups),
+        nn.RouterConfig(TOP_K, softmax="after"),
+        nn.RouterConfig(TOP_K, score="sqrt_softplus", normalise=False),
+    ]
+    routed = jax.jit(lambda: [results(config) for config in configs])()
+    return routed, nn.balanced_routes(ROWS, EXPERTS, TOP_K)
+
+
+@SETTINGS
+def test_routers(name):
+    expected = router_program()
+    with setting(name):
+        assert_same(router_program(), expected)
+
+
 @SETTINGS
 def test_checkpoint_and_second_order(groups, name):
     group = groups(ep_mesh(as_many(4)), **CONFIG, dtype=jnp.float32)

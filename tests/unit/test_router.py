@@ -140,7 +140,7 @@ REFUSED = {
         ValueError, r"routes.probabilities\[6, 8\], expected routes.probabilities\[3, E\]",
     ),
     "one expert, normalised": (
-        functools.partial(nn.RouterConfig, 1), ValueError, "learn nothing. Pass normalise=False",
+        functools.partial(nn.RouterConfig, 1), ValueError, "expected normalise=False: .* learn",
     ),
     "a softmax of sigmoids": (
         functools.partial(nn.RouterConfig, 2, score="sigmoid", softmax="after"),
