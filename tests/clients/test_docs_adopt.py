@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code in docs/adopt.md: the program runs, the functions are those of examples/hf_moe.py."""
+"""The code in docs/adopt.md: the program runs, the functions are those of examples/."""
 
 import pathlib
 import re
@@ -19,8 +19,9 @@ def test_the_program_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(BLOCKS[0], "docs/adopt.md", "exec"), {})
 
 
-def test_the_functions_are_those_of_the_example() -> None:
-    source = (ROOT / "examples/hf_moe.py").read_text()
-    assert len(BLOCKS) == 8
+def test_the_functions_are_those_of_the_examples() -> None:
+    files = ("hf_moe", "maxtext_moe", "levanter_moe")
+    source = "".join((ROOT / f"examples/{name}.py").read_text() for name in files)
+    assert len(BLOCKS) == 10
     for block in BLOCKS[1:]:
         assert block.startswith("def ") and block in source
