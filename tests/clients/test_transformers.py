@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from clients.comparing import assert_close, forward_and_backward
+from jax_smfree import nn
 from support import as_many, ep_mesh
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install '.[clients]'")
@@ -149,3 +150,11 @@ def test_block_and_its_gradients_equal_the_models_own(model: str, hf_moe: Any, g
 
     results = forward_and_backward(group, params, options, x, dout)
     assert_close(results, (out, convert(config, gradients)[0], dx))
+
+
+def test_load_balancing_loss_is_the_models_own_over_top_k() -> None:
+    logits = np.random.default_rng(0).normal(size=(64, EXPERTS)).astype(np.float32)
+    module = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    theirs = module.load_balancing_loss_func((torch.tensor(logits),), EXPERTS, top_k=2)
+    routes = nn.route(jnp.array(logits), jnp.eye(EXPERTS), nn.RouterConfig(2))
+    np.testing.assert_allclose(2 * nn.load_balancing_loss(routes), theirs, rtol=1e-5)
