@@ -37,7 +37,7 @@ Layer = Callable[[nn.MoeParams, Array], Array]
 
 def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
     """``nn.moe_layer`` with all_gather and gather, scatter-add and psum_scatter."""
-    routes = nn.route(x, params.router, nn.RouterConfig(shape.top_k))
+    routes = nn.route(x, params.router, nn.RouterConfig(shape.top_k, normalise=shape.top_k > 1))
     routing = route(shape, routes.topk_idx)
     filled = jnp.arange(shape.capacity) < routing.group_sizes.sum()
     copy = routing.copy_of_row
@@ -107,7 +107,9 @@ class _Model:
         shape = self._case.shape
 
         def load(params: nn.MoeParams, x: Array) -> Array:
-            routes = nn.route(x, params.router, nn.RouterConfig(shape.top_k))
+            routes = nn.route(
+                x, params.router, nn.RouterConfig(shape.top_k, normalise=shape.top_k > 1)
+            )
             return nn.expert_load(routes.topk_idx, shape.experts)
 
         loads = np.asarray(self.compiled({"": load})[""]()).reshape(shape.ranks, shape.ranks, -1)

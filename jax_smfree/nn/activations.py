@@ -45,8 +45,8 @@ def clamped_swiglu(
     defaults are those of gpt-oss (arXiv:2508.10925). Bind others with ``functools.partial``.
 
     Example:
-      >>> nn.clamped_swiglu(jnp.array([-100.0, 100.0]), jnp.array([0.0, 100.0]))
-      Array([-0., 56.], dtype=float32)
+      >>> nn.clamped_swiglu(jnp.array([0.0, 100.0]), jnp.array([0.0, 100.0])).round(2)
+      Array([ 0., 56.], dtype=float32)
     """
     gate = jnp.minimum(gate, limit)
     up = jnp.clip(up, -limit, limit)

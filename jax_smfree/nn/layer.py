@@ -134,7 +134,7 @@ def moe_layer(
     ops, op_token = operations.enter(name, implementation, token)
     config = token.group.config
     layer = Layer.of(name, config, router, placement, experts, shared, weight_on, grouped_matmul)
-    layer.check(experts_here(name, token.group), params, x, routes, mask, balance_bias)
+    x = layer.check(experts_here(name, token.group), params, x, routes, mask, balance_bias)
     x = layer.masked(x, mask)
     routes = layer.route(x, params.router, params.router_bias, routes, mask, balance_bias)
 
@@ -215,11 +215,11 @@ class Layer:
         routes: Routes | None,
         mask: Array | None,
         balance_bias: Array | None,
-    ) -> None:
-        """The arrays of a call fit the group; ``num_experts`` are those in ``params``."""
+    ) -> Array:
+        """``x``, where all arrays fit the group; ``num_experts`` are those in ``params``."""
         where, config = self.where, self.config
         arguments.instance(where, "params", params, MoeParams, "Make it with nn.init_moe.")
-        arguments.array(where, "x", x, ("T", config.hidden), config.dtype)
+        x = arguments.array(where, "x", x, ("T", config.hidden), config.dtype)
         rows = x.shape[0]
         if mask is not None:
             arguments.array(where, "mask", mask, (rows,), np.bool_)
@@ -247,6 +247,7 @@ class Layer:
                     f"{where}: got {name}{list(shape)}, expected {name}[{num_experts}, ...]: its "
                     "first axis is that of the experts."
                 )
+        return x
 
     def masked(self, x: Array, mask: Array | None) -> Array:
         return x if mask is None else jnp.where(mask[:, None], x, jnp.zeros((), x.dtype))

@@ -80,10 +80,13 @@ def moe_two_batches(
     implementation = options.get("implementation", "smfree")
     ops, token0 = operations.enter(name, implementation, tokens[0])
     ops, token1 = operations.enter(name, implementation, tokens[1])
+    checked = []
     for token, x, given, mask in zip(tokens, xs, routes, masks, strict=True):
         layer = Layer.of(name, token.group.config, **options)
-        layer.check(experts_here(name, token.group), params, x, given, mask, balance_bias)
-    x0, x1 = map(layer.masked, xs, masks)
+        here = experts_here(name, token.group)
+        x = layer.check(here, params, x, given, mask, balance_bias)
+        checked.append(layer.masked(x, mask))
+    x0, x1 = checked
 
     router, axis = (params.router, params.router_bias), tokens[0].group.axis
     routes0 = layer.route(x0, *router, routes[0], masks[0], balance_bias)

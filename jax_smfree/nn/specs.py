@@ -91,6 +91,11 @@ def gathered(
         for dim, entry in enumerate(spec):
             stay = (*kept, *group_axes) if of_experts and dim == 0 else kept
             names = tuple(name for name in as_tuple(entry) if name not in stay)
+            if names and as_tuple(entry)[-len(names) :] != names:
+                raise ValueError(
+                    f"moe_layer_on_mesh: got {spec} in params_spec, expected {names[0]!r} behind "
+                    "the axes that stay split, so that what a device gathers are neighbours."
+                )
             if names:
                 array = jax.lax.all_gather(array, names, axis=dim, tiled=True)
         return array

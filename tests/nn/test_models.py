@@ -253,6 +253,24 @@ def test_copies_of_experts(groups):
     np.testing.assert_array_equal(aux.load, load)
 
 
+def test_axes_that_are_gathered_stand_behind_the_others(groups):
+    """In an entry of a spec, because the parts of a device then are neighbours."""
+    model = MODELS["gemma"]
+    mesh = Mesh(devices(4).reshape(2, 2), ("data", "ep"))
+    group, params, x = group_for(groups, model, mesh), params_of(model), rows(4)
+    specs = jax.tree.map(lambda _: P(), params)
+
+    def traced(*entry):
+        experts = jax.tree.map(lambda _: P(entry), params.experts)
+        spec = dataclasses.replace(specs, experts=experts)
+        layer = functools.partial(nn.moe_layer_on_mesh, group, params_spec=spec)
+        return jax.eval_shape(layer, params, x)[0].shape
+
+    assert traced("ep", "data") == x.shape
+    with pytest.raises(ValueError, match=r"got .*'data', 'ep'.*, expected 'data' behind"):
+        traced("data", "ep")
+
+
 def test_what_does_not_fit_is_told(groups):
     model = MODELS["gemma"]
     group, params, x = group_for(groups, model), params_of(model), rows(4)
