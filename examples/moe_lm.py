@@ -85,7 +85,7 @@ def init(key: Array, config: ModelConfig) -> Params:
 def specs(params: Params) -> Params:
     """Experts are split over the ranks (behind the layer axis), all else is replicated."""
     replicated: Params = jax.tree.map(lambda _: P(), params)
-    moe = jax.tree.map(lambda spec: P(None, *spec), nn.moe_specs(params.layers.moe, AXIS))
+    moe = nn.moe_specs(params.layers.moe, AXIS)
     return dataclasses.replace(replicated, layers=dataclasses.replace(replicated.layers, moe=moe))
 
 

@@ -46,7 +46,8 @@ def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
     everything = lax.all_gather(x, AXIS, tiled=True)
     picked = everything.at[row].get(mode="fill", fill_value=0)
     shared = nn.mlp(x, params.shared)
-    y = nn.grouped_mlp(picked, routing.group_sizes, params.experts)
+    local_expert = nn.local_expert(routing.group_sizes, shape.capacity)
+    y = nn.grouped_mlp(picked, routing.group_sizes, local_expert, params.experts)
     # Not by a weight of zero: rows past the last group may be NaN.
     weights = jnp.where(filled, lax.all_gather(routes.topk_weights, AXIS).reshape(-1)[copy], 0)
     out = jnp.zeros((shape.ranks * shape.rows, shape.hidden), jnp.float32)

@@ -23,7 +23,7 @@ def manual_axes() -> frozenset[str]:
 
 
 def mesh_shape() -> dict[str, int]:
-    """Axes and sizes of the mesh around the call, in a ``jax.shard_map`` of all of its mesh."""
+    """Axis and sizes of the mesh around the call, in a ``jax.shard_map`` of all of its mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 

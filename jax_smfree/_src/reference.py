@@ -22,6 +22,7 @@ from jax import Array
 from jax_smfree._src import arguments, group_axis
 
 Result = TypeVar("Result")
+FROM_DISPATCH = object()  # the weights that the dispatch brought
 
 
 class Config(Protocol):
@@ -240,8 +241,9 @@ def dispatch_recv(token: Token) -> tuple[DispatchResult, Token]:
     return result, dataclasses.replace(token, in_flight=())
 
 
-def combine_send(token: Token, d: DispatchResult, y: Array) -> Token:
-    return dataclasses.replace(token, in_flight=(d, y, d.weights))
+def combine_send(token: Token, d: DispatchResult, y: Array, weights: Any = FROM_DISPATCH) -> Token:
+    weights = d.weights if weights is FROM_DISPATCH else weights
+    return dataclasses.replace(token, in_flight=(d, y, weights))
 
 
 def combine_recv(token: Token) -> tuple[Array, Token]:

@@ -16,12 +16,16 @@ quantile_balance_bias
 expert_load, load_metrics        how busy the experts are
 ExpertPlacement, plan_placement, redundant copies of busy experts
 move_parameters, spread
-grouped_mlp, mlp                 the compute of the experts
+grouped_mlp, mlp,                the compute of the experts: ready ones, and their activations
+sigmoid_gated_mlp, local_expert,
+swiglu, geglu, clamped_swiglu,
+relu_squared
 grouped_matmul, block_matmul     what they multiply with
 ReferenceGroup                   in place of an EpGroup, for ``implementation="reference"``
 """
 
 from jax_smfree._src.reference import Group as ReferenceGroup
+from jax_smfree.nn.activations import Activation, clamped_swiglu, geglu, relu_squared, swiglu
 from jax_smfree.nn.balance import (
     expert_load,
     load_balancing_loss,
@@ -30,8 +34,15 @@ from jax_smfree.nn.balance import (
     router_z_loss,
     update_balance_bias,
 )
-from jax_smfree.nn.experts import grouped_mlp, mlp
-from jax_smfree.nn.layer import MoeAux, moe_layer
+from jax_smfree.nn.experts import (
+    Experts,
+    Shared,
+    grouped_mlp,
+    local_expert,
+    mlp,
+    sigmoid_gated_mlp,
+)
+from jax_smfree.nn.layer import LayerOptions, MoeAux, WeightOn, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
 from jax_smfree.nn.micro_batches import moe_two_batches
 from jax_smfree.nn.on_mesh import (
@@ -40,31 +51,41 @@ from jax_smfree.nn.on_mesh import (
     moe_layer_on_mesh,
 )
 from jax_smfree.nn.operations import Implementation
-from jax_smfree.nn.params import MoeParams, SwigluParams, init_moe, init_swiglu, moe_specs
+from jax_smfree.nn.params import MlpParams, MoeParams, SigmoidGatedParams, init_mlp, init_moe
 from jax_smfree.nn.physical import ExpertPlacement, move_parameters, plan_placement, spread
 from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
+from jax_smfree.nn.specs import moe_specs
 
 __all__ = [
+    "Activation",
     "ExpertPlacement",
+    "Experts",
     "GroupedMatmul",
     "Implementation",
+    "LayerOptions",
+    "MlpParams",
     "MoeAux",
     "MoeParams",
     "ReferenceGroup",
     "RouterConfig",
     "Routes",
-    "SwigluParams",
+    "Shared",
+    "SigmoidGatedParams",
+    "WeightOn",
     "balanced_routes",
     "block_matmul",
+    "clamped_swiglu",
     "expert_load",
+    "geglu",
     "grouped_matmul",
     "grouped_mlp",
     "init_balance_bias_on_mesh",
+    "init_mlp",
     "init_moe",
     "init_moe_on_mesh",
-    "init_swiglu",
     "load_balancing_loss",
     "load_metrics",
+    "local_expert",
     "mlp",
     "moe_layer",
     "moe_layer_on_mesh",
@@ -73,8 +94,11 @@ __all__ = [
     "move_parameters",
     "plan_placement",
     "quantile_balance_bias",
+    "relu_squared",
     "route",
     "router_z_loss",
+    "sigmoid_gated_mlp",
     "spread",
+    "swiglu",
     "update_balance_bias",
 ]

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_smfree._src import arguments, compat
+from jax_smfree._src.group_axis import Axis
 from jax_smfree.nn.router import RouterConfig, Routes, scores_of_choice
-
-Axes = str | tuple[str, ...]
 
 
 def expert_load(topk_idx: Array, num_experts: int) -> Array:
@@ -44,7 +43,7 @@ def load_balancing_loss(
     *,
     sequences: int = 1,
     sequence_ids: Array | None = None,
-    axes: Axes = (),
+    axes: Axis = (),
 ) -> Array:
     """``E * sum_e(share of rows of e * mean probability of e)``: 1 if balanced, E at the worst.
 
@@ -121,7 +120,7 @@ def load_balancing_loss(
     return loss
 
 
-def router_z_loss(routes: Routes, *, axes: Axes = ()) -> Array:
+def router_z_loss(routes: Routes, *, axes: Axis = ()) -> Array:
     """The mean over the rows of ``logsumexp(logits) ** 2``, which keeps the logits small.
 
     Of the rows that go to an expert; 0 if there are none. Add 0.001 times it to the training loss.
@@ -176,7 +175,7 @@ def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
 
 
 def quantile_balance_bias(
-    bias: Array, routes: Routes, config: RouterConfig, *, axes: Axes = ()
+    bias: Array, routes: Routes, config: RouterConfig, *, axes: Axis = ()
 ) -> Array:
     """The next ``balance_bias`` [E] by quantile balancing, once per step; it has no rate to tune.
 
@@ -296,7 +295,7 @@ def _logits(where: str, routes: Routes, shape: Sequence[int]) -> Array:
     return arguments.array(where, "routes.logits", routes.logits, shape).astype(jnp.float32)
 
 
-def _axes(where: str, axes: Axes) -> tuple[str, ...]:
+def _axes(where: str, axes: Axis) -> tuple[str, ...]:
     given = axes if isinstance(axes, tuple) else (axes,)
     if not all(isinstance(axis, str) for axis in given):
         raise TypeError(

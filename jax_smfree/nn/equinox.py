@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, Unpack, overload
 
 import jax
 from jax import Array
+from jax.typing import DTypeLike
 
 from jax_smfree._src.group import EpGroup
+from jax_smfree._src.group_axis import Axis
 from jax_smfree._src.token import Token
-from jax_smfree.nn import matmul
+from jax_smfree.nn import modules
 from jax_smfree.nn.balance import update_balance_bias
-from jax_smfree.nn.layer import MoeAux
-from jax_smfree.nn.on_mesh import (
-    bias_of_balanced,
-    init_balance_bias_on_mesh,
-    init_moe_on_mesh,
-    moe_layer_on_mesh,
-)
+from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux
+from jax_smfree.nn.on_mesh import init_balance_bias_on_mesh, init_moe_on_mesh
 from jax_smfree.nn.params import MoeParams
+from jax_smfree.nn.router import Routes
 
 try:
     import equinox
@@ -38,13 +36,16 @@ class MoeLayer(equinox.Module):
     ``balance_bias`` is zero; an optimizer that changes a parameter without a gradient, as weight
     decay does, must not get it (``equinox.partition``).
 
+    Experts that have other parameters than an MLP take them in ``layer.params.experts``, which
+    ``equinox.tree_at`` replaces.
+
     Args:
       group: of ``EpConfig`` with ``differentiable=True`` for training.
-      expert_width: F of a routed expert.
-      shared_width: F of the shared expert; 0 leaves it out.
+      expert_width, shared_width, shared_gate, gated, biases: see `jax_smfree.nn.init_moe`.
+      param_dtype, fsdp_axis, tensor_axis: see `jax_smfree.nn.init_moe_on_mesh`.
       balanced: whether the layer has a bias for `update_balance`.
-      grouped_matmul: multiplies groups of rows with their experts.
       key: a PRNG key for the weights.
+      options: the static arguments of `jax_smfree.nn.moe_layer`, `LayerOptions`.
 
     Example:
       >>> layer = MoeLayer(group, expert_width=64, shared_width=64, key=jax.random.key(0))
@@ -56,7 +57,9 @@ class MoeLayer(equinox.Module):
     params: MoeParams
     balance_bias: Array | None
     group: EpGroup = equinox.field(static=True)
-    grouped_matmul: matmul.GroupedMatmul = equinox.field(static=True)
+    fsdp_axis: Axis | None = equinox.field(static=True)
+    tensor_axis: Axis | None = equinox.field(static=True)
+    options: tuple[tuple[str, Any], ...] = equinox.field(static=True)
 
     def __init__(
         self,
@@ -64,33 +67,77 @@ class MoeLayer(equinox.Module):
         *,
         expert_width: int,
         shared_width: int = 0,
+        shared_gate: bool = False,
+        gated: bool = True,
+        biases: bool = False,
+        param_dtype: DTypeLike | None = None,
+        fsdp_axis: Axis | None = None,
+        tensor_axis: Axis | None = None,
         balanced: bool = False,
-        grouped_matmul: matmul.GroupedMatmul = matmul.grouped_matmul,
         key: Array,
+        **options: Unpack[LayerOptions],
     ) -> None:
-        self.group, self.grouped_matmul = group, grouped_matmul
+        Layer.of("MoeLayer", group.config, **options)  # checks them
+        self.group, self.fsdp_axis, self.tensor_axis = group, fsdp_axis, tensor_axis
+        self.options = tuple(options.items())
         self.params = init_moe_on_mesh(
-            key, group, expert_width=expert_width, shared_width=shared_width
+            key,
+            group,
+            expert_width=expert_width,
+            shared_width=shared_width,
+            shared_gate=shared_gate,
+            gated=gated,
+            biases=biases,
+            param_dtype=param_dtype,
+            fsdp_axis=fsdp_axis,
+            tensor_axis=tensor_axis,
         )
         self.balance_bias = init_balance_bias_on_mesh(group) if balanced else None
 
     @overload
-    def __call__(self, x: Array, *, token: None = None, lane: int = 0) -> tuple[Array, MoeAux]: ...
-    @overload
-    def __call__(self, x: Array, *, token: Token, lane: int = 0) -> tuple[Token, Array, MoeAux]: ...
     def __call__(
-        self, x: Array, *, token: Token | None = None, lane: int = 0
+        self,
+        x: Array,
+        *,
+        token: None = None,
+        lane: int = 0,
+        routes: Routes | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Array, MoeAux]: ...
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        *,
+        token: Token,
+        lane: int = 0,
+        routes: Routes | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Token, Array, MoeAux]: ...
+    def __call__(
+        self,
+        x: Array,
+        *,
+        token: Token | None = None,
+        lane: int = 0,
+        routes: Routes | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, MoeAux] | tuple[Token, Array, MoeAux]:
         """``(out, aux)``, or ``(token, out, aux)`` with a token; see `moe_layer_on_mesh`."""
-        return moe_layer_on_mesh(
+        result: tuple[Array, MoeAux] | tuple[Token, Array, MoeAux] = modules.call(
             self.group,
             self.params,
             x,
             token=token,
             lane=lane,
+            routes=routes,
+            mask=mask,
             balance_bias=jax.lax.stop_gradient(self.balance_bias),
-            grouped_matmul=self.grouped_matmul,
+            fsdp_axis=self.fsdp_axis,
+            tensor_axis=self.tensor_axis,
+            **dict(self.options),
         )
+        return result
 
     def update_balance(self, aux: MoeAux, rate: float = 1e-3) -> MoeLayer:
         """Once per step, with what the layer returned: a layer with less bias for busy experts.
@@ -98,6 +145,6 @@ class MoeLayer(equinox.Module):
         Raises:
           ValueError: for a layer that was made without ``balanced=True``.
         """
-        bias = update_balance_bias(bias_of_balanced(self.balance_bias), aux.load, rate)
+        bias = update_balance_bias(modules.bias_of_balanced(self.balance_bias), aux.load, rate)
         updated: MoeLayer = equinox.tree_at(lambda layer: layer.balance_bias, self, bias)
         return updated

@@ -18,18 +18,15 @@ turns around, its gradient. One batch alone (`moe_layer`) has the shared expert 
 and nothing for the combine.
 """
 
-import functools
-from typing import Any
+from typing import Any, Unpack
 
 from jax import Array
 
 from jax_smfree._src import arguments
-from jax_smfree.nn import operations, router
-from jax_smfree.nn.experts import grouped_mlp, mlp
-from jax_smfree.nn.layer import MoeAux, check_layer, experts_here, router_config
-from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
-from jax_smfree.nn.operations import Implementation
+from jax_smfree.nn import operations
+from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux, experts_here
 from jax_smfree.nn.params import MoeParams
+from jax_smfree.nn.router import Routes
 
 
 def moe_two_batches(
@@ -37,9 +34,10 @@ def moe_two_batches(
     params: MoeParams,
     xs: tuple[Array, Array],
     *,
+    routes: tuple[Routes | None, Routes | None] = (None, None),
+    masks: tuple[Array | None, Array | None] = (None, None),
     balance_bias: Array | None = None,
-    grouped_matmul: GroupedMatmul = grouped_matmul,
-    implementation: Implementation = "smfree",
+    **options: Unpack[LayerOptions],
 ) -> tuple[tuple[Any, Any], tuple[Array, Array], tuple[MoeAux, MoeAux]]:
     """`moe_layer` for two micro-batches at once: the same values, more overlap.
 
@@ -49,11 +47,12 @@ def moe_two_batches(
 
     Args:
       tokens: ready, on two lanes: ``(group.token(0), group.token(1))``.
-      params: from `init_moe`.
+      params: see `moe_layer`.
       xs: the rows of the two micro-batches.
+      routes: those of each, or None, see `moe_layer`.
+      masks: that of each, or None, see `moe_layer`.
       balance_bias: see `moe_layer`.
-      grouped_matmul: see `moe_layer`.
-      implementation: see `moe_layer`.
+      options: the static arguments of `moe_layer`, `LayerOptions`.
 
     Returns:
       ``(tokens, outs, auxs)``, a pair each.
@@ -71,41 +70,48 @@ def moe_two_batches(
       (16, 16)
     """
     name = "moe_two_batches"
-    for what, pair in (("tokens", tokens), ("xs", xs)):
+    pairs = {"tokens": tokens, "xs": xs, "routes": routes, "masks": masks}
+    for what, pair in pairs.items():
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(
                 f"{name}: got {arguments.shown(pair)} as {what}, expected a pair, one for each "
                 "micro-batch."
             )
-    x0, x1 = xs
+    implementation = options.get("implementation", "smfree")
     ops, token0 = operations.enter(name, implementation, tokens[0])
     ops, token1 = operations.enter(name, implementation, tokens[1])
-    for token, x in zip(tokens, xs, strict=True):
-        config, num_experts = token.group.config, experts_here(name, token.group)
-        check_layer(name, config, num_experts, params, x, balance_bias, grouped_matmul)
-    how = router_config(tokens[0].group.config)
-    route = functools.partial(router.route, config=how, balance_bias=balance_bias)
-    experts = functools.partial(grouped_mlp, grouped_matmul=grouped_matmul)
+    checked = []
+    for token, x, given, mask in zip(tokens, xs, routes, masks, strict=True):
+        layer = Layer.of(name, token.group.config, **options)
+        here = experts_here(name, token.group)
+        x = layer.check(here, params, x, given, mask, balance_bias)
+        checked.append(layer.masked(x, mask))
+    x0, x1 = checked
 
-    routes0 = route(x0, params.router)
-    token0 = ops.dispatch_send(token0, x0, routes0.topk_idx, routes0.topk_weights)
-    token0, routes1 = ops.overlap(token0, route, x1, params.router)
-    token1 = ops.dispatch_send(token1, x1, routes1.topk_idx, routes1.topk_weights)
+    router, axis = (params.router, params.router_bias), tokens[0].group.axis
+    routes0 = layer.route(x0, *router, routes[0], masks[0], balance_bias)
+    token0 = ops.dispatch_send(token0, x0, *layer.sent(routes0, axis))
+    given1 = (x1, *router, routes[1], masks[1], balance_bias)
+    token0, routes1 = ops.overlap(token0, layer.route, *given1)
+    token1 = ops.dispatch_send(token1, x1, *layer.sent(routes1, axis))
     if params.shared is not None:
-        token0, shared0 = ops.overlap(token0, mlp, x0, params.shared)
+        token0, shared0 = ops.overlap(token0, layer.of_shared, x0, params.shared)
     d0, token0 = ops.dispatch_recv(token0)
-    token1, y0 = ops.overlap(token1, experts, d0.x, d0.group_sizes, params.experts)
-    token0 = ops.combine_send(token0, d0, y0)
+    received0 = (d0.x, d0.weights, d0.group_sizes, params.experts)
+    token1, y0 = ops.overlap(token1, layer.of_experts, *received0)
+    token0 = ops.combine_send(token0, d0, y0, layer.combine_weights(d0))
     d1, token1 = ops.dispatch_recv(token1)
-    token0, y1 = ops.overlap(token0, experts, d1.x, d1.group_sizes, params.experts)
-    token1 = ops.combine_send(token1, d1, y1)
+    received1 = (d1.x, d1.weights, d1.group_sizes, params.experts)
+    token0, y1 = ops.overlap(token0, layer.of_experts, *received1)
+    token1 = ops.combine_send(token1, d1, y1, layer.combine_weights(d1))
     out0, token0 = ops.combine_recv(token0)
     if params.shared is not None:
-        token1, shared1 = ops.overlap(token1, mlp, x1, params.shared)
+        token1, shared1 = ops.overlap(token1, layer.of_shared, x1, params.shared)
     out1, token1 = ops.combine_recv(token1)
 
     if params.shared is not None:
         out0, out1 = out0 + shared0, out1 + shared1
+    out0, out1 = map(layer.masked, (out0, out1), masks)
     return (
         (
             operations.leave(implementation, tokens[0], token0),

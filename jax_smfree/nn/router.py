@@ -155,8 +155,9 @@ def route(
         E experts have.
 
     Groups that are not kept are never chosen from: their scores count as minus infinity, as in
-    DeepSeek's own code. Ports that fill in 0.0 instead (transformers does for DeepSeek-V3) choose
-    differently where ``balance_bias`` makes all scores of a kept group negative.
+    DeepSeek's own code. Ports that fill in 0.0 instead (several in transformers, not that of
+    DeepSeek-V3) choose differently where ``balance_bias`` makes all scores of a kept group
+    negative.
 
     Example:
       >>> config = nn.RouterConfig(top_k=2)

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from jax_smfree import nn
 from jax_smfree.nn import equinox as smfree_equinox
 from nn.functional import EXPERTS, config, functional, loss, rows_on
+from nn.models import MODELS
 from support import as_many, ep_mesh, mesh_of
 
 
@@ -27,6 +30,19 @@ def test_the_module_computes_what_the_function_does(groups, mesh, shared_width):
     np.testing.assert_allclose(out, functional(group, layer.params, x), rtol=1e-5, atol=1e-6)
     assert int(aux.load.sum()) == 2 * len(x)
     assert int(aux.num_dropped) == 0
+
+
+def test_a_layer_with_other_experts(groups):
+    """The arguments of the function are those of the module, and so are its parameters."""
+    group = groups(mesh_of("data,ep"), **config())
+    model = MODELS["nemotron_h"]
+    options = {"router": model.router, "biases": True, "gated": False} | model.options
+    layer, x = layer_on(group, fsdp_axis="data", **options), rows_on(group)[:6].reshape(2, 3, -1)
+    given = {"router": model.router} | model.options
+    out, _ = equinox.filter_jit(layer)(x)
+    expected, _ = jax.jit(lambda p, x: nn.moe_layer_on_mesh(group, p, x, **given))(layer.params, x)
+    np.testing.assert_array_equal(out, expected)
+    assert layer.params.experts.up.sharding.spec == P("ep", "data")
 
 
 def test_gradients_reach_all_parameters_but_the_bias(groups):

@@ -212,6 +212,6 @@ def test_tabulate(groups):
     group = groups(mesh_of_kind("auto"), **config())
     layer, x = in_nnx(group, jax.random.key(0)), rows_on(group)
     table = nnx.tabulate(layer, x, console_kwargs={"width": 200, "force_terminal": False})
-    assert "MoeLayer" in table and "Swiglu" in table
+    assert "MoeLayer" in table and "Parameters" in table
     assert f"float32[{len(x)},{HIDDEN}]" in table  # the rows
     assert f"int32[{EXPERTS}]" in table  # aux.load

@@ -63,13 +63,13 @@ def values():
         smfree.EpConfig(**SIZES), plan.Machine(), plan.Routing(4, 2), ep_mesh(1),
         Mesh(np.array(jax.devices()[:1]), ("other",)),
         nn.init_moe(key, hidden=4, num_experts=2, expert_width=3),
-        nn.init_swiglu(key, 4, 3, dtype=jnp.float32),
+        nn.init_mlp(key, 4, 3, dtype=jnp.float32),
         nn.ReferenceGroup("ep", smfree.EpConfig(**SIZES)).token(),
     ]  # fmt: skip
     return [*numbers, *others, *arrays, *foreign]
 
 
-FUNCTIONS = ("fn", "grouped_matmul", "program")
+FUNCTIONS = ("fn", "grouped_matmul", "program", "activation", "experts", "shared")
 """Arguments that are called."""
 
 
@@ -126,6 +126,11 @@ def group():
 def params():
     sizes = {"hidden": HIDDEN, "num_experts": EXPERTS, "expert_width": WIDTH}
     return nn.init_moe(jax.random.key(0), **sizes, shared_width=WIDTH)
+
+
+OPTIONS = {"router": nn.RouterConfig(TOP_K), "experts": nn.grouped_mlp, "shared": nn.mlp,
+           "weight_on": "input", "grouped_matmul": nn.grouped_matmul,
+           "implementation": "smfree"}  # fmt: skip
 
 
 def x():
@@ -210,11 +215,19 @@ PLAIN = {
         lambda: {"routes": nn.balanced_routes(ROWS, EXPERTS, TOP_K),
                  "placement": nn.ExpertPlacement(tuple(range(EXPERTS))), "rank": 1},
     ),
-    "mlp": (nn.mlp, lambda: {"x": x(), "params": params().shared}),
+    "mlp": (nn.mlp, lambda: {"x": x(), "params": params().shared, "activation": nn.swiglu}),
+    "sigmoid_gated_mlp": (
+        nn.sigmoid_gated_mlp,
+        lambda: {"x": x(), "params": nn.SigmoidGatedParams(jnp.ones(HIDDEN), params().shared)},
+    ),
+    "local_expert": (
+        nn.local_expert, lambda: {"group_sizes": jnp.ones(2, jnp.int32), "num_rows": 3},
+    ),
     "grouped_mlp": (
         nn.grouped_mlp,
         lambda: {"x": x(), "group_sizes": jnp.zeros(EXPERTS, jnp.int32),
-                 "experts": params().experts, "grouped_matmul": nn.grouped_matmul},
+                 "local_expert": jnp.zeros(ROWS, jnp.int32), "params": params().experts,
+                 "activation": nn.swiglu, "grouped_matmul": nn.grouped_matmul},
     ),
     "grouped_matmul": (
         nn.grouped_matmul,
@@ -225,17 +238,21 @@ PLAIN = {
         lambda: {"x": x(), "w": jnp.ones((2, HIDDEN, WIDTH)), "group_sizes": jnp.array([2, 2]),
                  "block_rows": 2},
     ),
-    "init_swiglu": (
-        nn.init_swiglu,
+    "init_mlp": (
+        nn.init_mlp,
         lambda: {"key": jax.random.key(0), "hidden": 4, "width": 2, "leading": (2,),
-                 "dtype": jnp.float32},
+                 "gated": False, "biases": True, "dtype": jnp.float32},
     ),
     "init_moe": (
         nn.init_moe,
         lambda: {"key": jax.random.key(0), "hidden": 4, "num_experts": 2, "expert_width": 2,
-                 "shared_width": 0, "dtype": jnp.float32},
+                 "shared_width": 2, "shared_gate": True, "gated": True, "biases": True,
+                 "dtype": jnp.float32},
     ),
-    "moe_specs": (nn.moe_specs, lambda: {"params": params(), "axis": "ep"}),
+    "moe_specs": (
+        nn.moe_specs,
+        lambda: {"params": params(), "axis": "ep", "fsdp_axis": "data", "tensor_axis": "tensor"},
+    ),
     "ReferenceGroup": (
         nn.ReferenceGroup, lambda: {"axis": "ep", "config": smfree.EpConfig(**SIZES)},
     ),
@@ -345,7 +362,8 @@ def test_on_global_arrays(group):
     assert_all_refused(
         layer,
         {"group": group, "params": params(), "x": rows, "balance_bias": jnp.zeros(EXPERTS),
-         "grouped_matmul": nn.grouped_matmul},
+         "mask": jnp.ones(len(rows), bool), "params_spec": nn.moe_specs(params(), "ep"),
+         "tensor_axis": (), **OPTIONS},
     )  # fmt: skip
     assert_all_refused(
         nn.init_moe_on_mesh,
@@ -389,8 +407,9 @@ def good_operations(group):
     combined = {"token": again, "d": other, "y": other.x, "weights": other.weights}
     here = jax.tree.map(lambda a: a[: EXPERTS // group.num_ranks], params().experts)
     local = nn.MoeParams(params().router, here, params().shared)
-    layer = {"params": local, "balance_bias": jnp.zeros(EXPERTS),
-             "grouped_matmul": nn.grouped_matmul, "implementation": "smfree"}  # fmt: skip
+    layer = {"params": local, "balance_bias": jnp.zeros(EXPERTS), **OPTIONS}
+    routes = nn.balanced_routes(ROWS, EXPERTS, TOP_K)
+    recorded = {"token": token, "x": x(), "params": local, "routes": routes}
     return {
         "dispatch_send": (smfree.dispatch_send, {"token": token, **sent}),
         "dispatch": (smfree.dispatch, {"token": token, **sent, "return_recv_hook": True}),
@@ -407,7 +426,10 @@ def good_operations(group):
             lambda fn, x: smfree.dispatch(token, **sent, return_recv_hook=True).overlap(fn, x),
             {"fn": lambda x: x, "x": x()},
         ),
-        "moe_layer": (nn.moe_layer, {"token": token, "x": x(), **layer}),
+        "moe_layer": (
+            nn.moe_layer, {"token": token, "x": x(), "mask": jnp.ones(ROWS, bool), **layer},
+        ),
+        "moe_layer with routes": (nn.moe_layer, recorded),
         "moe_two_batches": (
             nn.moe_two_batches, {"tokens": (token, group.token(1)), "xs": (x(), x()), **layer},
         ),
@@ -416,7 +438,7 @@ def good_operations(group):
 
 OPERATIONS = (
     "dispatch_send", "dispatch", "dispatch_recv", "combine_send", "combine", "combine_recv",
-    "overlap", "tie", "hook.overlap", "moe_layer", "moe_two_batches",
+    "overlap", "tie", "hook.overlap", "moe_layer", "moe_layer with routes", "moe_two_batches",
 )  # fmt: skip
 
 

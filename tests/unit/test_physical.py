@@ -154,7 +154,8 @@ def test_copies_change_no_output_and_no_gradient(ops, check_vma):
                     routes = nn.spread(routes, placement, rank=jax.lax.axis_index("ep"))
                 token = ops.dispatch_send(start.token(), x, routes.topk_idx, routes.topk_weights)
                 d, token = ops.dispatch_recv(token)
-                y = nn.grouped_mlp(d.x, d.group_sizes, experts, grouped_matmul=jax.lax.ragged_dot)
+                local_expert = nn.local_expert(d.group_sizes, d.x.shape[0])
+                y = nn.grouped_mlp(d.x, d.group_sizes, local_expert, experts)
                 token = ops.combine_send(token, d, y)
                 return ops.combine_recv(token)[0], d.group_sizes
 
