@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axis
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jax_smfree.bench.cases import COMPUTE, LIBRARY, PEERS, PHASES, TOGETHER
@@ -30,7 +30,7 @@ def save(result: dict[str, Any], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _bars(axes: Axis, times: dict[str, Any], colours: dict[str, str]) -> None:
+def _bars(axes: Axes, times: dict[str, Any], colours: dict[str, str]) -> None:
     """Medians; the whiskers are the 10th and 90th percentile."""
     for at, (name, colour) in enumerate(colours.items()):
         low, middle, high = (times[name][p] / 1e3 for p in ("p10", "median", "p90"))
@@ -40,7 +40,7 @@ def _bars(axes: Axis, times: dict[str, Any], colours: dict[str, str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _overlap(axes: Axis, times: dict[str, Any]) -> None:
+def _overlap(axes: Axes, times: dict[str, Any]) -> None:
     """One after the other, as stacked bars, against both at the same time."""
     compute, exchange, together = (
         times[name]["median"] / 1e3 for name in (COMPUTE, LIBRARY, TOGETHER)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from matplotlib.axes import Axis
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -21,7 +21,7 @@ PHASE_COLOURS = {
 WIRE_COLOUR, COMPUTE_COLOUR = "#c44e2b", "#d9d9d9"
 
 
-def draw(axes: Axis, timeline: Timeline, title: str = "", *, compute: bool = True) -> None:
+def draw(axes: Axes, timeline: Timeline, title: str = "", *, compute: bool = True) -> None:
     """Draws phases of every rank as thick bars, copies to each peer as thin ones below them.
 
     ``compute`` fills the time from a send to the recv after it, which is free for compute.
