@@ -35,6 +35,8 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
         flags["--xla_gpu_autotune_level"] = "0"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What this run was told is not for those that tests start.
+    os.environ.pop("PYTEST_ADDOPTS", None)
     # A shell that runs tests in the background has its children ignore it, and theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     given = os.environ.get("XLA_FLAGS", "")
