@@ -22,6 +22,14 @@ VOCABULARY = 256  # the values of a byte
 EXPERT_ALIGNMENT = 64  # rows in a block of the grouped matmul
 
 
+ROUTERS = {
+    "softmax": nn.RouterConfig(top_k=2),
+    "deepseek-v3": nn.RouterConfig(
+        top_k=2, score="sigmoid", scale=2.5, num_groups=4, groups_kept=2, group_score="top2"
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     layers: int = 3
@@ -29,7 +37,7 @@ class ModelConfig:
     heads: int = 4
     context: int = 128  # S
     experts: int = 8
-    top_k: int = 2
+    router: nn.RouterConfig = ROUTERS["softmax"]
     expert_width: int = 128
     shared_width: int = 128
 
@@ -105,6 +113,7 @@ def forward(
     """
     moe = functools.partial(
         nn.moe_layer,
+        router=config.router,
         grouped_matmul=functools.partial(nn.block_matmul, block_rows=EXPERT_ALIGNMENT),
         implementation=implementation,
     )

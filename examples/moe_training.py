@@ -50,10 +50,10 @@ def group_config(config: moe_lm.ModelConfig, num_ranks: int, sequences: int) -> 
     """For ``sequences`` per rank, with room for twice the rows of a balanced routing."""
     rows = sequences * config.context
     experts_per_rank = config.experts // num_ranks
-    capacity = 2 * rows * config.top_k + experts_per_rank * moe_lm.EXPERT_ALIGNMENT
+    capacity = 2 * rows * config.router.top_k + experts_per_rank * moe_lm.EXPERT_ALIGNMENT
     return smfree.EpConfig(
         num_experts=config.experts,
-        top_k=config.top_k,
+        top_k=config.router.top_k,
         hidden=config.hidden,
         max_tokens=rows,
         dtype=jnp.float32,

@@ -63,6 +63,9 @@ def parse_arguments() -> argparse.Namespace:
         default="smfree",
         help="what dispatches and combines in training",
     )
+    parser.add_argument(
+        "--router", choices=list(moe_lm.ROUTERS), default="softmax", help="of all layers"
+    )
     return parser.parse_args()
 
 
@@ -73,6 +76,7 @@ def launch_processes(args: argparse.Namespace) -> int:
         raise SystemExit(f"{devices} devices do not divide over {args.processes} processes.")
     own_flags = ["--steps", args.steps, "--devices", devices]
     own_flags += ["--out", args.out.absolute(), "--implementation", args.implementation]
+    own_flags += ["--router", args.router]
     result = testing.launch(
         [__file__, *map(str, own_flags)],
         processes=args.processes,
@@ -94,7 +98,7 @@ def main() -> int:
     # the 7th digit between library and reference larger.
     jax.config.update("jax_default_matmul_precision", "highest")
     mesh = Mesh(np.array(jax.devices()[: args.devices]), (moe_lm.AXIS,))
-    config = moe_lm.ModelConfig()
+    config = moe_lm.ModelConfig(router=moe_lm.ROUTERS[args.router])
     ep_config = moe_training.group_config(config, mesh.size, SEQUENCES_PER_RANK)
     with smfree.EpGroup.create(mesh, moe_lm.AXIS, config=ep_config) as group:
         run = Run(args, group, config)
@@ -212,12 +216,12 @@ class Run:
             return
         self.args.out.mkdir(parents=True, exist_ok=True)
         subtitle = (
-            f"{self.config.experts} experts, top-{self.config.top_k}, on {self.group.num_ranks} "
-            f"ranks; dispatch and combine: {self.args.implementation}"
+            f"{self.config.experts} experts, top-{self.config.router.top_k}, on "
+            f"{self.group.num_ranks} ranks; dispatch and combine: {self.args.implementation}"
         )
         figures.save_loss_curve(self.args.out / "loss.png", self.losses, self.held_out, subtitle)
         figures.save_expert_load(
-            self.args.out / "expert_load.png", self.loads, self.config.top_k, subtitle
+            self.args.out / "expert_load.png", self.loads, self.config.router.top_k, subtitle
         )
         self.say(f"pictures in {self.args.out}: loss.png, expert_load.png")
 

@@ -15,3 +15,11 @@ def test_code_of_the_document_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
     assert len(blocks) == 8
     exec(compile("\n".join(blocks), str(DOCUMENT), "exec"), {})
+
+
+def test_models_with_a_tick_have_a_test() -> None:
+    clients = (DOCUMENT.parents[1] / "tests/clients/test_transformers.py").read_text()
+    (cases,) = re.findall(r"^CASES = \{\n(.*?)^\}", clients, flags=re.DOTALL | re.MULTILINE)
+    tested = set(re.findall(r'^    "([^",]+)', cases, flags=re.MULTILINE))
+    rows = re.findall(r"^\| (.*?) \|.*\| ✓ \|$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    assert {model for row in rows for model in row.split(", ")} == tested

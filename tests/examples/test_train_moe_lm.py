@@ -12,15 +12,16 @@ pytestmark = pytest.mark.cpu_only
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("flags", [[], ["--processes", "2"]], ids=["threads", "processes"])
-def test_a_few_steps(flags: list[str], tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("processes, router", [(1, "deepseek-v3"), (2, "softmax")])
+def test_a_few_steps(processes: int, router: str, tmp_path: pathlib.Path) -> None:
     script = ROOT / "examples" / "train_moe_lm.py"
+    flags = ["--processes", str(processes), "--router", router]
     command = [sys.executable, script, "--steps", "5", "--out", tmp_path / "pictures", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     assert "equal to rounding" in output
-    assert f"{len(flags) or 1} process(es)" in output
+    assert f"{processes} process(es)" in output
     assert "--- continued" in output
     for name in ("loss.png", "expert_load.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
