@@ -190,8 +190,8 @@ def moe_layer_on_mesh(
       options: the static arguments of `moe_layer`, `LayerOptions`.
 
     Returns:
-      ``(out, aux)``; ``aux`` is of all ranks: the mean loss, and the sums of its counts. With
-      ``token`` the next one as well: ``(token, out, aux)``.
+      ``(out, aux)``; ``aux`` is of all ranks: the mean loss of those with rows, and the sums of
+      its counts. With ``token`` the next one as well: ``(token, out, aux)``.
 
     Raises:
       ValueError, TypeError: while tracing, for wrong shapes or dtypes, parameters of other sizes
@@ -246,8 +246,9 @@ def moe_layer_on_mesh(
         )
         if kept:
             out = jax.lax.psum(out, kept)
+        busy = jax.lax.psum(jnp.any(aux.load > 0).astype(jnp.float32), axes)
         of_all = MoeAux(
-            load_balancing_loss=jax.lax.pmean(aux.load_balancing_loss, axes),
+            load_balancing_loss=jax.lax.psum(aux.load_balancing_loss, axes) / jnp.maximum(busy, 1),
             load=jax.lax.psum(aux.load, axes),
             num_dropped=jax.lax.psum(aux.num_dropped, axes),
         )

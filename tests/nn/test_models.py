@@ -111,6 +111,9 @@ def test_decode_with_fewer_rows_than_ranks(groups):
     out, aux = jax.jit(on_mesh(group, model))(params, x)
     assert_trees_close(out[0], by_loop(model, params, x[0])[0])
     assert int(aux.load.sum()) == 2
+    # Of the rank that has the row: the others, which have none, are not in the mean.
+    routes = nn.route(x[0], params.router, model.router)
+    assert_trees_close(aux.load_balancing_loss, nn.load_balancing_loss(routes))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gpt_oss", "auto"), ("nemotron_h", "explicit")])

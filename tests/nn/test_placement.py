@@ -77,7 +77,7 @@ def arrays_of(made):
 @pytest.mark.parametrize(
     ("how", "kind", "in_context"),
     [
-        *(("function", kind, in_context) for kind in KINDS for in_context in (False, True)),
+        *(("function", kind, "ep" in kind or kind == "explicit") for kind in KINDS),
         *(
             (how, kind, kind != "auto")
             for how in ("nnx", "equinox")
@@ -113,14 +113,18 @@ def test_no_device_makes_the_experts_of_others(groups):
     group = groups(mesh_of_kind("auto"), **config())
     sizes = {"hidden": 128, "num_experts": EXPERTS, "expert_width": 512, "dtype": jnp.float32}
     key = jax.random.key(0)
-    memory = _init_on_mesh(group.mesh, "ep", **sizes).lower(key).compile().memory_analysis()
+    memory = (
+        _init_on_mesh(group.mesh, "ep", None, None, **sizes).lower(key).compile().memory_analysis()
+    )
     experts = 3 * EXPERTS * 128 * 512 * 4
     needed = memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert needed < 3 * experts / group.num_ranks
 
 
-@pytest.mark.parametrize("in_context", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "in_context"),
+    [("auto", True), ("explicit", False), ("explicit data", True), ("explicit ep", False)],
+)
 def test_layers_on_explicit_axes(groups, kind, in_context):
     """Rows of any sharding come out as they came in, with the same values and gradients."""
     mesh = mesh_of_kind(kind)
