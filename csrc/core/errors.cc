@@ -7,13 +7,10 @@
 #include "csrc/protocol/layout.h"
 
 namespace smfree {
-namespace {
 
 Status Fault(FaultKind kind, const std::string& text) {
   return Status(kind, std::string(Name(kind)) + ": " + text);
 }
-
-}  // namespace
 
 Status CheckConfig(const GroupConfig& config, int64_t ranks) {
   const Nodes nodes = NodesOf(config);

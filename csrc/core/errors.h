@@ -19,6 +19,8 @@ Status CheckConfig(const GroupConfig& config, int64_t ranks);
 Status CheckSizes(const GroupConfig& config, const std::string& call, int64_t tokens,
                   int32_t lane);
 
+// The kind, and then the text.
+Status Fault(FaultKind kind, const std::string& text);
 Status InvalidArgument(const std::string& call, const std::string& what);
 // Of a handle, for InvalidArgument.
 std::string BrokenHandle(const std::string& what);

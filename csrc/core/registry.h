@@ -10,8 +10,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "csrc/core/status.h"
 
 namespace smfree {
 
@@ -24,10 +27,13 @@ class Registry {
     return registry;
   }
 
-  // False if there is an open group of that name.
-  bool Add(int64_t group_id, int32_t replica, std::shared_ptr<Group> group) {
+  // Refused if there is an open group of that name.
+  Status Add(int64_t group_id, int32_t replica, std::shared_ptr<Group> group) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return groups_.emplace(Name(group_id, replica), std::move(group)).second;
+    if (groups_.emplace(Name(group_id, replica), std::move(group)).second) return Status();
+    return Status(FaultKind::kInvalidArgument, "group " + std::to_string(group_id) + ", replica " +
+                                                   std::to_string(replica) +
+                                                   " exists already in this process");
   }
   // Gives back the registry's reference to `group`, which is perhaps the last but the caller's.
   std::shared_ptr<Group> Remove(int64_t group_id, int32_t replica, const Group* group) {

@@ -68,11 +68,8 @@ StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica
   std::shared_ptr<Group> group(new Group(std::move(exchange)));
   Owner();
   [[maybe_unused]] static const int registered = std::atexit(CloseAtExit);
-  if (!Groups::Get().Add(group_id, replica, group)) {
-    return Status(FaultKind::kInvalidArgument, "group " + std::to_string(group_id) + ", replica " +
-                                                   std::to_string(replica) +
-                                                   " exists already in this process");
-  }
+  status = Groups::Get().Add(group_id, replica, group);
+  if (!status.ok()) return status;
   return group;
 }
 

@@ -60,12 +60,11 @@ Status Late(const FaultRecord& fault, const std::string& call, double timeout_s)
   }
   char waited[32];
   std::snprintf(waited, sizeof(waited), "%.1f s", timeout_s);
-  return Status(FaultKind::kDeadline,
-                std::string(Name(fault.kind)) + ": " + call + ": waited " + waited +
-                    " for its own GPU to start block " + std::to_string(fault.seen) + " of the " +
-                    std::to_string(fault.expected) +
-                    " of a kernel, which must run together. Cure: something else holds the GPU's "
-                    "multiprocessors and does not end; see what else runs there.");
+  return Fault(fault.kind,
+               call + ": waited " + waited + " for its own GPU to start block " +
+                   std::to_string(fault.seen) + " of the " + std::to_string(fault.expected) +
+                   " of a kernel, which must run together. Cure: something else holds the GPU's "
+                   "multiprocessors and does not end; see what else runs there.");
 }
 
 }  // namespace
@@ -77,10 +76,9 @@ Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s) {
     case FaultKind::kDeadline: return Late(fault, call, timeout_s);
     case FaultKind::kScheduleMismatch: return Mismatch(fault, call, identity);
     case FaultKind::kPeerFailed:
-      return Status(fault.kind, std::string(Name(fault.kind)) + ": " + call + ": rank " +
-                                    std::to_string(fault.peer) +
-                                    ", which is in another process, is at fault. Cure: see its "
-                                    "error.");
+      return Fault(fault.kind, call + ": rank " + std::to_string(fault.peer) +
+                                   ", which is in another process, is at fault. Cure: see its "
+                                   "error.");
     case FaultKind::kTwoInFlight:
       return TwoInFlight(call, "number " + std::to_string(OrdinalOf(fault.expected)),
                          "use another lane");

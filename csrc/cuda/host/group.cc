@@ -96,10 +96,9 @@ StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> sta
   const int64_t group_id = state->group_id;
   const int32_t replica = state->replica;
   std::shared_ptr<Group> group(new Group(std::move(state)));
-  if (Groups::Get().Add(group_id, replica, group)) return group;
-  return Status(FaultKind::kInvalidArgument, "group " + std::to_string(group_id) + ", replica " +
-                                                 std::to_string(replica) +
-                                                 " exists already in this process");
+  const Status status = Groups::Get().Add(group_id, replica, group);
+  if (!status.ok()) return status;
+  return group;
 }
 
 std::shared_ptr<Group> Group::Unregister() {
