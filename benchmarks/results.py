@@ -63,11 +63,15 @@ class Session:
         self.result: Json = {"machine": machine, "shapes": {}}
         self._start, self._budget_s = time.perf_counter(), budget_s
 
+    @property
+    def spent(self) -> bool:
+        return time.perf_counter() - self._start > self._budget_s
+
     def part(self, place: Json, name: str, measure: Callable[..., None], *args: Any) -> None:
         """``place[name]`` is what ``measure`` puts into it, and its error if it fails."""
         into = place[name] = {}
         start = time.perf_counter()
-        if start - self._start > self._budget_s:
+        if self.spent:
             into["skipped"] = f"the budget of {self._budget_s:.0f} s was spent"
             return
         try:

@@ -46,7 +46,12 @@ class Metrics:
     num_dropped: Array  # int32 []
 
 
-def group_config(config: moe_lm.ModelConfig, num_ranks: int, sequences: int) -> smfree.EpConfig:
+WIRES = {"float32": None, "fp8": smfree.Fp8()}
+
+
+def group_config(
+    config: moe_lm.ModelConfig, num_ranks: int, sequences: int, wire: str
+) -> smfree.EpConfig:
     """For ``sequences`` per rank, with room for twice the rows of a balanced routing."""
     rows = sequences * config.context
     experts_per_rank = config.experts // num_ranks
@@ -60,6 +65,7 @@ def group_config(config: moe_lm.ModelConfig, num_ranks: int, sequences: int) -> 
         recv_capacity=capacity // moe_lm.EXPERT_ALIGNMENT * moe_lm.EXPERT_ALIGNMENT,
         expert_alignment=moe_lm.EXPERT_ALIGNMENT,
         overflow="drop",
+        wire=WIRES[wire],
     )
 
 

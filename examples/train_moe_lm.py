@@ -66,6 +66,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--router", choices=list(moe_lm.ROUTERS), default="softmax", help="of all layers"
     )
+    parser.add_argument(
+        "--wire",
+        choices=list(moe_training.WIRES),
+        default="float32",
+        help="what rows of a dispatch travel as",
+    )
     return parser.parse_args()
 
 
@@ -76,7 +82,7 @@ def launch_processes(args: argparse.Namespace) -> int:
         raise SystemExit(f"{devices} devices do not divide over {args.processes} processes.")
     own_flags = ["--steps", args.steps, "--devices", devices]
     own_flags += ["--out", args.out.absolute(), "--implementation", args.implementation]
-    own_flags += ["--router", args.router]
+    own_flags += ["--router", args.router, "--wire", args.wire]
     result = testing.launch(
         [__file__, *map(str, own_flags)],
         processes=args.processes,
@@ -99,7 +105,7 @@ def main() -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     mesh = Mesh(np.array(jax.devices()[: args.devices]), (moe_lm.AXIS,))
     config = moe_lm.ModelConfig(router=moe_lm.ROUTERS[args.router])
-    ep_config = moe_training.group_config(config, mesh.size, SEQUENCES_PER_RANK)
+    ep_config = moe_training.group_config(config, mesh.size, SEQUENCES_PER_RANK, args.wire)
     with smfree.EpGroup.create(mesh, moe_lm.AXIS, config=ep_config) as group:
         run = Run(args, group, config)
         run.train()

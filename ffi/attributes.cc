@@ -3,17 +3,6 @@
 
 namespace smfree {
 
-Status CheckRows(const GroupConfig& config, const ffi::AnyBuffer& rows) {
-  const ffi::DataType expected = config.dtype == DType::kF32    ? ffi::F32
-                                 : config.dtype == DType::kBF16 ? ffi::BF16
-                                                                : ffi::F16;
-  const auto shape = rows.dimensions();
-  if (shape.size() == 2 && shape[1] == config.hidden && rows.element_type() == expected) return {};
-  return Status(FaultKind::kInvalidArgument,
-                "a row operand does not have the group's hidden size and dtype; the program was "
-                "compiled for another EpConfig. Compile it again.");
-}
-
 Status NoSuchGroup() {
   return Status(FaultKind::kClosed,
                 "the EpGroup of this program is closed, or was never created in this process. "

@@ -6,14 +6,20 @@
 
 namespace smfree {
 
-inline Operands<CombineRecvArrays> CombineRecvOperands(Ints places, Ints send_counts, Out<Rows> out,
-                                                       Out<Floats> slots) {
+inline Operands<CombineRecvArrays> CombineRecvOperands(const Attributes& attributes, Ints places,
+                                                       Ints send_counts, LeavesIn add,
+                                                       Out<Floats> slots, LeavesOut out) {
+  const auto leaves = RowsOf(attributes, out, Use::kCompute);
+  const auto added = RowsOf(attributes, add, Use::kCompute);
   CombineRecvArrays arrays;
   arrays.places = places.typed_data();
   arrays.send_counts = send_counts.typed_data();
-  arrays.out = out->untyped_data();
+  arrays.add = added.rows;
+  arrays.out = leaves.rows;
   arrays.slots = OrNull(slots);
-  return {places.dimensions()[0], *out, arrays};
+  const bool adds = add.size() > 0;
+  return {arrays, std::nullopt, leaves.rows.format.stride,
+          adds ? WrongOfPair(added, leaves) : leaves.wrong};
 }
 
 }  // namespace smfree

@@ -6,26 +6,31 @@
 
 namespace smfree {
 
-inline Operands<DispatchSendArrays> DispatchSendOperands(Rows x, Ints topk_idx, Floats topk_weights,
-                                                         Out<Ints> places, Out<Ints> send_counts) {
+inline Operands<DispatchSendArrays> DispatchSendOperands(const Attributes& attributes,
+                                                         Ints topk_idx, Floats topk_weights,
+                                                         LeavesIn x, Out<Ints> places,
+                                                         Out<Ints> send_counts) {
+  const auto rows = RowsOf(attributes, x, Use::kCarry);
   DispatchSendArrays arrays;
-  arrays.x = x.untyped_data();
+  arrays.x = rows.rows;
   arrays.topk_idx = topk_idx.typed_data();
   arrays.topk_weights = topk_weights.typed_data();
   arrays.places = places->typed_data();
   arrays.send_counts = send_counts->typed_data();
-  return {x.dimensions()[0], x, arrays};
+  return {arrays, std::nullopt, rows.rows.format.stride, rows.wrong};
 }
 
-inline Operands<DispatchSendCachedArrays> DispatchSendCachedOperands(Rows x, Floats slots,
-                                                                     Ints places,
-                                                                     Ints send_counts) {
+inline Operands<DispatchSendCachedArrays> DispatchSendCachedOperands(const Attributes& attributes,
+                                                                     Floats slots, Ints places,
+                                                                     Ints send_counts,
+                                                                     LeavesIn x) {
+  const auto rows = RowsOf(attributes, x, Use::kCarry);
   DispatchSendCachedArrays arrays;
-  arrays.x = x.untyped_data();
+  arrays.x = rows.rows;
   arrays.slots = OrNull(slots);
   arrays.places = places.typed_data();
   arrays.send_counts = send_counts.typed_data();
-  return {x.dimensions()[0], x, arrays};
+  return {arrays, std::nullopt, rows.rows.format.stride, rows.wrong};
 }
 
 }  // namespace smfree

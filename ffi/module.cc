@@ -29,17 +29,6 @@ nb::capsule Handler(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 
 namespace {
 
-constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};  // by DType
-
-std::string NameOf(DType dtype) { return kDTypeNames[static_cast<int32_t>(dtype)]; }
-
-DType DTypeOf(const std::string& name) {
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    if (name == NameOf(dtype)) return dtype;
-  }
-  throw std::invalid_argument("no such dtype: " + name);
-}
-
 void BindGroupConfig(nb::module_& m) {
   nb::class_<GroupConfig>(m, "GroupConfig")
       .def(nb::init<>())
@@ -48,14 +37,14 @@ void BindGroupConfig(nb::module_& m) {
       .def_rw("hierarchical", &GroupConfig::hierarchical)
       .def_rw("num_experts", &GroupConfig::num_experts)
       .def_rw("top_k", &GroupConfig::top_k)
-      .def_rw("hidden", &GroupConfig::hidden)
+      .def_rw("row_bytes", &GroupConfig::row_bytes)
       .def_rw("max_tokens", &GroupConfig::max_tokens)
-      .def_prop_rw(
-          "dtype", [](const GroupConfig& config) { return NameOf(config.dtype); },
-          [](GroupConfig& config, const std::string& name) { config.dtype = DTypeOf(name); })
       .def_rw("recv_capacity", &GroupConfig::recv_capacity)
+      .def_rw("wire_capacity", &GroupConfig::wire_capacity)
+      .def_rw("padded_groups", &GroupConfig::padded_groups)
       .def_rw("expert_alignment", &GroupConfig::expert_alignment)
       .def_rw("num_lanes", &GroupConfig::num_lanes)
+      .def_rw("num_sets", &GroupConfig::num_sets)
       .def_prop_rw(
           "drop_overflow",
           [](const GroupConfig& config) { return config.overflow == Overflow::kDrop; },
@@ -88,10 +77,13 @@ NB_MODULE(_native, m) {
   m.attr("has_cuda") = false;
 #endif
   m.attr("MAX_TIMEOUT_S") = kMaxTimeoutS;
+  m.attr("MAX_LEAVES") = kMaxLeaves;
+  m.attr("ROW_ALIGNMENT") = kRowAlignment;
+  m.attr("LEAST_MAGNITUDE") = kLeastMagnitude;
   m.def("register_call_site", &RegisterCallSite, nb::arg("call_site"), nb::arg("name"));
 
   m.def("rdma_size_hint", &RdmaSizeHint, nb::arg("config"));
   m.def("nvl_size_hint", &NvlSizeHint, nb::arg("config"));
-  m.def("max_recv_rows", &MaxRecvRows, nb::arg("num_ranks"), nb::arg("tokens"), nb::arg("top_k"),
-        nb::arg("local_experts"), nb::arg("expert_alignment"));
+  m.def("rows_capacity", &RowsCapacity, nb::arg("config"), nb::arg("tokens"));
+  m.def("wire_rows", &WireRows, nb::arg("config"), nb::arg("tokens"));
 }

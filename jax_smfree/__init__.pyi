@@ -13,6 +13,8 @@ from ._src.api import overlap as overlap
 from ._src.api import tie as tie
 from ._src.config import EpConfig as EpConfig
 from ._src.errors import SmfreeError as SmfreeError
+from ._src.fp8 import Fp8 as Fp8
+from ._src.fp8 import Quantized as Quantized
 from ._src.group import EpGroup as EpGroup
 from ._src.hints import nvl_size_hint as nvl_size_hint
 from ._src.hints import rdma_size_hint as rdma_size_hint

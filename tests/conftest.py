@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The option ``--backend``, and what the tests of one backend only are marked with."""
 
+import contextlib
 import os
 import signal
 
 import pytest
 
 _MARKS = {"cpu_only": "cpu", "cuda_only": "cuda"}
-_UNORDERED = (
-    "calls that no data order need buffers from a pool, which a group on GPUs does not have yet"
-)
 
 
 def pytest_addoption(parser):
@@ -34,6 +32,9 @@ def pytest_configure(config):
         # third digit, and matmuls that are tuned by their time from one compilation to the next.
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
         flags["--xla_gpu_autotune_level"] = "0"
+    else:
+        # Compiling takes most of the time; .ci/run also has tests with what users compile with.
+        flags["--xla_backend_optimization_level"] = "0"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What this run was told is not for those that tests start.
     os.environ.pop("PYTEST_ADDOPTS", None)
@@ -44,7 +45,6 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
     for mark, backend in _MARKS.items():
         config.addinivalue_line("markers", f"{mark}: the test is about the {backend} backend")
-    config.addinivalue_line("markers", f"unordered: not on GPUs: {_UNORDERED}")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -53,27 +53,29 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker(mark) and config.getoption("--backend") != backend:
                 reason = f"about the {backend} backend: --backend {backend}"
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("unordered") and config.getoption("--backend") == "cuda":
-            item.add_marker(pytest.mark.skip(reason=_UNORDERED))
 
 
 @pytest.fixture
 def groups(request):
     """Makes EP groups and closes them; raises what went wrong in any of them.
 
-    Its parameter, if it has one, is a part of their config; see `support.in_both_modes`.
+    Its parameter, if it has one, is a part of their config, or `support.PORTABLE`.
     """
     import jax_smfree as smfree
-    from support import devices
+    from support import PORTABLE, devices, portable
 
     made = []
     common = getattr(request, "param", {})
+    kind = contextlib.nullcontext
+    if common == PORTABLE:
+        kind, common = portable, {}
     if "ranks_per_node" in common:
         devices(2 * common["ranks_per_node"])
 
     def create(mesh, axis="ep", **config):
         config = common | config
-        group = smfree.EpGroup.create(mesh, axis, config=smfree.EpConfig(**config))
+        with kind():
+            group = smfree.EpGroup.create(mesh, axis, config=smfree.EpConfig(**config))
         made.append(group)
         return group
 

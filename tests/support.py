@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,18 +13,29 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_smfree._src import reference
+from jax_smfree._src import backends, reference
 from jax_smfree.testing import chaos
 
-in_both_modes = pytest.mark.parametrize(
-    "groups",
-    [
-        pytest.param({}, id="direct"),
-        pytest.param({"ranks_per_node": 2}, id="hierarchical"),
-    ],
-    indirect=True,
-)
+IN_NODES = {"ranks_per_node": 2}
+PORTABLE = {"backend": "portable"}
+
+
+def _with_groups(**kinds: dict[str, Any]) -> Any:
+    return pytest.mark.parametrize("groups", kinds.values(), ids=kinds.keys(), indirect=True)
+
+
+in_both_modes = _with_groups(direct={}, hierarchical=IN_NODES)
 """Runs a test with groups of one node, and of nodes of two ranks."""
+portable_too = _with_groups(direct={}, portable=PORTABLE)
+"""Runs a test with groups of the backend under test, and with portable ones on its devices."""
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Groups that are made meanwhile are portable, on a mesh that has a better backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "choose", lambda *_: "portable")
+        yield
 
 
 def backend() -> str:
@@ -70,8 +82,8 @@ def mesh_of(kind: str) -> Mesh:
 
 
 def chaos_on_cpu(group: Any, **options: Any) -> Any:
-    """`chaos` where the mover is a thread of ours; a GPU's copy engines take no orders."""
-    return chaos(group, **options) if backend() == "cpu" else contextlib.nullcontext()
+    """`chaos` where the mover is a thread of ours; copy engines and collectives take no orders."""
+    return chaos(group, **options) if group.backend == "cpu" else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

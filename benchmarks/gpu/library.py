@@ -87,6 +87,16 @@ class Library:
         d, _ = smfree.dispatch(self.group.token(), *inputs)
         return d
 
+    def dispatch_fp8(self, *inputs: Array) -> Any:
+        """Half the bytes on the wire, and rows as they were given."""
+        d, _ = smfree.dispatch(self.group.token(), *inputs, wire=smfree.Fp8())
+        return d.x, d.weights, d.group_sizes
+
+    def dispatch_fp8_kept(self, *inputs: Array) -> Any:
+        """The same, into values of 8 bits and their scales."""
+        d, _ = smfree.dispatch(self.group.token(), *inputs, wire=smfree.Fp8(), keep=True)
+        return d.x, d.weights, d.group_sizes
+
     def combine(self, d: smfree.DispatchResult) -> Array:
         out, _ = smfree.combine(self.group.token(), d, d.x)
         return out
@@ -120,6 +130,25 @@ class Library:
         assert self.tracer is not None
         # The first one may be the one that XLA compiles or captures for.
         return [self.tracer(run, self.scale.lead_in) for _ in range(self.scale.traces + 1)][1:]
+
+    def check_fp8(self) -> None:
+        """Raises if what the two ways of a quantised dispatch give is not the same, bit by bit."""
+        programs = {"rows": self.dispatch_fp8, "kept": self.dispatch_fp8_kept}
+        inputs = self.case.inputs
+        runs = prepare(self.case.mesh, {n: (p, *inputs) for n, p in programs.items()})
+        rows, kept = runs["rows"](), runs["kept"]()
+        self.group.check()
+
+        def restored(values: Array, scales: Array) -> Array:
+            blocks = values.astype(jnp.float32).reshape(*scales.shape, -1)
+            return (blocks * scales[..., None]).astype(jnp.bfloat16).reshape(values.shape)
+
+        of_kept = prepare(self.case.mesh, {"": (restored, *kept[0])})[""]()
+        mine, theirs = [rows[0], *rows[1:]], [of_kept, *kept[1:]]
+        compare = prepare(self.case.mesh, {"": (differences, mine, theirs)})[""]
+        for name, (other, _) in zip(("x", "weights", "group_sizes"), compare(), strict=True):
+            if other.sum():
+                raise AssertionError(f"{name} differs between rows and what was kept of them")
 
     def check(self, into: Json) -> None:
         """Raises if the results are not those of the oracle: rows, weights and sizes bit by bit."""

@@ -2,215 +2,188 @@
 """Grouped matmuls on one GPU: which one should the MoE layers take?
 
     python -m benchmarks.gpu matmul           some minutes
-    python -m benchmarks.gpu matmul --tune    the kernels of `jax_smfree.nn.hopper` with other tiles
+    python -m benchmarks.gpu matmul --tune    variants of our kernels instead
     python -m benchmarks.gpu matmul --smoke   that it works; kernels for GPUs fail without one
 
-Times the forward pass and forward and backward together, in bfloat16, of what multiplies groups of
-rows with matrices of their own; group sizes are random, and 5 % of the rows belong to no group.
-Each candidate is checked against float32 matmuls, and again with NaN in the rows of no group, which
-must reach nothing else. ``dense`` is one matmul of as many operations. Writes a JSON and a Markdown
-file.
+Times what multiplies groups of rows with matrices of their own, in bfloat16: forward, dx and dw,
+each alone, and the three one after the other. ``dense`` is one matmul of as many operations. All
+are timed by turns, because the clock of a busy GPU falls, and the medians are compared.
+
+Each candidate is checked at a small shape with empty groups and with groups that end at any row,
+against float32 matmuls, and again with NaN in the rows of no group, which must reach nothing else;
+then against float32 at the shape itself. Writes a JSON and a Markdown file.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks import machine, results
-from benchmarks.gpu.matmul_candidates import CANDIDATES, DENSE, Candidate, Multiply
+from benchmarks.gpu.matmul_candidates import CANDIDATES, DENSE, VARIANTS, Candidate, Kernels
+from benchmarks.gpu.matmul_cases import (
+    CHECK_WIDTHS,
+    SHAPES,
+    SMOKE_CHECK_WIDTHS,
+    SMOKE_SHAPES,
+    TOLERANCE,
+    TUNE_SHAPES,
+    Operands,
+    Run,
+    Shape,
+    bind,
+    check,
+    make_operands,
+    relative_errors,
+    start,
+    wait,
+)
 from benchmarks.report import errors, machine_line, not_measured, number, show, table
 from benchmarks.results import Json, Session
-from jax_smfree.nn import hopper
 
-TAIL = 0.05  # share of rows that belong to no group
-TOLERANCE = 1e-2  # relative Frobenius norm, of bfloat16 results
-BUDGET_S = 210
-SLOW_S = 0.1  # what takes longer is timed once
-TILES = ((128, 256, 64, 4), (128, 128, 64, 6), (256, 128, 64, 4), (128, 192, 64, 4))
-TILES += ((128, 256, 64, 3), (128, 128, 128, 3))
-KERNELS = ("x w", "dy w^T", "x^T dy")
+BUDGET_S = 200
+CHECK_S = 100  # of one candidate, beside the others
+ROUNDS = 7
+TURN_S = 0.02  # of one candidate, in calls back to back
+WHAT = ("forward", "dx", "dw", "all")
 
 
-class Shape(NamedTuple):
-    rows: int
-    hidden: int
-    width: int
-    groups: int
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.hidden}x{self.width}, {self.groups} groups"
-
-    @property
-    def used_rows(self) -> int:
-        return int(self.rows * (1 - TAIL))
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.used_rows * self.hidden * self.width
+def check_apart(name: str, options: argparse.Namespace) -> Json:
+    """In a process of its own: a kernel that hangs or breaks the device ends nothing else."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "matmul", "--check", name]
+    command += [flag for flag in ("--tune", "--smoke") if getattr(options, flag[2:])]
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    environment |= {"JAX_TRACEBACK_FILTERING": "off"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHECK_S)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    found: Json = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-class Operands(NamedTuple):
-    x: Array  # [rows, hidden]
-    w: Array  # [groups, hidden, width]
-    group_sizes: Array
-    dy: Array  # [rows, width]
+def prepare(
+    into: Json,
+    runs: dict[str, dict[str, Run]],
+    candidate: Candidate,
+    compiled: Callable[[], dict[str, Run]],
+    operands: Operands,
+) -> None:
+    mine = bind(candidate, compiled(), operands)
+    if candidate.name != DENSE:
+        groups = (0, operands.w.shape[0] // 2, operands.w.shape[0] - 1)
+        into["errors"] = relative_errors(mine, operands, groups)
+    for run in mine.values():
+        wait(run())
+    if len(mine) == len(Kernels._fields):
+        parts = tuple(mine.values())
+        mine["all"] = lambda: [run() for run in parts][-1]
+    runs[candidate.name] = mine
 
 
-SHAPES = (Shape(65536, 7168, 2048, 64), Shape(16384, 4096, 3584, 16), Shape(65536, 2048, 1024, 32))
-SMOKE_SHAPES = (Shape(256, 64, 32, 4),)
-
-
-def make_operands(shape: Shape, seed: int = 0) -> Operands:
-    generator = np.random.default_rng(seed)
-    sizes = generator.multinomial(shape.used_rows, generator.dirichlet([8.0] * shape.groups))
-
-    @jax.jit
-    def arrays(key: Array) -> Any:
-        keys = jax.random.split(key, 3)
-        x = jax.random.normal(keys[0], (shape.rows, shape.hidden), jnp.bfloat16)
-        w = jax.random.normal(keys[1], (shape.groups, shape.hidden, shape.width), jnp.bfloat16)
-        dy = jax.random.normal(keys[2], (shape.rows, shape.width), jnp.bfloat16)
-        return x, w * shape.hidden**-0.5, dy
-
-    x, w, dy = arrays(jax.random.key(seed))
-    return Operands(x, w, jnp.asarray(sizes, jnp.int32), dy)
-
-
-def forward_and_backward(multiply: Multiply, x: Any, w: Any, group_sizes: Any, dy: Any) -> Any:
-    out, pullback = jax.vjp(lambda x, w: multiply(x, w, group_sizes), x, w)
-    return out, *pullback(dy)
-
-
-def milliseconds(function: Callable[[], Any]) -> float:
-    def once(repeat: int) -> float:
+def milliseconds(run: Run) -> float:
+    def once(calls: int) -> float:
         start = time.perf_counter()
-        for _ in range(repeat):
-            result = function()
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / repeat
+        for _ in range(calls):
+            result = run()
+        wait(result)
+        return (time.perf_counter() - start) / calls
 
-    jax.block_until_ready(function())
-    first = once(1)
-    return 1e3 * (first if first > SLOW_S else min(once(5) for _ in range(4)))
+    return 1e3 * once(max(1, round(TURN_S / once(1))))
 
 
-def relative_errors(found: Any, operands: Operands) -> dict[str, float]:
-    """Of a few groups, against float32."""
-    x, w, group_sizes, dy = operands
-    matmul = functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
-    ends = np.cumsum(group_sizes)
-    worst = {"out": 0.0, "dx": 0.0, "dw": 0.0}
-    for group in (0, len(ends) // 2, len(ends) - 1):
-        rows = slice(int(ends[group] - group_sizes[group]), int(ends[group]))
-        xs, dys, ws = (a.astype(jnp.float32) for a in (x[rows], dy[rows], w[group]))
-        pairs = {
-            "out": (found[0][rows], matmul(xs, ws)),
-            "dx": (found[1][rows], matmul(dys, ws.T)),
-            "dw": (found[2][group], matmul(xs.T, dys)),
+def by_turns(place: Json, runs: dict[str, dict[str, Run]], operations: int, rounds: int) -> None:
+    samples: dict[tuple[str, str], list[float]] = {}
+    for _, what, (name, mine) in itertools.product(range(rounds), WHAT, runs.items()):
+        if what in mine:
+            samples.setdefault((name, what), []).append(milliseconds(mine[what]))
+    for (name, what), times in samples.items():
+        time_ms = statistics.median(times)
+        count = 3 if what == "all" else 1
+        place[name][what] = {
+            "ms": round(time_ms, 4),
+            "least_ms": round(min(times), 4),
+            "tflops": round(count * operations / time_ms / 1e9, 1),
         }
-        for name, (got, want) in pairs.items():
-            error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
-            # Of a NaN, which is no JSON, the error is as large as can be.
-            worst[name] = max(worst[name], float(jnp.nan_to_num(error, nan=1e9)))
-    return worst
 
 
-def has_nan(found: Any, used_rows: int) -> bool:
-    out, dx, dw = found
-    parts = out[:used_rows], dx[:used_rows], dw
-    return bool(sum(jnp.isnan(part).sum() for part in parts))
+def measure(session: Session, options: argparse.Namespace) -> None:
+    candidates, shapes = of_options(options)
+    checks = session.result.setdefault("checks", {})
+    names = [c.name for c in candidates if c.name != DENSE and not c.slow]
+    with ThreadPoolExecutor() as pool:
+        found = {name: pool.submit(check_apart, name, options) for name in names}
+        for name, future in found.items():
+            session.part(checks, name, lambda into, future=future: into.update(future.result()))
+    candidates = tuple(c for c in candidates if "error" not in checks.get(c.name, {}))
+    for slow, some in ((False, shapes), (True, shapes[:1])):
+        for shape in some:
+            measure_shape(session, shape, [c for c in candidates if c.slow is slow])
 
 
-def measure(into: Json, candidate: Candidate, shape: Shape, operands: Operands) -> None:
-    multiply, dense = candidate.make(), candidate.name == DENSE
-    if dense:
-        x, w, group_sizes, dy = operands
-        operands = Operands(x[: shape.used_rows], w[0], group_sizes, dy[: shape.used_rows])
-    both = functools.partial(forward_and_backward, multiply)
-    forward, both = (jax.jit(f, compiler_options=candidate.options) for f in (multiply, both))
-    into["forward_ms"] = milliseconds(lambda: forward(*operands[:3]))
-    into["forward_tflops"] = shape.operations / into["forward_ms"] / 1e9
-    into["both_ms"] = milliseconds(lambda: both(*operands))
-    into["both_tflops"] = 3 * shape.operations / into["both_ms"] / 1e9
-    if not dense:
-        into["errors"] = relative_errors(both(*operands), operands)
-        x, dy = (a.at[shape.used_rows :].set(jnp.nan) for a in (operands.x, operands.dy))
-        into["nan_leaks"] = has_nan(both(*operands._replace(x=x, dy=dy)), shape.used_rows)
+def measure_shape(session: Session, shape: Shape, candidates: list[Candidate]) -> None:
+    print(shape, flush=True)
+    place = session.result["shapes"].setdefault(str(shape), {})
+    operands = make_operands(shape.hidden, shape.width, shape.group_sizes())
+    runs: dict[str, dict[str, Run]] = {}
+    # Alone first, as XLA chooses a kernel for the dense one by timing some.
+    alone = [c for c in candidates if c.name == DENSE]
+    for together in (alone, [c for c in candidates if c.name != DENSE]):
+        with ThreadPoolExecutor() as pool:
+            compiled = [None if session.spent else start(pool, c, operands) for c in together]
+            for candidate, ready in zip(together, compiled, strict=True):
+                session.part(place, candidate.name, prepare, runs, candidate, ready, operands)
+    by_turns(place, runs, shape.operations, ROUNDS if alone else 1)
+    session.save()
 
 
-def measure_tiles(into: Json, tile: tuple[int, ...], shape: Shape, operands: Operands) -> None:
-    """TFLOP/s of each kernel alone."""
-    x, w, group_sizes, dy = operands
-    options = {"num_sms": jax.devices()[0].core_count, "tiles": hopper.Tiles(*tile)}
-    matmul = functools.partial(hopper.grouped_matmul, **options)
-    calls = (
-        (matmul, x, w),
-        (functools.partial(matmul, transpose=True), dy, w),
-        (functools.partial(hopper.grouped_outer_product, **options), x, dy),
-    )
-    for name, (kernel, *args) in zip(KERNELS, calls, strict=True):
-        call = functools.partial(jax.jit(kernel), *args, group_sizes)
-        into[name] = shape.operations / milliseconds(call) / 1e9
+def _row(name: str, found: Json, dense: Json) -> list[str]:
+    cells = []
+    for what in WHAT:
+        rate, best = (each.get(what, {}).get("tflops") for each in (found, dense))
+        share = f" ({rate / best:.0%})" if rate and best and name != DENSE else ""
+        cells.append(number(rate, 0) + share)
+    worst = max(found.get("errors", {"": 0.0}).values())
+    return [name, *cells, "" if worst < TOLERANCE else f"**wrong**: error {worst:.1e}"]
 
 
-def compare(session: Session, shapes: tuple[Shape, ...]) -> None:
-    """The slow candidates after all others."""
-    for slow, shape in itertools.product((False, True), shapes):
-        print(shape, flush=True)
-        place, operands = session.result["shapes"].setdefault(str(shape), {}), make_operands(shape)
-        for candidate in (c for c in CANDIDATES if c.slow is slow):
-            session.part(place, candidate.name, measure, candidate, shape, operands)
-
-
-def tune(session: Session, shapes: tuple[Shape, ...]) -> None:
-    for shape in shapes:
-        print(shape, flush=True)
-        place, operands = session.result["shapes"].setdefault(str(shape), {}), make_operands(shape)
-        for tile in TILES:
-            session.part(place, "x".join(map(str, tile)), measure_tiles, tile, shape, operands)
-
-
-def _row(name: str, found: Json, dense_ms: float | None) -> list[str]:
-    times = [number(found.get(f"{what}_ms")) for what in ("forward", "both")]
-    rates = [number(found.get(f"{what}_tflops"), 0) for what in ("forward", "both")]
-    both_ms = found.get("both_ms")
-    share = f"{dense_ms / both_ms:.0%}" if dense_ms and both_ms else "–"
-    check = ""
-    if "errors" in found:
-        worst = max(found["errors"].values())
-        check = f"error {worst:.1e}" + ("" if worst < TOLERANCE else ", **wrong**")
-        check += ", **NaN leaks**" if found["nan_leaks"] else ""
-    return [name, times[0], rates[0], times[1], rates[1], share, check]
+def _check_row(name: str, found: Json) -> list[str]:
+    small = found.get("small", {})
+    wrong = [what for what, error in small.items() if not error < TOLERANCE]
+    worst = f"{max(small.values()):.1e}" if small else "–"
+    return [name, worst, ", ".join(wrong), ", ".join(found.get("leaks", []))]
 
 
 def lines(result: Json) -> Iterator[str]:
     described = result["machine"]
     yield from (f"# Grouped matmuls on {described['device']}", "", machine_line(described), "")
+    yield from ("TFLOP/s, and the share of one dense matmul.", "")
     for shape, found in result["shapes"].items():
         yield from (f"## {shape}", "")
-        if DENSE in found:
-            dense_ms = found[DENSE].get("both_ms")
-            head = ["", "forward ms", "TFLOP/s", "forward and backward ms", "TFLOP/s", "of dense"]
-            rows = (_row(name, each, dense_ms) for name, each in found.items())
-            yield from table([*head, "check"], rows)
-        else:
-            rows = ([n, *(number(e.get(k), 0) for k in KERNELS)] for n, e in found.items())
-            yield from table(["tiles, TFLOP/s", *KERNELS], rows)
-    yield from not_measured(errors(result["shapes"]))
+        rows = (_row(name, each, found.get(DENSE, {})) for name, each in found.items())
+        yield from table(["", "forward", "dx", "dw", "all three", "check"], rows)
+    yield from ("## Empty groups, groups that end at any row, NaN after them", "")
+    rows = (_check_row(name, each) for name, each in result["checks"].items())
+    yield from table(["", "largest error", "wrong", "NaN reaches"], rows)
+    places = {"shapes": result["shapes"], "checks": result["checks"]}
+    yield from not_measured(errors(places))
+
+
+def of_options(options: argparse.Namespace) -> tuple[tuple[Candidate, ...], tuple[Shape, ...]]:
+    candidates, shapes = (VARIANTS, TUNE_SHAPES) if options.tune else (CANDIDATES, SHAPES)
+    return candidates, SMOKE_SHAPES if options.smoke else shapes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tune", action="store_true", help="tile sizes instead of candidates")
+    parser.add_argument("--tune", action="store_true", help="variants of our kernels")
+    parser.add_argument("--check", metavar="NAME", help="checks one candidate and measures nothing")
     results.add_options(parser)
 
 
@@ -218,10 +191,15 @@ def run(options: argparse.Namespace) -> None:
     if options.load:
         show(options.load, lines(results.load(options.load)))
         return
+    if options.check:
+        widths = SMOKE_CHECK_WIDTHS if options.smoke else CHECK_WIDTHS
+        named = {candidate.name: candidate for candidate in of_options(options)[0]}
+        print(json.dumps(check(named[options.check], widths)))
+        return
+    name = "gpu-matmul-variants" if options.tune else "gpu-matmul"
     described = machine.describe_gpus(options.commit)
-    name = "gpu-matmul-tiles" if options.tune else "gpu-matmul"
     with results.folder(options) as folder:
         path = folder / f"{name}-{results.slug(described['device'])}.json"
         session = Session(path, described, BUDGET_S)
-        (tune if options.tune else compare)(session, SMOKE_SHAPES if options.smoke else SHAPES)
+        measure(session, options)
         show(path, lines(session.result))

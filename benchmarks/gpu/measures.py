@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import jax_smfree as smfree
 from benchmarks.gpu import links
 from benchmarks.gpu.cases import Case, Scale
 from benchmarks.gpu.library import Library
@@ -40,6 +41,8 @@ def mover(
         into["check"] = {}
         library.check(into["check"])
         part(into, "native", native, library)
+        if hasattr(smfree, "Fp8") and case.shape.hidden % smfree.Fp8().block == 0:
+            part(into, "fp8", fp8, library)
         if library.tracer:
             part(into, "phases", phases, library, gemms, result["copy_rate"]["gb_s"])
         if library.tracer and with_overlap:
@@ -74,6 +77,23 @@ def native(into: Json, library: Library) -> None:
             times = [r.between_us(first, last, outer=True) for r in library.record(runs[name])]
             into[name]["on_device"] = summary(times)
         into["timeline"] = library.tracer(runs["round_trip"], library.scale.lead_in).to_json()
+
+
+def fp8(into: Json, library: Library) -> None:
+    """Dispatches that are quantised on the wire: into rows as they were given, and kept."""
+    library.check_fp8()
+    case = library.case
+    programs = {"rows": library.dispatch_fp8, "kept": library.dispatch_fp8_kept}
+    for name, run in prepare(
+        case.mesh, {name: (program, *case.inputs) for name, program in programs.items()}
+    ).items():
+        into[name] = timed(run, library.scale)
+        if library.tracer:
+            recordings = library.record(run)
+            times = [r.between_us(KERNELS[0], KERNELS[1], outer=True) for r in recordings]
+            into[name]["on_device"] = summary(times)
+            into[name]["send"] = summary([r.slowest_us(KERNELS[0]) for r in recordings])
+    library.group.check()
 
 
 def phases(into: Json, library: Library, gemms: Gemms, gb_s: float) -> None:

@@ -31,6 +31,9 @@ def _calls(shape: Json) -> Iterator[list[str]]:
             wire, logical = (find(native, call, f"{kind}_gb_s") for kind in ("wire", "logical"))
             row.append(f"{number(wire, 0)} / {number(logical, 0)}")
         yield row
+        for kind, took in mover.get("fp8", {}).items():
+            on_device = ms(find(took, "on_device"))
+            yield [f"jax_smfree, {name}, fp8 {kind}", ms(took), "", "", on_device, "", "", ""]
     for name, peer in shape["peers"].items():
         row = [name, *(ms(peer.get(call)) for call in CALLS), "", ""]
         for call in CALLS[:2]:
@@ -195,6 +198,10 @@ def headlines(result: Json) -> Iterator[Headline]:
     yield Headline("dispatch, ms", scaled(1e-3, native, "dispatch", "p50"), 3, {2: 0.5, 4: 1.05})
     yield Headline("combine, ms", scaled(1e-3, native, "combine", "p50"), 3, {2: 0.47, 4: 1.0})
     yield Headline("dispatch and combine, ms", scaled(1e-3, native, "round_trip", "p50"), 3)
+    kept = scaled(1e-3, find(shape, "movers", DEFAULT, "fp8"), "kept", "p50")
+    yield Headline("fp8 dispatch into values and scales, ms", kept, 3, {2: 0.3})
+    rows = scaled(1e-3, find(shape, "movers", DEFAULT, "fp8"), "rows", "p50")
+    yield Headline("fp8 dispatch into rows, ms", rows, 3)
     phases = find(shape, "movers", DEFAULT, "phases")
     for name in KERNELS:
         yield Headline(f"{name} over its byte floor", find(phases, name, "ratio"))

@@ -28,9 +28,14 @@ Status CheckConfig(const GroupConfig& config, int64_t ranks) {
             std::to_string(config.num_ranks);
   } else if (config.top_k < 1 || config.top_k > config.num_experts) {
     wrong = "top_k " + std::to_string(config.top_k) + " is not between 1 and num_experts";
-  } else if (config.num_lanes < 1 || config.expert_alignment < 1 || config.hidden < 1 ||
-             config.max_tokens < 1 || config.recv_capacity < 0) {
+  } else if (config.num_lanes < 1 || config.expert_alignment < 1 || config.row_bytes < 1 ||
+             config.max_tokens < 1 || config.recv_capacity < 0 || config.wire_capacity < 0) {
     wrong = "a size is not positive";
+  } else if (config.padded_groups &&
+             config.recv_capacity % (config.num_experts / config.num_ranks *
+                                     int64_t{config.expert_alignment}) != 0) {
+    wrong = "recv_capacity " + std::to_string(config.recv_capacity) +
+            " has no equal parts for the local experts";
   } else if (!IsTimeout(config.timeout_s)) {
     wrong = "timeout_s is " + std::to_string(config.timeout_s) +
             ", expected more than 0 and at most " + std::to_string(kMaxTimeoutS);
@@ -50,7 +55,7 @@ Status CheckSizes(const GroupConfig& config, const std::string& call, int64_t to
                                    std::to_string(lane) + ", expected up to max_tokens " +
                                    std::to_string(config.max_tokens) + " and lanes below " +
                                    std::to_string(config.num_lanes) +
-                                   "; the program was compiled for another EpConfig. Cure: compile "
+                                   "; the program was compiled for another EpConfig. Fix: compile "
                                    "it again.");
 }
 
@@ -59,8 +64,8 @@ Status InvalidArgument(const std::string& call, const std::string& what) {
 }
 
 std::string BrokenHandle(const std::string& what) {
-  return "the handle is broken: " + what +
-         ". Cure: pass the handle of the dispatch unchanged, and only to the rank that got it.";
+  return "invalid handle: " + what +
+         ". Fix: pass the handle of the dispatch unchanged, and only to the rank that got it.";
 }
 
 std::string BrokenPlace(int64_t row, int64_t place) {
@@ -68,8 +73,8 @@ std::string BrokenPlace(int64_t row, int64_t place) {
 }
 
 std::string BrokenCount(int64_t seen, int32_t rank, int64_t most) {
-  return BrokenHandle("it says " + std::to_string(seen) + " of rank " + std::to_string(rank) +
-                      ", where at most " + std::to_string(most) + " is possible");
+  return BrokenHandle("it has " + std::to_string(seen) + " for rank " + std::to_string(rank) +
+                      ", and at most " + std::to_string(most) + " is possible");
 }
 
 Status InvalidRouting(const std::string& call, int64_t row, int64_t expert, int32_t num_experts,
@@ -78,14 +83,14 @@ Status InvalidRouting(const std::string& call, int64_t row, int64_t expert, int3
   return Fault(FaultKind::kInvalidRouting,
                call + ": row " + std::to_string(row) + " names expert " + std::to_string(expert) +
                    (exists ? " twice" : " of " + std::to_string(num_experts)) + seen +
-                   ". Cure: name each expert of a row once, -1 for none.");
+                   ". Fix: name each expert of a row once, -1 for none.");
 }
 
 Status TwoInFlight(const std::string& call, const std::string& other,
                    const std::string& else_where) {
   return Fault(FaultKind::kTwoInFlight,
                call + " begins, and " + other +
-                   " was not received here yet. Cure: receive it first and go on with the token "
+                   " was not received here yet. Fix: receive it first and go on with the token "
                    "that its recv returned, or " +
                    else_where + ".");
 }
@@ -95,7 +100,7 @@ Status ScheduleMismatch(const std::string& call, const std::string& expected,
   return Fault(FaultKind::kScheduleMismatch,
                call + ": expected " + expected + " and got " + got + " from rank " +
                    std::to_string(source) +
-                   ". Cure: every rank of the group must run the same program with the same "
+                   ". Fix: every rank of the group must run the same program with the same "
                    "shapes, and recv must get the token and the handle of its own send.");
 }
 
@@ -104,25 +109,72 @@ Status DeadlineExceeded(const std::string& call, double waited_s, const std::str
   std::snprintf(waited, sizeof(waited), "%.1f s", waited_s);
   return Fault(FaultKind::kDeadline,
                call + ": waited " + waited + " " + whom +
-                   ". Cure: see what that rank does instead; every rank must run the same program. "
+                   ". Fix: see what that rank does instead; every rank must run the same program. "
                    "If it is only slow, raise timeout_s.");
 }
 
-Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity) {
+namespace {
+
+std::string IsNaNUnlessRaised(const std::string& option) {
+  return "; the outputs are NaN. Fix: raise " + option + ", or take overflow='drop'.";
+}
+
+}  // namespace
+
+Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity,
+                  const GroupConfig& config) {
+  const bool of_call = capacity != config.recv_capacity;
   return Fault(FaultKind::kOverflow,
-               call + ": " + std::to_string(dropped) + " rows exceed recv_capacity " +
-                   std::to_string(capacity) +
-                   "; the outputs are NaN. Cure: raise recv_capacity, or take overflow='drop'.");
+               call + ": " + std::to_string(dropped) + " rows exceed " +
+                   (of_call ? "capacity " : "recv_capacity ") + std::to_string(capacity) +
+                   (of_call ? " of this call" : "") +
+                   IsNaNUnlessRaised(of_call ? "capacity" : "recv_capacity"));
+}
+
+Status OverflowedGroup(const std::string& call, int64_t dropped, int32_t expert, int64_t copies,
+                       int64_t capacity, const GroupConfig& config) {
+  const int32_t local_experts = config.num_experts / config.num_ranks;
+  const bool of_call = capacity != config.recv_capacity / local_experts;
+  return Fault(FaultKind::kOverflow,
+               call + ": " + std::to_string(dropped) + " rows exceed " +
+                   (of_call ? "capacity " + std::to_string(capacity) + " of this call"
+                            : "recv_capacity " + std::to_string(config.recv_capacity) + ", " +
+                                  std::to_string(capacity) + " for each local expert") +
+                   "; the busiest, expert " + std::to_string(expert) + ", got " +
+                   std::to_string(copies) +
+                   IsNaNUnlessRaised(of_call ? "capacity" : "recv_capacity"));
+}
+
+namespace {
+
+Status OverflowedOnTheWay(const std::string& what, const GroupConfig& config) {
+  const bool given = config.wire_capacity > 0;
+  return Fault(FaultKind::kOverflow,
+               what + " wire_capacity " + std::to_string(WireCapacity(config)) +
+                   (given ? "" : ", which follows recv_capacity") +
+                   IsNaNUnlessRaised(given ? "wire_capacity" : "recv_capacity"));
+}
+
+}  // namespace
+
+Status OverflowedWire(const std::string& call, int64_t rows, const GroupConfig& config) {
+  return OverflowedOnTheWay(call + ": " + std::to_string(rows) + " rows came here and exceed",
+                            config);
+}
+
+Status OverflowedRelay(const std::string& call, const GroupConfig& config) {
+  return OverflowedOnTheWay(call + ": a relay had more rows for the ranks of this node than",
+                            config);
 }
 
 Status GroupClosed(const std::string& call) {
   return Fault(FaultKind::kClosed,
-               call + ": the group is closed. Cure: close it after the last operation.");
+               call + ": the group is closed. Fix: close it after the last operation.");
 }
 
 Status FailedBefore(const std::string& call, const Status& fault) {
   return Status(fault.kind(),
-                call + " cannot go on, the group has failed before: " + fault.message());
+                call + " cannot go on, since the group failed earlier: " + fault.message());
 }
 
 }  // namespace smfree

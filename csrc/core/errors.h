@@ -36,7 +36,17 @@ Status ScheduleMismatch(const std::string& call, const std::string& expected,
                         const std::string& got, int32_t source);
 // `whom` says for which rank, and what came from it.
 Status DeadlineExceeded(const std::string& call, double waited_s, const std::string& whom);
-Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity);
+// Copies of rows that did not fit into the `capacity` rows of the expert-grouped array that were to
+// be filled: recv_capacity, or fewer as the call has it.
+Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity,
+                  const GroupConfig& config);
+// The same where groups are padded, and have room for `capacity` each: `expert` got the most copies.
+Status OverflowedGroup(const std::string& call, int64_t dropped, int32_t expert, int64_t copies,
+                       int64_t capacity, const GroupConfig& config);
+// All `rows` that came for a rank, of which not all fit on the wire.
+Status OverflowedWire(const std::string& call, int64_t rows, const GroupConfig& config);
+// Rows for a rank of which a relay of its node has not handed on all.
+Status OverflowedRelay(const std::string& call, const GroupConfig& config);
 Status GroupClosed(const std::string& call);
 Status FailedBefore(const std::string& call, const Status& fault);
 

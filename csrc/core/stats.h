@@ -24,7 +24,7 @@ struct Stats {
   int64_t internode_bytes[2] = {};  // by Operation: sent from one node to another
   int64_t rows_relayed = 0;         // that relays sent on, in hierarchical mode
   int64_t bytes_relayed = 0;
-  int64_t rows_dropped = 0;  // copies that exceeded recv_capacity
+  int64_t rows_dropped = 0;  // copies that exceeded wire_capacity or recv_capacity
 
   PhaseStats& of(Phase phase) { return phases[static_cast<int32_t>(phase)]; }
   const PhaseStats& of(Phase phase) const { return phases[static_cast<int32_t>(phase)]; }

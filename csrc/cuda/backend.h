@@ -6,7 +6,7 @@
 // Every phase only launches kernels on the given stream: no allocation, no waiting for the device,
 // no counter on the host, so that it can be captured into a CUDA graph and replayed. (Outside of
 // graphs a recv waits on the host for the launches of its peers' sends, see launch_order.h.)
-// Results are those of the CPU backend, bit for bit (but for the sums over `hidden` in
+// Results are those of the CPU backend, bit for bit (but for the inner products of rows in
 // dispatch_recv_weighted).
 //
 // Faults of a phase that runs on the device end in NaN outputs and in Group::Check. The phases of
@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "csrc/core/stats.h"
@@ -46,7 +47,7 @@ struct Memory {
 //
 // One phase of one rank as it ran: device time in ns (%globaltimer), from the begin of its first
 // block to the end of its last one, and the bytes it has to move at least. `number` counts the
-// lane's operations from 0, as errors do, and as the CPU backend does.
+// rank's operations from 0, as errors do.
 struct PhaseRecord {
   int32_t replica, rank, lane;
   Side side;
@@ -79,10 +80,15 @@ class Group {
                                                  const std::vector<int32_t>& devices);
   // The same for the one rank of this process, on `device`; that of rank r is in process
   // `process_of_rank[r]` of NVSHMEM's world. `memory` has SymmetricBytes(config) or more, and no
-  // group of any process uses it. No rank may send before all have come back from here.
+  // group of any process uses it. `name`, the same in all of them and of no other group, is where
+  // they meet in /dev/shm. No rank may send before all have come back from here, and one has then
+  // called AllAreHere.
   static StatusOr<std::shared_ptr<Group>> CreateAmongProcesses(
       int64_t group_id, int32_t replica, const GroupConfig& config, int32_t rank, int32_t device,
-      const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory);
+      const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory,
+      const std::string& name);
+  // Nothing is left under the name.
+  void AllAreHere();
   ~Group();  // closes
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;

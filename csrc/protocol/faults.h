@@ -13,17 +13,18 @@ enum class FaultKind : int32_t {
   kNone = 0,
   kInvalidArgument = 1,   // shapes, ranks or handle arrays that contradict the group
   kInvalidRouting = 2,    // topk_idx names an expert twice in a row, or one that does not exist
-  kTwoInFlight = 3,       // a send while the previous operation of the lane was not received here
+  kTwoInFlight = 3,       // two operations on one set (GPU), or at one point of a sequence (CPU)
   kScheduleMismatch = 4,  // a peer sent another operation, or the same one with other shapes
   kDeadline = 5,          // a receive waited longer than timeout_s
   kPeerDied = 6,          // the process of a rank ended without closing the group
   kPeerClosed = 7,        // the process of a rank closed the group while this rank still needs it
   kClosed = 8,            // this process closed the group, or has not connected it yet
-  kOverflow = 9,          // more rows than recv_capacity; not a protocol fault, the group goes on
+  kOverflow = 9,          // more rows than a capacity; not a protocol fault, the group goes on
   kOutOfMemory = 10,      // the operating system refused memory for the rows in flight
   kSystem = 11,           // a socket or another system call failed
   kPeerFailed = 12,       // a rank in another process has met a fault, which it knows
   kUnreceived = 13,       // a rank goes on sending operations that it never receives
+  kNoFreeSet = 14,        // more operations in flight than the group has sets of buffers
 };
 
 constexpr const char* Name(FaultKind kind) {
@@ -42,6 +43,7 @@ constexpr const char* Name(FaultKind kind) {
     case FaultKind::kSystem: return "system error";
     case FaultKind::kPeerFailed: return "peer failed";
     case FaultKind::kUnreceived: return "operations never received";
+    case FaultKind::kNoFreeSet: return "no free buffers";
   }
   return "unknown fault";
 }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lanes: sequences of operations with buffers of their own. This file says which operation a lane
-// is at, which of the lane's two buffer sets (the parity) an operation uses, and refuses a second
-// operation in flight on a lane: that check is what makes acknowledgements unnecessary
+// Operations that follow one another on a set of buffers (sets.h): which of the set's two halves
+// (the parity) each of them uses, which one was sent and which one received last, and that a second
+// one is refused while one is in flight. That is what makes acknowledgements unnecessary
 // (PROTOCOL.md, "Why no acknowledgement is needed").
+//
+// And what an operation is for, its side, which traces show.
 #ifndef SMFREE_CSRC_PROTOCOL_LANES_H_
 #define SMFREE_CSRC_PROTOCOL_LANES_H_
 
@@ -15,25 +17,20 @@
 
 namespace smfree {
 
-// Two sets are what the protocol needs: a rank can be one operation ahead of a peer, never two.
+// Two are what the protocol needs: a rank can be one operation ahead of a peer, never two.
 constexpr int32_t kParities = 2;
 
-// Operations of a lane are numbered 1, 2, 3, …; 0 means "none yet".
+// The numbers of operations on a set grow, and their parities alternate, as in
+// 1, 2, 3, …; 0 means "none yet".
 constexpr int64_t kNoOperation = 0;
-
-// Users count the operations of a lane from 0, and so do errors and traces.
-constexpr int64_t OrdinalOf(int64_t number) { return number - 1; }
 
 SMFREE_HD constexpr int32_t ParityOf(int64_t number) {
   return static_cast<int32_t>(number % kParities);
 }
 
-// Each lane has three sides with buffers of their own, because XLA may interleave their operations:
-// those of the program as written; those that carry gradients, or tangents, which are in flight
-// together with their primals; and those of a rematerialised forward pass, which may begin before
-// the forward pass has ended.
+// What an operation is for, to describe it: it is of the program as written; it carries gradients,
+// or tangents; or it is of a rematerialised forward pass.
 enum class Side : int32_t { kForward = 0, kMirrored = 1, kReplay = 2 };
-constexpr int32_t kSides = 3;
 
 // A tangent changes the side, a transpose stays on the side of what it is made from.
 SMFREE_HD constexpr Side SideOf(int32_t derivation) {
@@ -45,17 +42,7 @@ SMFREE_HD constexpr Side SideOf(int32_t derivation) {
   return mirrored ? Side::kMirrored : replay ? Side::kReplay : Side::kForward;
 }
 
-// The buffers of `lane` (0 ≤ lane < num_lanes) are at this index.
-SMFREE_HD constexpr int32_t LaneIndex(int32_t lane, Side side, int32_t num_lanes) {
-  return static_cast<int32_t>(side) * num_lanes + lane;
-}
-
-// Lanes that have buffers: without differentiation there is one side only.
-SMFREE_HD constexpr int32_t LaneCount(int32_t num_lanes, bool differentiable) {
-  return differentiable ? kSides * num_lanes : num_lanes;
-}
-
-// One per rank and lane, all zero at the start. Only the rank's own send and recv phases touch it,
+// One per rank and set, all zero at the start. Only the rank's own send and recv phases touch it,
 // one after the other, so plain loads and stores do. On a GPU it lies in device memory: a captured
 // graph that is replayed goes on counting.
 struct LaneState {
@@ -65,7 +52,8 @@ struct LaneState {
 static_assert(sizeof(LaneState) == 16 && alignof(LaneState) == 8);
 static_assert(std::is_trivial_v<LaneState> && std::is_standard_layout_v<LaneState>);
 
-// Start of a send phase: takes the lane's next number. On kTwoInFlight nothing has changed.
+// Start of a send phase where numbers are 1, 2, 3, …: takes the next one. On kTwoInFlight nothing
+// has changed.
 SMFREE_HD constexpr FaultKind BeginSend(LaneState& lane, int64_t& number) {
   if (lane.sent != lane.received) return FaultKind::kTwoInFlight;
   number = ++lane.sent;
@@ -73,8 +61,8 @@ SMFREE_HD constexpr FaultKind BeginSend(LaneState& lane, int64_t& number) {
 }
 
 // Start of a recv phase, before it waits: may operation `number` (from the token) be read? It may
-// also run again (XLA clones calls) as long as its operation is the lane's last: until the next
-// send, the buffers keep what arrived.
+// also run again (XLA clones calls) as long as its operation is the set's last: until the next
+// send there, the buffers keep what arrived.
 SMFREE_HD constexpr bool MayReceive(const LaneState& lane, int64_t number) {
   return number != kNoOperation && number == lane.sent;
 }

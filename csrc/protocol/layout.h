@@ -7,28 +7,41 @@
 //
 //   offset            bytes                                 content
 //   0                 SignalsBytes()                        arrived signals, zero at the start:
-//                     set_count * signals_bytes[kWire]        [lane index, parity, source on wire]
-//                     set_count * signals_bytes[kNode]        [lane index, parity, source in node]
+//                     set_count * signals_bytes[kWire]        [set, parity, source on wire]
+//                     set_count * signals_bytes[kNode]        [set, parity, source in node]
 //                     kAlignment                              fault word: 1 + the rank of a peer in
-//                                                             another process that is at fault
-//   regions_offset    set_count * 2 * peers[kWire] regions  [lane index, parity, send | recv, peer]
-//   …                 set_count * 2 * peers[kNode] regions  [lane index, parity, send | recv, peer]
+//                                                             another process that has failed
+//   regions_offset    set_count * 2 * peers[kWire] regions  [set, parity, send | recv, peer]
+//   …                 set_count * 2 * peers[kNode] regions  [set, parity, send | recv, peer]
+//   areas_offset      set_count * area_bytes[kWire]         [set, parity]
+//   …                 set_count * area_bytes[kNode]         [set, parity]
+//   announced_offset  announced_bytes                       what ranks of other nodes announce of
+//                                                           the wire, and this rank; where there
+//                                                           are any
 //
-// A buffer set belongs to one lane index (lanes.h) and parity: set_count = LaneCount * kParities.
-// A region holds one message of the largest size:
+// Buffers belong to one set (sets.h) and parity, which together count as one in here:
+// set_count = NumSets * kParities.
+// A region holds the header of one message, and the rest of it where it has at most region_rows
+// rows:
 //
 //   offset            bytes                                 content
-//   0                 header_bytes                          identity, counts per expert
+//   0                 header_bytes                          identity, counts per expert, and per
+//                                                           rank (message.h)
 //   header_bytes      MessageLayout(rows, …).bytes          expert ids | slots | rows
 //   …                 up to region_bytes                    unused
 //
-// A message is thus one contiguous range that begins at its region's start: the mover copies it in
-// chunks cut anywhere, and where its arrays are follows from the counts in its header.
+// Such a message is one contiguous range that begins at its region's start: the mover copies it in
+// chunks cut anywhere, and where its arrays are follows from the counts in its header. The recv
+// region of source s here and the send region of destination d there are of one size, so that every
+// offset is arithmetic. A rank's own message is packed into its own recv region.
 //
-// The recv region of source s here and the send region of destination d there are of one size, so
-// that every offset is arithmetic. Sending needs the worst case too: a dispatch packs at most
-// max_tokens * min(top_k, peers) rows, but a combine on the same lane packs what it received,
-// max_tokens * peers. A rank's own message is packed into its own recv region.
+// The payloads (all but the header) of larger operations stand one behind the other in an area, so
+// that an area does not grow with the ranks: by region in the area of a leg that the rank packs, by
+// region, without its own, in the one that it receives in. Operation k packs area k mod 2 and
+// receives in the other one. Where a payload begins is the sum of those before it, which follows
+// from the counts that the members of the leg announce (announcement.h). The rank's own payload is
+// read where it was packed. An area holds area_rows rows: what a dispatch packs on the leg, or what
+// a combine packs, which is what the rank has received.
 //
 // Legs and their regions: nodes.h. The own node's wire region exists as well, so that all nodes are
 // treated alike.
@@ -38,17 +51,17 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "csrc/protocol/announcement.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/host_device.h"
 #include "csrc/protocol/lanes.h"
 #include "csrc/protocol/nodes.h"
+#include "csrc/protocol/row_format.h"
 
 namespace smfree {
 
 // Of everything that a bulk copy or another rank writes: a GPU's L2 line, two CPU cache lines.
 constexpr int64_t kAlignment = 128;
-// Of a row's stride inside a message: the widest load and the unit of a bulk copy.
-constexpr int64_t kRowAlignment = 16;
 // Of a header, for identity and shapes; counts per expert follow.
 constexpr int64_t kHeaderIdentityBytes = 128;
 
@@ -57,16 +70,12 @@ constexpr int64_t kSlotBytes = 4;      // float32
 constexpr int64_t kCountBytes = 4;     // int32
 constexpr int64_t kSignalBytes = 8;    // uint64
 
-SMFREE_HD constexpr int64_t AlignUp(int64_t n, int64_t alignment) {
-  return (n + alignment - 1) / alignment * alignment;
-}
-
 // The rows from one rank to another, without the header:
 //
 //   offset           bytes                 content
 //   experts_offset   rows * experts * 4    int32: expert ids of each row, -1 = none
 //   slots_offset     rows * slots * 4      float32: values that ride along with each row
-//   rows_offset      rows * row_bytes      the rows
+//   rows_offset      rows * row_bytes      the rows, of RowFormat::stride bytes each
 //
 // each array aligned up to kAlignment. `experts` and `slots` are top_k, or 0 where the array is
 // absent: only a dispatch whose routing the receiver does not know yet carries expert ids. They
@@ -83,13 +92,18 @@ struct MessageLayout {
 };
 
 struct Layout {
-  int64_t row_bytes;             // stride of a row in a message
+  int64_t row_bytes;             // the largest stride of rows in a message
   int64_t header_bytes;
+  int64_t region_rows;           // the most that a message has whose rows stand in its region
   int64_t region_bytes;
   int64_t regions_offset;
-  int64_t signals_bytes[kLegs];  // of one buffer set
-  int32_t peers[kLegs];          // regions per direction of one buffer set; 0: no such leg
-  int32_t set_count;
+  int64_t area_rows[kLegs];      // 0: no operation needs areas
+  int64_t area_bytes[kLegs];
+  int64_t areas_offset;
+  int64_t announced_bytes;
+  int64_t signals_bytes[kLegs];  // of one set and parity
+  int32_t peers[kLegs];          // regions per direction of one set and parity; 0: no such leg
+  int32_t set_count;             // sets times parities
   int32_t num_nodes;
   int32_t top_k;
 
@@ -100,42 +114,86 @@ struct Layout {
     const Nodes nodes = NodesOf(config);
     layout.num_nodes = nodes.count();
     layout.top_k = config.top_k;
-    layout.set_count = LaneCount(config.num_lanes, config.differentiable) * kParities;
+    layout.set_count = NumSets(config) * kParities;
     layout.peers[kWire] = nodes.Regions(kWire);
     layout.peers[kNode] = nodes.Regions(kNode);
 
-    // A wire message names the counts of all experts behind it: a rank's, or a node's.
-    const int64_t experts_behind = config.num_experts / layout.peers[kWire];
-    layout.header_bytes = kHeaderIdentityBytes + AlignUp(experts_behind * kCountBytes, kAlignment);
-    layout.row_bytes = AlignUp(config.hidden * ItemBytes(config.dtype), kRowAlignment);
-    const MessageLayout largest(config.max_tokens, config.top_k, config.top_k, layout.row_bytes);
+    // A wire message names the counts of all experts behind it: a rank's, or a node's, and then
+    // also of its ranks.
+    const int64_t counts = config.num_experts / layout.peers[kWire] +
+                           (config.hierarchical ? nodes.ranks_per_node : 0);
+    layout.header_bytes = kHeaderIdentityBytes + AlignUp(counts * kCountBytes, kAlignment);
+    layout.row_bytes = AlignUp(config.row_bytes, kRowAlignment);
+    layout.region_rows = RegionRows(config, layout.row_bytes);
+    const MessageLayout largest(layout.region_rows, config.top_k, config.top_k, layout.row_bytes);
     layout.region_bytes = layout.header_bytes + largest.bytes;
+    for (int leg = 0; leg < kLegs && layout.region_rows < config.max_tokens; ++leg) {
+      if (layout.peers[leg] == 0) continue;
+      layout.area_rows[leg] = leg == kWire ? WireAreaRows(config)
+                                           : WireRows(config, config.max_tokens);
+      layout.area_bytes[leg] = AlignUp(
+          layout.area_rows[leg] *
+                  (layout.row_bytes + config.top_k * (kExpertIdBytes + kSlotBytes)) +
+              layout.peers[leg] * 3 * kAlignment,  // each payload is three aligned arrays
+          kAlignment);
+    }
 
     for (int leg = 0; leg < kLegs; ++leg) {
       layout.signals_bytes[leg] = AlignUp(layout.peers[leg] * kSignalBytes, kAlignment);
     }
     layout.regions_offset = layout.SignalsBytes();
+    layout.areas_offset = layout.regions_offset + layout.RegionsBytes(kWire) +
+                          layout.RegionsBytes(kNode);
+    if (layout.HasAreas() && layout.num_nodes > 1) {
+      layout.announced_bytes =
+          AlignUp(layout.Announcements(kWire).End(NumSets(config)) * kSignalBytes, kAlignment);
+    }
     return layout;
   }
 
-  // From a region's start to the arrays of the message in it.
-  SMFREE_HD constexpr MessageLayout Message(int64_t rows, bool has_experts, bool has_slots) const {
-    return MessageLayout(rows, has_experts ? top_k : 0, has_slots ? top_k : 0, row_bytes);
+  // Whether the payloads of operations with so many rows per rank stand in areas. The same on all
+  // ranks: it depends on shapes alone.
+  SMFREE_HD constexpr bool UsesAreas(int64_t tokens) const { return tokens > region_rows; }
+  constexpr bool HasAreas() const { return area_bytes[kWire] > 0; }
+
+  // The words of the ranks, which lie in memory of the host; those of the wire in this memory, too.
+  SMFREE_HD constexpr AnnouncementTable Announcements(Leg leg) const {
+    const bool hierarchical = peers[kNode] > 0;
+    const int32_t num_ranks = hierarchical ? peers[kNode] : peers[kWire];
+    const AnnouncementTable wire{0, num_ranks, hierarchical ? 2 * peers[kWire] : peers[kWire]};
+    if (leg == kWire) return wire;
+    return {wire.End(set_count / kParities), num_ranks, peers[kNode]};
+  }
+  constexpr int64_t AnnouncementsBytes() const {
+    return Announcements(kNode).End(set_count / kParities) * kSignalBytes;
   }
 
-  // From the start of a rank's memory. `lane` is a lane index (lanes.h), `number` the operation's.
-  SMFREE_HD constexpr int64_t SignalOffset(Leg leg, int32_t lane, int64_t number,
+  // From the start of a rank's memory. `number` is the operation's.
+  SMFREE_HD constexpr int64_t SignalOffset(Leg leg, int32_t set, int64_t number,
                                            int32_t source) const {
     const int64_t before = leg == kWire ? 0 : set_count * signals_bytes[kWire];
-    return before + SetIndex(lane, number) * signals_bytes[leg] + source * kSignalBytes;
+    return before + SetIndex(set, number) * signals_bytes[leg] + source * kSignalBytes;
   }
-  SMFREE_HD constexpr int64_t SendRegionOffset(Leg leg, int32_t lane, int64_t number,
+  SMFREE_HD constexpr int64_t SendRegionOffset(Leg leg, int32_t set, int64_t number,
                                                int32_t destination) const {
-    return RegionOffset(leg, SetIndex(lane, number) * 2, destination);
+    return RegionOffset(leg, SetIndex(set, number) * 2, destination);
   }
-  SMFREE_HD constexpr int64_t RecvRegionOffset(Leg leg, int32_t lane, int64_t number,
+  SMFREE_HD constexpr int64_t RecvRegionOffset(Leg leg, int32_t set, int64_t number,
                                                int32_t source) const {
-    return RegionOffset(leg, SetIndex(lane, number) * 2 + 1, source);
+    return RegionOffset(leg, SetIndex(set, number) * 2 + 1, source);
+  }
+
+  // The area of a leg that operation `number` packs, and the one that it receives in.
+  SMFREE_HD constexpr int64_t SendAreaOffset(Leg leg, int32_t set, int64_t number) const {
+    const int64_t before = leg == kWire ? 0 : set_count * area_bytes[kWire];
+    return areas_offset + before + SetIndex(set, number) * area_bytes[leg];
+  }
+  SMFREE_HD constexpr int64_t RecvAreaOffset(Leg leg, int32_t set, int64_t number) const {
+    return SendAreaOffset(leg, set, number + 1);
+  }
+
+  SMFREE_HD constexpr int64_t AnnouncedOffset() const {
+    return areas_offset + set_count * (area_bytes[kWire] + area_bytes[kNode]);
   }
 
   SMFREE_HD constexpr int64_t FaultWordOffset() const {
@@ -146,16 +204,16 @@ struct Layout {
   SMFREE_HD constexpr int64_t TotalBytes() const { return RdmaBytes() + NvlBytes(); }
 
   // By the link that serves them. A leg that leaves the node counts as a whole, since all of it is
-  // registered with the network: in hierarchical mode the rows of both directions come to
-  // max_tokens * row_bytes * num_nodes * 2 per buffer set.
+  // registered with the network: in hierarchical mode, where nothing is ever cut, two areas of
+  // max_tokens * num_nodes rows for each set.
   SMFREE_HD constexpr int64_t RdmaBytes() const { return num_nodes > 1 ? LegBytes(kWire) : 0; }
   SMFREE_HD constexpr int64_t NvlBytes() const {
     return LegBytes(kNode) + (num_nodes > 1 ? 0 : LegBytes(kWire));
   }
 
  private:
-  SMFREE_HD constexpr int64_t SetIndex(int32_t lane, int64_t number) const {
-    return int64_t{lane} * kParities + ParityOf(number);
+  SMFREE_HD constexpr int64_t SetIndex(int32_t set, int64_t number) const {
+    return int64_t{set} * kParities + ParityOf(number);
   }
   SMFREE_HD constexpr int64_t RegionOffset(Leg leg, int64_t half_set, int32_t peer) const {
     const int64_t regions_before = leg == kWire ? 0 : int64_t{set_count} * 2 * peers[kWire];
@@ -163,10 +221,25 @@ struct Layout {
   }
   SMFREE_HD constexpr int64_t LegBytes(Leg leg) const {
     const int64_t fault_word = leg == kWire ? kAlignment : 0;
-    return fault_word + set_count * (signals_bytes[leg] + int64_t{2} * peers[leg] * region_bytes);
+    return fault_word + set_count * (signals_bytes[leg] + area_bytes[leg]) + RegionsBytes(leg) +
+           (leg == kWire ? announced_bytes : 0);
+  }
+  SMFREE_HD constexpr int64_t RegionsBytes(Leg leg) const {
+    return int64_t{set_count} * 2 * peers[leg] * region_bytes;
+  }
+  static constexpr int64_t WireAreaRows(const GroupConfig& config) {
+    const int64_t packed = config.max_tokens * WirePlacesPerRow(config);
+    const int64_t received = config.hierarchical ? RelayRows(config, config.max_tokens)
+                                                 : WireRows(config, config.max_tokens);
+    return packed > received ? packed : received;
+  }
+  // Operations larger than that announce their counts.
+  static constexpr int64_t RegionRows(const GroupConfig& config, int64_t row_bytes) {
+    const int64_t pushed = config.sm_push_bytes / row_bytes;
+    return pushed < config.max_tokens ? pushed : config.max_tokens;
   }
 };
-static_assert(sizeof(Layout) == 72 && alignof(Layout) == 8);
+static_assert(sizeof(Layout) == 128 && alignof(Layout) == 8);
 static_assert(std::is_trivially_copyable_v<Layout>);
 
 // Bytes that a rank's group will take, by link, before it is made.
@@ -188,10 +261,15 @@ SMFREE_HD constexpr int64_t MaxRecvRows(int32_t num_ranks, int64_t tokens, int32
   return AlignUp(copies + groups * (expert_alignment - 1), expert_alignment);
 }
 
-// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case.
+// Rows of the expert-grouped array for `tokens` rows per rank: recv_capacity, or the worst case. In
+// equal parts that is every row of every rank for each expert.
 constexpr int64_t RowsCapacity(const GroupConfig& config, int64_t tokens) {
   if (config.recv_capacity > 0) return config.recv_capacity;
-  return MaxRecvRows(config.num_ranks, tokens, config.top_k, config.num_experts / config.num_ranks,
+  const int32_t local_experts = config.num_experts / config.num_ranks;
+  if (config.padded_groups) {
+    return local_experts * AlignUp(config.num_ranks * tokens, config.expert_alignment);
+  }
+  return MaxRecvRows(config.num_ranks, tokens, config.top_k, local_experts,
                      config.expert_alignment);
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What stands at the start of a region: whose message it is, and in how many chunks it comes. The
-// counts per local expert of the destination (int32) follow at kHeaderIdentityBytes.
+// What stands at the start of a region: whose message it is, and in how many chunks it comes. At
+// kHeaderIdentityBytes follow counts (int32): of the copies for each expert behind the destination,
+// and on the wire of hierarchical mode of the rows for each rank of its node.
 //
 // For the CPU backend's form, see csrc/cpu/exchange/message_header.h.
 #ifndef SMFREE_CSRC_PROTOCOL_MESSAGE_H_
@@ -24,9 +25,11 @@ struct RegionHeader {
   int32_t source;
   int32_t tokens;  // T of the sender; equal on all ranks
   int32_t rows;
+  int32_t stride;   // of the rows, in bytes
   int32_t experts;  // per row: top_k or 0
   int32_t slots;    // per row: top_k or 0
   int32_t chunks;   // asked for, see Chunks
+  int32_t sent;     // rows that the source has sent: more than `rows` if a relay has too many
 };
 static_assert(sizeof(RegionHeader) <= kHeaderIdentityBytes);
 

@@ -44,6 +44,11 @@ struct Nodes {
     if (leg == kWire) return region * ranks_per_node + IndexOf(rank);
     return NodeOf(rank) * ranks_per_node + IndexOf(region);
   }
+  // How many ranks exchange messages on a leg with `rank`, itself among them. The i-th of them is
+  // Peer(leg, rank, i), and at the other end of regions i, i + Members, i + 2 * Members, ….
+  SMFREE_HD constexpr int32_t Members(Leg leg) const {
+    return leg == kWire ? Regions(kWire) : ranks_per_node;
+  }
   // The region of that peer in which a message from the region of `rank` arrives.
   SMFREE_HD constexpr int32_t RegionAtPeer(Leg leg, int32_t rank, int32_t region) const {
     if (!hierarchical) return rank;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The `arrived` signal: one 64-bit word per lane, parity and source in the receiver's symmetric
+// The `arrived` signal: one 64-bit word per set, parity and source in the receiver's symmetric
 // memory. The mover raises it after each chunk it has copied; the receiver polls it. It only ever
 // grows, so nothing is reset between operations.
 //

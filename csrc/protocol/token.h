@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The token's array: what one operation tells the next one on its lane.
+// The token's array: what one operation tells the next one that it is threaded through.
 //
 // Floats, because the cotangent of a token is a token and JAX adds zeros to cotangents; numbers are
 // split so that float32 holds them exactly. Two tokens that were added have magic 2.
@@ -21,7 +21,7 @@ struct Token {
 
   float magic = 0;        // 1; 0: a fresh token, or a cotangent that nothing was added to
   int64_t number = 0;     // in flight: the operation's; ready: CPU, the next one; GPU, the last one
-  int64_t run_id = 0;     // in flight, CPU: of the program that ran the send
+  int64_t run_id = 0;     // in flight, CPU: of the program that ran the send; GPU: the set
   Instance instance;      // in flight, CPU: of the send
   uint64_t sequence = 0;  // CPU; 0: of the next send
 
@@ -38,6 +38,12 @@ struct Token {
     array[6] = static_cast<float>(instance.program);
     Split(static_cast<int64_t>(sequence), array + 7);
   }
+
+  // On a GPU: of the operation in flight.
+  SMFREE_HD static Token InSet(int64_t number, int32_t set) {
+    return {1.0f, number, set, Instance{}, 0};
+  }
+  SMFREE_HD int32_t set() const { return static_cast<int32_t>(run_id); }
 
   SMFREE_HD bool zero() const { return magic == 0.0f; }
   SMFREE_HD bool used_once() const { return magic == 0.0f || magic == 1.0f; }

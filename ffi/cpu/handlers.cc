@@ -82,7 +82,7 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
   if (begun.group == nullptr) return NoSuchGroup();
   begun.token = Token::Read(token.typed_data());
   begun.call.rank = rank;
-  begun.call.tokens = operands.tokens;
+  begun.call.tokens = attributes.tokens;
   begun.call.identity.lane = static_cast<int32_t>(attributes.lane);
   begun.call.identity.derivation = static_cast<int32_t>(attributes.derivation);
   begun.call.identity.call_site = static_cast<uint32_t>(attributes.call_site);
@@ -92,7 +92,7 @@ StatusOr<Begun> Begin(const TokenArg& token, const PositionArg& position,
     return Status(FaultKind::kTwoInFlight,
                   DescribePoint(begun.call.identity) + ": " + kTokenUsedTwice);
   }
-  const Status status = CheckRows(begun.group->config(), operands.rows);
+  const Status status = CheckShapes(begun.group->config(), attributes, operands);
   if (!status.ok()) return status;
   return begun;
 }
@@ -103,7 +103,7 @@ nb::dict Sending() {
   constexpr auto send = [](CallState* state, ffi::RunId run_id, TokenArg token,
                            PositionArg position, TokenRet token_out, Attributes attributes,
                            auto... buffers) {
-    const auto operands = operands_of(buffers...);
+    const auto operands = operands_of(attributes, buffers...);
     auto begun = Begin(token, position, attributes, operands);
     if (!begun.ok()) return ToError(begun.status());
     auto& [group, call, incoming] = begun.value();
@@ -160,13 +160,30 @@ template <typename Buffer>
 void SetZero(Out<Buffer>& out) {
   std::memset(out->untyped_data(), 0, out->size_bytes());
 }
+void SetZero(const LeavesOut& leaves) {
+  for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
+    auto out = leaves.get<ffi::AnyBuffer>(leaf);
+    if (out.has_value()) SetZero(out.value());
+  }
+}
+
+// Adds to results that are zero what a combine_recv is to add.
+template <typename Arrays>
+void AddTo(const Arrays&, int64_t) {}
+void AddTo(const CombineRecvArrays& arrays, int64_t tokens) {
+  const RowFormat& format = arrays.add.format;
+  for (int32_t leaf = 0; leaf < format.count; ++leaf) {
+    std::memcpy(arrays.out.leaves[leaf], arrays.add.leaves[leaf],
+                static_cast<size_t>(tokens * format.leaves[leaf].bytes()));
+  }
+}
 
 // The handler that runs the recv `phase` on the arrays of `operands_of`.
 template <auto phase, auto operands_of>
 nb::capsule Receiving() {
   constexpr auto receive = [](TokenArg token, PositionArg position, TokenRet token_out,
                               Attributes attributes, auto... buffers) {
-    const auto operands = operands_of(buffers...);
+    const auto operands = operands_of(attributes, buffers...);
     auto begun = Begin(token, position, attributes, operands);
     if (!begun.ok()) return Done(begun.status());
     auto& [group, call, incoming] = begun.value();
@@ -178,6 +195,7 @@ nb::capsule Receiving() {
     constexpr bool kMayBeZero = !std::is_same_v<decltype(operands.arrays), DispatchRecvArrays>;
     if (kMayBeZero && incoming.zero()) {
       (SetZero(buffers), ...);
+      AddTo(operands.arrays, attributes.tokens);
       return Done({});
     }
     return Receive(

@@ -20,18 +20,17 @@ nb::capsule HandlerOf() {
   constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
                              auto... buffers) {
-    const auto operands = operands_of(buffers...);
+    const auto operands = operands_of(attributes, buffers...);
     const auto rank = cuda::FindRank(attributes.group, device);
     if (rank == nullptr) return ToError(NoSuchGroup());
-    if (Status status = CheckRows(cuda::ConfigOf(*rank), operands.rows); !status.ok()) {
-      return ToError(status);
-    }
+    const Status status = CheckShapes(cuda::ConfigOf(*rank), attributes, operands);
+    if (!status.ok()) return ToError(status);
     cuda::Call call;
     call.run = run.run_id;
     call.lane = static_cast<int32_t>(attributes.lane);
     call.derivation = static_cast<int32_t>(attributes.derivation);
     call.call_site = static_cast<uint32_t>(attributes.call_site);
-    call.tokens = operands.tokens;
+    call.tokens = attributes.tokens;
     call.token = token.typed_data();
     call.position = position.typed_data();
     call.token_out = token_out->typed_data();

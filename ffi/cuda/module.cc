@@ -39,9 +39,10 @@ std::shared_ptr<Group> NewGroupAmongProcesses(int64_t group_id, int32_t replica,
                                               const GroupConfig& config, int32_t rank,
                                               int32_t device,
                                               const std::vector<int32_t>& process_of_rank,
-                                              std::shared_ptr<NvshmemMemory> memory) {
+                                              std::shared_ptr<NvshmemMemory> memory,
+                                              const std::string& name) {
   auto group = Group::CreateAmongProcesses(group_id, replica, config, rank, device,
-                                           process_of_rank, std::move(memory));
+                                           process_of_rank, std::move(memory), name);
   ThrowIfFailed(group.status());
   return group.value();
 }
@@ -171,8 +172,9 @@ void BindCuda(nb::module_& m) {
            nb::arg("config"), nb::arg("devices"))
       .def_static("among_processes", &NewGroupAmongProcesses, nb::kw_only(), nb::arg("group_id"),
                   nb::arg("replica"), nb::arg("config"), nb::arg("rank"), nb::arg("device"),
-                  nb::arg("process_of_rank"), nb::arg("memory"),
+                  nb::arg("process_of_rank"), nb::arg("memory"), nb::arg("name"),
                   nb::call_guard<nb::gil_scoped_release>())
+      .def("all_are_here", &Group::AllAreHere, nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Close)
       .def("check", [](Group& group) { return FaultOf(group.Check()); },
            nb::call_guard<nb::gil_scoped_release>())

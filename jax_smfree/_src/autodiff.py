@@ -8,6 +8,11 @@ other half:
     dispatch_send_cached^T = combine_recv            combine_recv^T = dispatch_send_cached
     dispatch_recv_cached^T = combine_send            combine_send^T = dispatch_recv_cached
 
+Linear in the leaves that are floats, that is; integers have no tangents, and are not sent for them.
+An operation without any of it sends nothing in its tangent, and hands the token's on. What rows
+lose by being quantised on the wire counts as nothing (straight-through): tangents and cotangents
+are those of rows that arrive as they are, and travel as ``grad_wire`` says themselves.
+
 The token is an operand and a result of all of them, and its cotangent is a token: a transposed
 recv sends and returns the cotangent of the token in flight, from which the transposed send
 receives. The ties turn around too, hence gradient communication runs under the backward pass of the
@@ -27,7 +32,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jax_smfree._src import compat
 from jax_smfree._src.primitives import (
-    TANGENT,
+    ROUTING,
     TRANSPOSE,
     Call,
     combine_recv_p,
@@ -39,7 +44,9 @@ from jax_smfree._src.primitives import (
     dispatch_send_cached_p,
     dispatch_send_p,
     tie_p,
+    token_in_flight,
 )
+from jax_smfree._src.rows import differentiable
 
 TANGENTS: dict[Primitive, Any] = {}
 """How the result of a primitive varies; see `_differentiable`."""
@@ -59,7 +66,43 @@ def _tangent_call(call: Call) -> Call:
             f"jax_smfree: the operation at {call.call_site} is differentiated, but its group was "
             "created with EpConfig(differentiable=False). Create it with differentiable=True."
         )
-    return call.derived(TANGENT)
+    return call.tangent()
+
+
+def _sends(call: Call) -> bool:
+    """Whether a tangent of the operation has anything to send."""
+    return bool(call.carries_slots or differentiable(call.leaves, call.keep))
+
+
+def _passed_on(token: Any, longer: int) -> Any:
+    """The tangent of a token, past an operation whose tangent sends nothing."""
+    if longer < 0:
+        return token[:longer]
+    return jnp.pad(token, (0, longer)) if longer else token
+
+
+def _float_tangents(tangents: Sequence[Any], call: Call) -> list[Any]:
+    """Of the leaves; those of floats, where they are to be sent."""
+    if not call.keep:
+        pairs = zip(tangents, call.leaves, strict=True)
+        return [ad.instantiate_zeros(t) for t, leaf in pairs if leaf.is_float]
+    if not all(_is_zero(t) for t in tangents):
+        raise ValueError(
+            f"jax_smfree: the operation at {call.call_site} is differentiated in x, but has "
+            "keep=True: its values and scales are what was rounded. Pass "
+            "jax.lax.stop_gradient(x), and send gradients in a jax.custom_vjp around the "
+            "operation; or take keep=False."
+        )
+    return []
+
+
+def _among_all(tangents: Sequence[Any], out: Sequence[Any], call: Call) -> list[Any]:
+    """The tangents of the leaves ``out``, of which ``tangents`` are those of floats."""
+    if call.keep:
+        return _zeros_of(out)
+    left = iter(tangents)
+    pairs = zip(out, call.leaves, strict=True)
+    return [next(left) if leaf.is_float else _zeros_of([o])[0] for o, leaf in pairs]
 
 
 def _differentiable(primitive: Primitive, tangent: Any) -> None:
@@ -74,44 +117,104 @@ def _differentiable(primitive: Primitive, tangent: Any) -> None:
 
 
 # ---- linear halves -------------------------------------------------------------------------------
+#
+# A send is linear in its token, its floats (slots or values) and its leaves, and returns a token; a
+# recv is linear in its token, and returns a token, floats and leaves. Without slots the floats are
+# of width 0. Between them stands the routing, `num_routing` arrays.
 
 
-def _linear(primitive: Primitive, num_linear: int, transpose_of: Primitive) -> None:
-    """Tangent and transpose of a primitive that is linear in the token and some of its operands.
-
-    Operands are (token, *linear, *routing), results (token, *linear). The transpose takes (token,
-    *cotangents of the results, *routing) and returns the token's cotangent and the others in
-    order. Without slots a half has an operand of width 0 in their place.
-    """
+def _linear_send(primitive: Primitive, num_routing: int, transpose_of: Primitive) -> None:
+    """Operands: token, floats, *routing, *leaves."""
+    leaves_at = 2 + num_routing
 
     def tangent(
         out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
     ) -> Any:
-        linear, routing = tangents[: 1 + num_linear], primals[1 + num_linear :]
-        if all(_is_zero(t) for t in linear):
+        token, floats, leaves = tangents[0], tangents[1], tangents[leaves_at:]
+        if all(_is_zero(t) for t in (token, floats, *leaves)):
             return _zeros_of(out)
-        operands = [*map(ad.instantiate_zeros, linear), *routing]
-        return primitive.bind(*operands, call=_tangent_call(call))
+        sent, derived = _float_tangents(leaves, call), _tangent_call(call)
+        if not _sends(call):
+            return [token if _is_zero(token) else _passed_on(token, call.message_floats)]
+        token, floats = map(ad.instantiate_zeros, (token, floats))
+        return primitive.bind(token, floats, *primals[2:leaves_at], *sent, call=derived)
 
     def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
-        if all(_is_zero(c) for c in cotangents):
-            return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
-        token, *values = [ad.instantiate_zeros(c) for c in cotangents]
-        routing = operands[1 + num_linear :]
-        token, *values = transpose_of.bind(token, *values, *routing, call=call.derived(TRANSPOSE))
-        bars = [token, *values, *[None] * len(routing)]
-        return [
-            b if ad.is_undefined_primal(o) else None for b, o in zip(bars, operands, strict=True)
-        ]
+        routing = operands[2:leaves_at]
+        if _is_zero(cotangents[0]):
+            return _zero_bars(operands)
+        token, floats, *leaves = transpose_of.bind(
+            cotangents[0], *routing, call=call.derived(TRANSPOSE)
+        )
+        return _bars(operands, [token, floats, *[None] * num_routing, *leaves])
 
     _differentiable(primitive, tangent)
     ad.primitive_transposes[primitive] = transpose
 
 
-_linear(dispatch_send_cached_p, 2, combine_recv_p)
-_linear(combine_recv_p, 0, dispatch_send_cached_p)
-_linear(dispatch_recv_cached_p, 0, combine_send_p)
-_linear(combine_send_p, 2, dispatch_recv_cached_p)
+def _linear_recv(primitive: Primitive, num_routing: int, transpose_of: Primitive) -> None:
+    """Operands: token, *routing, *add; ``add`` is added to the leaves, or there is none.
+
+    It may vary over further axes, and its cotangents then do: those of the rows are their sums.
+    """
+    add_at = 1 + num_routing
+
+    def tangent(
+        out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
+    ) -> Any:
+        token, add = tangents[0], tangents[add_at:]
+        if _is_zero(token):
+            return [*_zeros_of(out[:2]), *(add or _zeros_of(out[2:]))]
+        return _received_tangent(
+            primitive, token, primals[1:add_at], add, out[0], out[1], out[2:], call
+        )
+
+    def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
+        routing, add = operands[1:add_at], operands[add_at:]
+        if all(_is_zero(c) for c in cotangents):
+            return _zero_bars(operands)
+        token, floats, *leaves = map(ad.instantiate_zeros, cotangents)
+        sent = (compat.summed_over(v, compat.varying_axes(v) - call.varying) for v in leaves)
+        (token,) = transpose_of.bind(token, floats, *routing, *sent, call=call.derived(TRANSPOSE))
+        return _bars(operands, [token, *[None] * num_routing, *(leaves if add else [])])
+
+    _differentiable(primitive, tangent)
+    ad.primitive_transposes[primitive] = transpose
+
+
+def _received_tangent(
+    recv: Primitive, token_dot: Any, routing: Sequence[Any], add: Sequence[Any],
+    token: Any, floats: Any, leaves: Sequence[Any], call: Call,
+) -> list[Any]:  # fmt: skip
+    """The tangents of ``token, floats, *leaves``, which came out of a recv phase."""
+    derived = _tangent_call(call)
+    if not _sends(call):
+        passed_on = _passed_on(token_dot, -call.message_floats)
+        return [passed_on, *_zeros_of([floats, *leaves])]
+    if all(_is_zero(t) for t in add):
+        add = ()
+    token_dot, floats_dot, *dots = recv.bind(
+        token_dot, *routing, *map(ad.instantiate_zeros, add), call=derived
+    )
+    dots = _among_all(dots, leaves, call)
+    pairs = zip(dots, leaves, strict=True)
+    alike = (d if _is_zero(d) else compat.varying(d, compat.varying_axes(o)) for d, o in pairs)
+    return [token_dot, floats_dot, *alike]
+
+
+def _zero_bars(operands: Sequence[Any]) -> list[Any]:
+    return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
+
+
+def _bars(operands: Sequence[Any], bars: Sequence[Any]) -> list[Any]:
+    """``bars`` without those of operands that are not linear here."""
+    return [b if ad.is_undefined_primal(o) else None for b, o in zip(bars, operands, strict=True)]
+
+
+_linear_send(dispatch_send_cached_p, 2, combine_recv_p)
+_linear_recv(combine_recv_p, 2, dispatch_send_cached_p)
+_linear_recv(dispatch_recv_cached_p, 3, combine_send_p)
+_linear_send(combine_send_p, 3, dispatch_recv_cached_p)
 
 
 # ---- the routed dispatch: linear once its routing is known ---------------------------------------
@@ -120,19 +223,14 @@ _linear(combine_send_p, 2, dispatch_recv_cached_p)
 def _dispatch_send_tangent(
     out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> Any:
-    token, x, _, weights = tangents
-    if all(_is_zero(t) for t in (token, x, weights)):
+    token, _, weights, *x = tangents
+    if all(_is_zero(t) for t in (token, weights, *x)):
         return _zeros_of(out)
-    _, places, send_counts = out
-    (token_dot,) = dispatch_send_cached_p.bind(
-        ad.instantiate_zeros(token),
-        ad.instantiate_zeros(x),
-        ad.instantiate_zeros(weights),
-        places,
-        send_counts,
-        call=_tangent_call(call),
-    )
-    return [token_dot, *_zeros_of(out[1:])]
+    sent, derived = _float_tangents(x, call), _tangent_call(call)
+    token, weights = map(ad.instantiate_zeros, (token, weights))
+    routing = out[ROUTING[dispatch_send_p]]
+    (token,) = dispatch_send_cached_p.bind(token, weights, *routing, *sent, call=derived)
+    return [token, *_zeros_of(out[1:])]
 
 
 def _dispatch_recv_tangent(
@@ -140,9 +238,12 @@ def _dispatch_recv_tangent(
 ) -> Any:
     if _is_zero(tangents[0]):
         return _zeros_of(out)
-    routing = out[5:]
-    tangents_out = dispatch_recv_cached_p.bind(tangents[0], *routing, call=_tangent_call(call))
-    return [*tangents_out, *_zeros_of(out[3:])]
+    routing = ROUTING[dispatch_recv_p]
+    token, weights, *x = _received_tangent(
+        dispatch_recv_cached_p, tangents[0], out[routing][-3:], (),
+        out[0], out[1], out[routing.stop :], call,
+    )  # fmt: skip
+    return [token, weights, *_zeros_of(out[routing]), *x]
 
 
 _differentiable(dispatch_send_p, _dispatch_send_tangent)
@@ -157,26 +258,44 @@ def _weigh(y: Any, weights: Any) -> Any:
 
 
 def _combine_tangent(
-    token: Any, y_dot: Any, weights_dot: Any, y: Any, weights: Any, *routing: Any, call: Call
+    token: Any, weights_dot: Any, weights: Any, rows: Any, recv_counts: Any, relay: Any,
+    *leaves: Any, call: Call,
 ) -> Any:  # fmt: skip
-    """Sends the tangent of ``weights * y``, in operations that differentiate themselves."""
-    product = (
-        y_dot.astype(jnp.float32) * weights[:, None] + y.astype(jnp.float32) * weights_dot[:, None]
-    ).astype(y.dtype)
+    """Sends the tangent of ``weights * y``, in operations that differentiate themselves.
+
+    ``leaves`` are those of the tangent of y, and then those of y.
+    """
+    products = [
+        (
+            y_dot.astype(jnp.float32) * weights[:, None]
+            + y.astype(jnp.float32) * weights_dot[:, None]
+        ).astype(y.dtype)
+        for y_dot, y in zip(*_halves(leaves), strict=True)
+    ]
     no_values = compat.varying(jnp.zeros((0,), jnp.float32), call.varying)
-    return combine_send_p.bind(token, product, no_values, *routing, call=call)
+    return combine_send_p.bind(token, no_values, rows, recv_counts, relay, *products, call=call)
 
 
-def _recv_weighted(token: Any, y: Any, weights: Any, *routing: Any, call: Call) -> Any:
+def _halves(leaves: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    half = len(leaves) // 2
+    return leaves[:half], leaves[half:]
+
+
+def _recv_weighted(
+    token: Any, weights: Any, rows: Any, recv_counts: Any, relay: Any, *y: Any, call: Call
+) -> Any:
     """The meaning of dispatch_recv_weighted, in operations that differentiate themselves."""
-    token, received, _ = dispatch_recv_cached_p.bind(token, *routing, call=call)
-    values = jnp.sum(y.astype(jnp.float32) * received.astype(jnp.float32), axis=1)
-    return [token, _weigh(received, weights), values]
+    token, _, *received = dispatch_recv_cached_p.bind(token, rows, recv_counts, relay, call=call)
+    pairs = zip(y, received, strict=True)
+    values = sum(
+        jnp.sum(to.astype(jnp.float32) * row.astype(jnp.float32), axis=1) for to, row in pairs
+    )
+    return [token, values, *(_weigh(row, weights) for row in received)]
 
 
 combine_tangent_p = Primitive("smfree_combine_tangent")
 combine_tangent_p.multiple_results = True
-combine_tangent_p.def_abstract_eval(lambda token, *_, call: [token])
+combine_tangent_p.def_abstract_eval(token_in_flight)
 compat.impl(combine_tangent_p)
 mlir.register_lowering(combine_tangent_p, mlir.lower_fun(_combine_tangent, multiple_results=True))
 
@@ -184,29 +303,25 @@ mlir.register_lowering(combine_tangent_p, mlir.lower_fun(_combine_tangent, multi
 def _combine_send_weighted_tangent(
     out: Sequence[Any], primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> Any:
-    token, y_dot, weights_dot, *_ = tangents
-    if all(_is_zero(t) for t in (token, y_dot, weights_dot)):
+    token, weights_dot, _, _, _, *y_dots = tangents
+    if all(_is_zero(t) for t in (token, weights_dot, *y_dots)):
         return _zeros_of(out)
-    _, y, weights, *routing = primals
-    dots = [ad.instantiate_zeros(t) for t in (y_dot, weights_dot)]
-    return combine_tangent_p.bind(
-        ad.instantiate_zeros(token), *dots, y, weights, *routing,
-        call=_tangent_call(call),
-    )  # fmt: skip
+    _, weights, *routing_and_y = primals
+    derived = _tangent_call(call)
+    token, weights_dot, *y_dots = map(ad.instantiate_zeros, (token, weights_dot, *y_dots))
+    routing, y = routing_and_y[:3], routing_and_y[3:]
+    return combine_tangent_p.bind(token, weights_dot, weights, *routing, *y_dots, *y, call=derived)
 
 
 def _combine_tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
-    token, y_dot, weights_dot, y, weights, *routing = operands
-    (token_bar,) = cotangents
-    linear = (token, y_dot, weights_dot)
-    if _is_zero(token_bar):
-        bars = [ad.Zero(v.aval) if ad.is_undefined_primal(v) else None for v in linear]
-    else:
-        bars = dispatch_recv_weighted_p.bind(
-            token_bar, y, weights, *routing, call=call.derived(TRANSPOSE)
-        )
-        bars = [b if ad.is_undefined_primal(v) else None for b, v in zip(bars, linear, strict=True)]
-    return [*bars, None, None, *[None] * len(routing)]
+    _, _, weights, *routing = operands[:6]
+    _, y = _halves(operands[6:])
+    if _is_zero(cotangents[0]):
+        return _zero_bars(operands)
+    token, values, *leaves = dispatch_recv_weighted_p.bind(
+        cotangents[0], weights, *routing, *y, call=call.derived(TRANSPOSE)
+    )
+    return _bars(operands, [token, values, None, *[None] * 3, *leaves, *[None] * len(y)])
 
 
 def _differentiable_by(meaning: Any, primitive: Primitive) -> None:

@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import warnings
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -21,31 +22,15 @@ from jax_smfree._src import bootstrap, compat, nvshmem
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.errors import SmfreeError
 from jax_smfree._src.native_config import native_config
+from jax_smfree._src.portable_reports import PortableGroup
 
-NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup"
+NativeGroup: TypeAlias = "_native.CpuGroup | _native.CudaGroup | PortableGroup"
+Backend: TypeAlias = Literal["cpu", "cuda", "portable"]
 Replicas: TypeAlias = list[list[jax.Device]]  # by rank, see `group_axis.replicas`
 # For isinstance; an empty tuple where there is none.
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
 _CREATE = "EpGroup.create"  # the call that errors name
-
-
-def platform(mesh: Mesh) -> str:
-    """``"cpu"`` or ``"CUDA"``, as `targets.register` has them.
-
-    Raises:
-      ValueError: for devices without a backend.
-    """
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return "cpu"
-    if compat.is_nvidia(device):
-        return "CUDA"
-    raise ValueError(
-        f"EpGroup.create: got a mesh of {device.device_kind} (platform {device.platform!r}), "
-        "expected GPUs of NVIDIA, or CPU devices: jax_smfree has no backend for others. A mesh "
-        "of CPU devices runs anywhere: Mesh(jax.devices('cpu'), ...)."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +93,42 @@ def meet(mesh: Mesh, fingerprint: str, ordinal: int, timeout_s: float) -> Meetin
     )
 
 
+def choose(replicas: Replicas, meeting: Meeting) -> Backend:
+    """The same in all processes; called by `EpGroup.create`, whose caller is warned."""
+    if compat.is_nvidia(replicas[0][0]):
+        return "cuda"
+    why = _why_portable(replicas, meeting)
+    if why is None:
+        return "cpu"
+    warnings.warn(
+        f"EpGroup.create: got {why}. The group is portable: it exchanges rows through JAX's own "
+        "collectives, with the same results, but no rows move while other work runs. See "
+        "docs/multihost.md.",
+        stacklevel=3,
+    )
+    return "portable"
+
+
+def _why_portable(replicas: Replicas, meeting: Meeting) -> str | None:
+    """What neither GPUs of NVIDIA nor the CPU devices of one host are."""
+    device = replicas[0][0]
+    if device.platform != "cpu":
+        return (
+            f"a mesh of {device.device_kind} (platform {device.platform!r}), where the other "
+            "backends need GPUs of NVIDIA or CPU devices"
+        )
+    for devices in replicas:
+        first, *others = sorted({device.process_index for device in devices})
+        for process in others:
+            if meeting.host_of(process) != meeting.host_of(first):
+                return (
+                    f"CPU devices of process {first} on host {meeting.host_of(first)!r} and of "
+                    f"process {process} on {meeting.host_of(process)!r}, where the CPU backend "
+                    "connects processes through the memory of one host"
+                )
+    return None
+
+
 def nodes_of_ranks(replicas: Replicas, meeting: Meeting) -> list[list[int]]:
     """Of each replica, in which node its ranks are: a process on CPUs, a host on GPUs.
 
@@ -121,14 +142,21 @@ def nodes_of_ranks(replicas: Replicas, meeting: Meeting) -> list[list[int]]:
 
 
 def native_groups(
-    made: ExitStack, group_id: int, replicas: Replicas, config: EpConfig, meeting: Meeting
+    made: ExitStack,
+    backend: Backend,
+    group_id: int,
+    replicas: Replicas,
+    config: EpConfig,
+    meeting: Meeting,
 ) -> list[NativeGroup]:
     """Those that have ranks in this process; collective over the meeting's processes.
 
     Raises:
       SmfreeError: also for what the native side reports.
     """
-    make = _cpu_groups if replicas[0][0].platform == "cpu" else _cuda_groups
+    if backend == "portable":
+        return [PortableGroup()]
+    make = _cpu_groups if backend == "cpu" else _cuda_groups
     try:
         return make(made, group_id, replicas, config, meeting)
     except SmfreeError:
@@ -197,10 +225,12 @@ def _cuda_group_among_processes(
         memory=nvshmem.memory(
             _native.symmetric_bytes(native), mine, meeting.rendezvous, config.timeout_s
         ),
+        name=f"/jax_smfree-{meeting.secret[:16]}-{replica}",
     )
     made.callback(group.close)
     # All memory is zero before anybody sends.
     bootstrap.exchange(_CREATE, f"{meeting.rendezvous}/ready", "", world, me, config.timeout_s)
+    group.all_are_here()
     return group
 
 
@@ -215,7 +245,6 @@ def _cpu_groups(
         process_of_rank = [device.process_index for device in devices]
         processes = sorted(set(process_of_rank))
         members.append(processes)
-        _check_one_host(processes, meeting)
         if me not in processes:
             continue
         groups[replica] = _native.CpuGroup(
@@ -242,15 +271,3 @@ def _cpu_groups(
     for replica, group in groups.items():
         group.connect([addresses[process][str(replica)] for process in members[replica]])
     return list(groups.values())
-
-
-def _check_one_host(processes: list[int], meeting: Meeting) -> None:
-    first, here = processes[0], meeting.host_of(processes[0])
-    for process in processes:
-        there = meeting.host_of(process)
-        if there != here:
-            raise SmfreeError(
-                f"EpGroup.create: process {process} runs on host {there!r}, process {first} on "
-                f"{here!r}, expected one host: the CPU backend connects processes through shared "
-                "memory."
-            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked at the Python call: got, expected, where, cure."""
+"""What is checked of tokens and results at the Python call: got, expected, where, cure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jax.extend.core import get_opaque_trace_state
 from jax_smfree._src import arguments
 from jax_smfree._src.group import EpGroup
 from jax_smfree._src.group_key import GroupKey
-from jax_smfree._src.token import DispatchResult, Token
+from jax_smfree._src.rows import largest_stride
+from jax_smfree._src.token import DispatchResult, Handle, Token
 
 # In which trace a token was received. One function may be traced twice, and each branch of a
 # ``cond`` may receive a token from outside of it.
@@ -32,7 +33,7 @@ def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
         raise ValueError(
             f"{name}: got a token {state}, expected one that is ready. Call "
             f"{state.operation}_recv first; an operation beside it begins with a token of its "
-            "own, on GPUs of another lane (EpConfig.num_lanes, group.token(lane))."
+            "own, group.token()."
         )
     if operation is not None and (state is None or state.operation != operation):
         got = "a token that is ready" if state is None else f"a token {state}"
@@ -47,13 +48,18 @@ def check_token(name: str, token: Any, operation: str | None) -> EpGroup:
 
 
 def _check_token_arrays(name: str, token: Token) -> None:
-    if token.array.shape != (token.group.token_size,):
+    size, state = token.group.token_size, token.state
+    if state is not None:
+        row_bytes = largest_stride(state.rows.leaves, state.wire, state.grad_wire, state.keep)
+        size += token.group.key.message_floats(state.num_tokens, state.carries_slots, row_bytes)
+    if token.array.shape != (size,):
         raise ValueError(
-            f"{name}: got a token of shape {token.array.shape}, expected "
-            f"({token.group.token_size},) per rank. A token that crosses a shard_map boundary "
-            "needs group.token_spec as its spec; tokens cannot be stacked."
+            f"{name}: got a token of shape {token.array.shape}, expected ({size},) per rank. A "
+            "token that crosses a shard_map boundary needs group.token_spec as its spec; tokens "
+            "cannot be stacked."
         )
-    for array, dtype in [(token.array, jnp.float32), *((r, jnp.int32) for r in token.routing)]:
+    routing = jax.tree.leaves(token.routing)
+    for array, dtype in [(token.array, jnp.float32), *((r, jnp.int32) for r in routing)]:
         if array.dtype != dtype:
             raise TypeError(
                 f"{name}: got a token with an array of {array.dtype} that was of "
@@ -88,30 +94,6 @@ def check_array(
     return array
 
 
-def check_rows(name: str, group: EpGroup, x: Any) -> jax.Array:
-    """``x`` is [T, H] with T up to ``max_tokens``."""
-    config = group.config
-    x = arguments.as_array(name, "x", x, "an array [T, H], one row per token")
-    shape = x.shape
-    if len(shape) != 2:
-        raise ValueError(
-            f"{name}: got x of shape {shape}, expected [T, H], one row per token. Reshape "
-            "x[B, T, H] to x[B * T, H]."
-        )
-    if not isinstance(shape[0], int):
-        raise ValueError(
-            f"{name}: got x{list(shape)}, expected a number of rows: messages and their places "
-            "are laid out for it while tracing, so a symbolic size cannot be exported. Export the "
-            "program for each size, or for max_tokens, and pad with topk_idx of -1."
-        )
-    if not 1 <= shape[0] <= config.max_tokens:
-        raise ValueError(
-            f"{name}: got x with {shape[0]} rows, expected 1 to EpConfig.max_tokens = "
-            f"{config.max_tokens}."
-        )
-    return check_array(name, "x", x, (shape[0], config.hidden), config.dtype, "[T, hidden] = ")
-
-
 def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
     """``d`` is what a dispatch of this group returned."""
     if not isinstance(d, DispatchResult):
@@ -119,36 +101,53 @@ def check_result(name: str, group: EpGroup, d: Any) -> DispatchResult:
             f"{name}: got a {type(d).__name__} as d, expected the DispatchResult that "
             "dispatch_recv returned."
         )
-    handle = d.handle
+    check_handle(name, group, "d", d.handle)
+    shape = group.config.recv_shape(d.handle.num_tokens, group.num_ranks)
+    for path, leaf in jax.tree.leaves_with_path(d.x):
+        if leaf.shape[: len(shape)] != shape:
+            rows = " x ".join(map(str, shape))
+            raise ValueError(
+                f"{name}: got a d with d.x{jax.tree_util.keystr(path)}{list(leaf.shape)}, expected "
+                f"the {rows} rows that dispatch_recv returned: the handle knows each by its place. "
+                "To leave some out, set their weights to zero."
+            )
+    return d
+
+
+def check_handle(name: str, group: EpGroup, what: str, handle: Any) -> Handle:
+    """``handle`` is of a dispatch of this group; the argument ``what`` has it, or is it."""
+    if not isinstance(handle, Handle):
+        raise TypeError(
+            f"{name}: got a {type(handle).__name__} as {what}, expected the handle of a dispatch, "
+            "d.handle."
+        )
     if handle.group is not group.key:
         differences = _differences(handle.group, group.key)
         raise ValueError(
-            f"{name}: got a d of another group than the token's: {differences}. What a group "
-            "dispatched it also combines: pass a token of the group of d."
+            f"{name}: got a {what} of another group than the token's: {differences}. What a group "
+            f"dispatched it also combines: pass a token of the group of {what}."
         )
     tokens, ranks, top_k = handle.num_tokens, group.num_ranks, group.config.top_k
-    rows = group.config.num_recv_rows(tokens, ranks)
-    if d.x.shape[:1] != (rows,):
-        raise ValueError(
-            f"{name}: got a d with d.x{list(d.x.shape)}, expected the {rows} rows that "
-            "dispatch_recv returned: the handle knows each by its place. To leave some out, set "
-            "their weights to zero."
-        )
+    of_experts = (group.config.num_experts // ranks,)
+    fields = f"{what}.handle" if what == "d" else what
     for field, shape in {
         "places": (tokens, min(top_k, ranks)),
         "send_counts": (ranks,),
-        "rows": (ranks, tokens, top_k),
+        "rows": (group.config.num_wire_rows(tokens, ranks), top_k),
         "recv_counts": (ranks,),
         "relay": group.key.relay_shape(tokens),
+        "group_sizes": of_experts,
+        "num_rows": of_experts,
+        "num_dropped": (1,),
     }.items():
         value = getattr(handle, field)
         if (value.shape, value.dtype) != (shape, jnp.int32):
             raise ValueError(
-                f"{name}: got d.handle.{field} of {value.dtype}{list(value.shape)}, expected "
+                f"{name}: got {fields}.{field} of {value.dtype}{list(value.shape)}, expected "
                 f"int32{list(shape)}, as dispatch_recv returned it. Leave handles out where a "
                 "jax.tree.map casts or slices."
             )
-    return d
+    return handle
 
 
 def _differences(got: GroupKey, expected: GroupKey) -> str:

@@ -33,6 +33,11 @@ def lowering_mesh(ctx: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
+def is_export(ctx: Any) -> bool:
+    """Whether a primitive is lowered for ``jax.export``."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def is_nvidia(device: Any) -> bool:
     """Whether ``device`` is a GPU of NVIDIA; JAX says ``"gpu"`` of others too."""
     version = device.client.platform_version.lower()  # without "cuda" where one only compiles
@@ -68,6 +73,11 @@ def varying_too(value: Any, axes: frozenset[str]) -> Any:
     # In one order in all processes: the transpose is a psum over them.
     missing = tuple(sorted(axes - varying_axes(value)))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+
+def summed_over(value: Any, axes: frozenset[str]) -> Any:
+    """The sum over the manual ``axes`` that ``value`` varies over."""
+    return jax.lax.psum(value, tuple(sorted(axes))) if axes else value
 
 
 def impl(primitive: Primitive) -> None:

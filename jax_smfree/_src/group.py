@@ -63,6 +63,7 @@ class EpGroup(Reports):
         config: EpConfig,
         fingerprint: str,
         meeting: backends.Meeting,
+        backend: backends.Backend,
     ):
         self.mesh = mesh
         self.axis = axis
@@ -73,7 +74,9 @@ class EpGroup(Reports):
         # that compiled programs can be cached and exported. Positive, and exact in an int64.
         digest = hashlib.sha256(f"{fingerprint}/{meeting.ordinal}".encode()).digest()
         self.group_id = int.from_bytes(digest[:7], "big")
-        self.key = GroupKey(mesh, axis, config, self.num_ranks, self.group_id, weakref.ref(self))
+        self.key = GroupKey(
+            mesh, axis, config, self.num_ranks, self.group_id, backend, weakref.ref(self)
+        )
         self._meeting = meeting
         self._life = life.Life(
             f"EpGroup(axis={axis!r}, num_ranks={self.num_ranks})", config.timeout_s
@@ -87,9 +90,11 @@ class EpGroup(Reports):
         Args:
           mesh: of NVIDIA GPUs of one process that reach one another's memory; of NVIDIA GPUs of
             several processes with one each, all processes of the job, on one host or several
-            (NVSHMEM); or of CPU devices of one host (in one process or several). A mesh of devices
-            that one can only compile for (``jax.experimental.topologies``) makes a group that only
-            compiles.
+            (NVSHMEM); or of CPU devices of one host (in one process or several). On any other mesh
+            (CPU devices of several hosts, TPUs, GPUs of AMD) the group is portable: the same
+            results by JAX's own collectives, without overlap, and a warning that says why; see
+            `backend`. A mesh of devices that one can only compile for
+            (``jax.experimental.topologies``) makes a group that only compiles.
           axis: the mesh axis of the group, or a tuple of several. Ranks are numbered row-major
             over them in the order given, so the last axis runs fastest, whatever the order in
             which the mesh has them: ``jax.lax.axis_index(axis)`` is the rank.
@@ -98,7 +103,7 @@ class EpGroup(Reports):
         Raises:
           ValueError, TypeError: for an axis that the mesh does not have or that is given twice,
             experts that do not divide over the ranks, nodes that are not equally large and
-            contiguous, devices without a backend.
+            contiguous.
           SmfreeError: when a process does not join within ``config.timeout_s``, or joins with
             another mesh or config; when a GPU has too little free memory, or cannot reach another.
 
@@ -128,24 +133,31 @@ class EpGroup(Reports):
                 f"EpGroup.create: got up to {most_rows} rows on a rank, expected less than 2**31: "
                 "rows are numbered by int32. Lower max_tokens or set recv_capacity."
             )
-        platform = backends.platform(mesh)
         ids = [device.id for device in mesh.devices.flat]
         fingerprint = f"axis {axis!r} of {dict(mesh.shape)}, devices {ids}, {config}"
         meeting = backends.meet(mesh, fingerprint, _created[fingerprint], config.timeout_s)
         _created[fingerprint] = meeting.ordinal + 1
         replicas = group_axis.replicas(axis, mesh)
+        backend = backends.choose(replicas, meeting)
         config = nodes.resolve("EpGroup.create", config, backends.nodes_of_ranks(replicas, meeting))
-        group = cls(mesh, axis, config, fingerprint, meeting)
-        device = mesh.devices.flat[0]
-        targets.register(platform)
-        if compat.is_compile_only(device):
+        group = cls(mesh, axis, config, fingerprint, meeting, backend)
+        if backend != "portable":
+            targets.register("cpu" if backend == "cpu" else "CUDA")
+        if compat.is_compile_only(mesh.devices.flat[0]):
             return group
         with contextlib.ExitStack() as made:
-            natives = backends.native_groups(made, group.group_id, replicas, config, meeting)
+            natives = backends.native_groups(
+                made, backend, group.group_id, replicas, config, meeting
+            )
             group._life.begin(natives, list(mesh.local_devices))
             made.pop_all()
         weakref.finalize(group, group._life.drop).atexit = False
         return group
+
+    @property
+    def backend(self) -> backends.Backend:
+        """``"cpu"``, ``"cuda"`` or ``"portable"``; docs/multihost.md says which is chosen where."""
+        return self.key.backend
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -162,8 +174,8 @@ class EpGroup(Reports):
 
         Inside ``jax.shard_map`` it is this rank's; outside it is a global one, which enters a
         ``shard_map`` with the spec `token_spec`. Calls that begin with fresh tokens are ordered by
-        their data, or not at all: on CPUs they need not be; on GPUs those of one lane have to be,
-        or one token is threaded through them.
+        their data, or not at all, and need not be. On GPUs each operation in flight takes a set of
+        buffers, see ``EpConfig.num_sets``; a token that is threaded through calls bounds these.
 
         Raises:
           ValueError, TypeError: for a lane outside of ``range(config.num_lanes)``; a closed group.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_smfree._src import compat, group_axis
+from jax_smfree._src import compat, group_axis, portable, rows
 from jax_smfree._src.config import EpConfig
 
 if TYPE_CHECKING:
+    from jax_smfree._src.backends import Backend
     from jax_smfree._src.group import EpGroup
 
 
@@ -25,7 +26,7 @@ class GroupKey:
     light, and not the group, which holds memory and sockets. Hashed by identity: one per group.
 
     Attributes:
-      mesh, axis, config, num_ranks, group_id: the group's.
+      mesh, axis, config, num_ranks, group_id, backend: the group's.
       group: the group itself, as long as somebody holds it.
     """
 
@@ -34,6 +35,7 @@ class GroupKey:
     config: EpConfig
     num_ranks: int
     group_id: int
+    backend: Backend
     group: weakref.ref[EpGroup]
 
     @property
@@ -46,6 +48,11 @@ class GroupKey:
         """Those of the mesh that are not the group's: each coordinate is a group of its own."""
         own = group_axis.names(self.axis)
         return tuple(name for name in self.mesh_axes if name not in own)
+
+    @property
+    def row_bytes(self) -> int:
+        """The most that a row takes in a message."""
+        return rows.aligned(self.config.hidden * self.config.dtype.itemsize)
 
     def check_mesh(self, where: str) -> None:
         """The call ``where`` stands in a ``shard_map`` over the mesh, manual over all its axes."""
@@ -84,6 +91,13 @@ class GroupKey:
                 f"of its group in their order, {[d.id for d in expected.flat]}. Make the group on "
                 "the mesh that the shard_map is over."
             )
+
+    def message_floats(self, num_tokens: int, carries_slots: bool, row_bytes: int) -> int:
+        """How many floats longer a token is in flight: only a portable group's carries anything."""
+        if self.backend != "portable":
+            return 0
+        slot_width = self.config.top_k if carries_slots else 0
+        return portable.message_floats(self.num_ranks, num_tokens, row_bytes, slot_width)
 
     def relay_shape(self, num_tokens: int) -> tuple[int, int, int]:
         """The shape of ``Handle.relay`` for ``num_tokens`` rows per rank.

@@ -13,9 +13,12 @@ _MOST_BYTES = 2**60
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that other nodes reach over the network.
 
-    With ``config.ranks_per_node`` ranks in a node (``None``: all in one). In every lane, direction
-    of differentiation and parity these are ``max_tokens * hidden * itemsize * nodes * 2`` and
-    headers; in direct mode ``ranks`` in the place of ``nodes``; zero for a single node.
+    With ``config.ranks_per_node`` ranks in a node (``None``: all in one); zero for a single node.
+    In direct mode these are all buffers, as many as `nvl_size_hint` says of one node, and for each
+    set ``16 * ranks**2`` bytes of announcements. In hierarchical mode they are two times the most
+    rows that a rank sends (``max_tokens * min(top_k, nodes)``) or takes as a relay (``max_tokens *
+    nodes``, or ``wire_capacity + max_tokens`` if that is less), for every set
+    (``config.num_sets``), and small ones.
 
     Raises:
       ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
@@ -34,11 +37,18 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that ranks of the same node reach over NVLink.
 
-    See `rdma_size_hint`. A GPU gives whole pages of 2 MiB.
+    In direct mode, where all ranks are in one node, these are two times the most rows that a rank
+    sends (``max_tokens * min(top_k, ranks)``) or keeps (``wire_capacity``), for every set
+    (``config.num_sets``), and small ones.
+    In direct mode over several nodes they are zero: `rdma_size_hint` counts all buffers. In
+    hierarchical mode they are those inside of the node, two times ``wire_capacity`` rows for every
+    set. A GPU gives whole pages of 2 MiB.
 
     Example:
-      >>> smfree.nvl_size_hint(config, num_ranks=8) > smfree.nvl_size_hint(config, num_ranks=4)
-      True
+      >>> large = smfree.EpConfig(num_experts=64, top_k=8, hidden=7168, max_tokens=8192,
+      ...                         recv_capacity=81920, num_sets=1)
+      >>> [round(smfree.nvl_size_hint(large, ranks) / 2**30, 1) for ranks in (8, 16, 32, 64)]
+      [1.8, 2.3, 2.3, 2.3]
     """
     return _native.nvl_size_hint(_resolved("nvl_size_hint", config, num_ranks))
 
@@ -58,10 +68,10 @@ def _resolved(where: str, config: EpConfig, num_ranks: int) -> _native.GroupConf
             "num_experts a multiple of num_ranks: each rank owns the same number."
         )
     slots = config.top_k * 8 + config.hidden * config.dtype.itemsize
-    regions = num_ranks * config.num_lanes
+    regions = num_ranks * max(config.num_lanes, config.num_sets or 0)
     if regions * (config.max_tokens * slots + config.num_experts * 4) > _MOST_BYTES // 64:
         raise ValueError(
             f"{where}: got {config} for {num_ranks} ranks, expected buffers of less than an "
-            "exbibyte. Lower max_tokens, hidden or num_lanes."
+            "exbibyte. Lower max_tokens, hidden, num_lanes or num_sets."
         )
     return native_config(nodes.resolve(where, config, [[0] * num_ranks]), num_ranks)

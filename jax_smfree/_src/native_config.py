@@ -4,8 +4,14 @@
 from jax_smfree import _native
 from jax_smfree._src.config import EpConfig
 
-# The default of EpConfig.sm_push_bytes: see docs/performance.md.
-SM_PUSH_BYTES = 2 << 20
+# The default of EpConfig.sm_push_bytes: where the copy engine overtakes (docs/performance.md), and
+# so much for all peers together that these buffers do not grow with the ranks.
+_OVERTAKEN_BYTES = 2 << 20
+_ALL_PEERS_BYTES = 16 << 20
+
+
+def sm_push_bytes(num_ranks: int) -> int:
+    return min(_OVERTAKEN_BYTES, _ALL_PEERS_BYTES // num_ranks)
 
 
 def native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
@@ -14,13 +20,19 @@ def native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
         **vars(config),
         "num_ranks": num_ranks,
         "hierarchical": config.mode == "hierarchical",
-        "dtype": config.dtype.name,
+        "row_bytes": config.hidden * config.dtype.itemsize,
         "recv_capacity": config.recv_capacity or 0,
+        "num_sets": config.num_sets or 0,
+        "wire_capacity": config.wire_capacity or 0,
+        "padded_groups": config.layout == "padded",
         "drop_overflow": config.overflow == "drop",
-        "sm_push_bytes": SM_PUSH_BYTES if config.sm_push_bytes is None else config.sm_push_bytes,
+        "sm_push_bytes": sm_push_bytes(num_ranks)
+        if config.sm_push_bytes is None
+        else config.sm_push_bytes,
         "puts_on_device": config.puts == "device",
     }
     native = _native.GroupConfig()
-    for name in set(fields) - {"mode", "overflow", "puts"}:
+    python_only = {"hidden", "dtype", "wire", "grad_wire", "layout", "mode", "overflow", "puts"}
+    for name in set(fields) - python_only:
         setattr(native, name, fields[name])
     return native

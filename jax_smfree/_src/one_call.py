@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -11,13 +12,16 @@ import jax
 from jax_smfree._src import arguments
 from jax_smfree._src.api import (
     Default,
+    Weights,
+    Wire,
     combine_recv,
     combine_send,
     dispatch_recv,
     dispatch_send,
     overlap,
 )
-from jax_smfree._src.token import DispatchResult, Token
+from jax_smfree._src.fp8 import Fp8
+from jax_smfree._src.token import DispatchResult, Handle, Token
 
 
 class RecvHook:
@@ -46,33 +50,55 @@ class RecvHook:
         return self._recv(token)
 
 
+def _both(token: Token, recv: Callable[[Token], Any], return_recv_hook: bool) -> Any:
+    """The recv phase of what was sent, now or by a hook."""
+    return RecvHook(token, recv) if return_recv_hook else recv(token)
+
+
 @overload
 def dispatch(
     token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
+    x: Any,
+    topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
+    routing: Handle | None = None,
+    wire: Wire = Default.FROM_CONFIG,
+    grad_wire: Wire = Default.FROM_CONFIG,
+    keep: bool = False,
+    capacity: jax.Array | int | None = None,
     return_recv_hook: Literal[False] = False,
 ) -> tuple[DispatchResult, Token]: ...
 @overload
 def dispatch(
     token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
+    x: Any,
+    topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
+    routing: Handle | None = None,
+    wire: Wire = Default.FROM_CONFIG,
+    grad_wire: Wire = Default.FROM_CONFIG,
+    keep: bool = False,
+    capacity: jax.Array | int | None = None,
     return_recv_hook: Literal[True],
 ) -> RecvHook: ...
 def dispatch(
     token: Token,
-    x: jax.Array,
-    topk_idx: jax.Array,
+    x: Any,
+    topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
+    routing: Handle | None = None,
+    wire: Wire = Default.FROM_CONFIG,
+    grad_wire: Wire = Default.FROM_CONFIG,
+    keep: bool = False,
+    capacity: jax.Array | int | None = None,
     return_recv_hook: bool = False,
 ) -> tuple[DispatchResult, Token] | RecvHook:
     """Both phases of a dispatch in one call (native mode), or hook mode.
+
+    The arguments are those of `dispatch_send` and `dispatch_recv`.
 
     Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
@@ -88,37 +114,52 @@ def dispatch(
       Array(32, dtype=int32)
     """
     arguments.flag("dispatch", "return_recv_hook", return_recv_hook)
-    token = dispatch_send(token, x, topk_idx, topk_weights)
-    return RecvHook(token, dispatch_recv) if return_recv_hook else dispatch_recv(token)
+    token = dispatch_send(
+        token, x, topk_idx, topk_weights, routing=routing, wire=wire, grad_wire=grad_wire, keep=keep
+    )
+    recv = functools.partial(dispatch_recv, capacity=capacity)
+    result: tuple[DispatchResult, Token] | RecvHook = _both(token, recv, return_recv_hook)
+    return result
 
 
 @overload
 def combine(
     token: Token,
     d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[Default.FROM_DISPATCH] | None = Default.FROM_DISPATCH,
+    y: Any,
+    weights: Weights = Default.FROM_DISPATCH,
     *,
+    wire: Fp8 | None = None,
+    grad_wire: Fp8 | None = None,
+    add: Any = None,
     return_recv_hook: Literal[False] = False,
-) -> tuple[jax.Array, Token]: ...
+) -> tuple[Any, Token]: ...
 @overload
 def combine(
     token: Token,
     d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[Default.FROM_DISPATCH] | None = Default.FROM_DISPATCH,
+    y: Any,
+    weights: Weights = Default.FROM_DISPATCH,
     *,
+    wire: Fp8 | None = None,
+    grad_wire: Fp8 | None = None,
+    add: Any = None,
     return_recv_hook: Literal[True],
 ) -> RecvHook: ...
 def combine(
     token: Token,
     d: DispatchResult,
-    y: jax.Array,
-    weights: jax.Array | Literal[Default.FROM_DISPATCH] | None = Default.FROM_DISPATCH,
+    y: Any,
+    weights: Weights = Default.FROM_DISPATCH,
     *,
+    wire: Fp8 | None = None,
+    grad_wire: Fp8 | None = None,
+    add: Any = None,
     return_recv_hook: bool = False,
-) -> tuple[jax.Array, Token] | RecvHook:
+) -> tuple[Any, Token] | RecvHook:
     """Both phases of a combine in one call (native mode), or hook mode.
+
+    The arguments are those of `combine_send` and `combine_recv`.
 
     Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
@@ -133,5 +174,8 @@ def combine(
       Array(True, dtype=bool)
     """
     arguments.flag("combine", "return_recv_hook", return_recv_hook)
-    token = combine_send(token, d, y, weights)
-    return RecvHook(token, combine_recv) if return_recv_hook else combine_recv(token)
+    token = combine_send(token, d, y, weights, wire=wire, grad_wire=grad_wire)
+    result: tuple[Any, Token] | RecvHook = _both(
+        token, functools.partial(combine_recv, add=add), return_recv_hook
+    )
+    return result

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, mlir
 from jax.interpreters import partial_eval as pe
 
 from jax_smfree._src import compat
 from jax_smfree._src.autodiff import DATA_PRIMITIVES, TANGENTS, batch_of_one
-from jax_smfree._src.primitives import RECV_PRIMITIVES, REPLAY, Call, tie_p
+from jax_smfree._src.primitives import RECV_PRIMITIVES, REPLAY, ROUTING, Call, tie_p
 
 
 def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -51,8 +50,10 @@ def _is_kept_whole(policy: Any, primitive: Primitive, avals: Sequence[Any], call
     return primitive in RECV_PRIMITIVES and compat.is_saved(policy(primitive, *avals, call=call))
 
 
-def _is_routing(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.integer))
+def _are_routing(primitive: Primitive, results: Sequence[Any]) -> list[bool]:
+    """Which of the results are."""
+    routing = ROUTING.get(primitive, slice(0))
+    return [i in range(*routing.indices(len(results))) for i in range(len(results))]
 
 
 # ---- jax_remat3=False ----------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _split(saveable: Any, unknown: Sequence[bool], known_here: Sequence[bool], e
         return None, eqn, everything, everything, residuals
     if _is_kept_whole(saveable, eqn.primitive, [v.aval for v in eqn.invars], eqn.params["call"]):
         return eqn, None, nothing, nothing, []
-    again = [not _is_routing(v.aval) for v in eqn.outvars]
+    again = [not routing for routing in _are_routing(eqn.primitive, eqn.outvars)]
     unused = [type(v)(v.aval) for v in eqn.outvars]
     copy = eqn.replace(
         outvars=[v if a else u for v, u, a in zip(eqn.outvars, unused, again, strict=True)],
@@ -146,7 +147,7 @@ def _register(primitive: Primitive) -> None:
     def kept(policy: Any, operands: Sequence[Any], results: Sequence[Any], call: Call) -> Any:
         avals = [jax.typeof(v) for v in operands]
         whole = policy is not None and _is_kept_whole(policy, primitive, avals, call)
-        return tuple(whole or _is_routing(v) for v in results)
+        return tuple(whole or routing for routing in _are_routing(primitive, results))
 
     def run(policy: Any, *operands: Any, call: Call) -> Any:
         out = primitive.bind(*operands, call=call)

@@ -20,11 +20,13 @@ class Reports:
         """Raises what went wrong in this group since the last call, if anything did.
 
         A missed deadline, a lost peer or ranks that disagree leave the group unusable: close it.
-        An overflow of ``recv_capacity`` is reported once, and the group goes on.
+        An overflow of ``wire_capacity`` or ``recv_capacity`` is reported once, and the group goes
+        on.
 
         Costs some microseconds: it looks at host memory, and waits neither for the devices nor for
         other processes. So it sees what has run by then; to see all, wait for the results first.
-        Call it once per step or per logging interval.
+        Call it once per step or per logging interval. In a portable group it sees overflows and
+        wrong routings on the ranks of this process; of anything else JAX tells, or nobody.
 
         Raises:
           SmfreeError: with the rank, peer, operation, lane and number of the first fault.
@@ -49,9 +51,12 @@ class Reports:
 
         - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
         - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
-        - ``rows_dropped``: copies of rows that did not fit into ``recv_capacity``.
+        - ``rows_dropped``: copies of rows that did not fit into ``wire_capacity`` or
+          ``recv_capacity``.
         - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
           arrived and was not received yet.
+
+        A portable group counts ``rows_dropped`` alone.
 
         On GPUs the counters are copied from each device, which takes tens of microseconds each and
         does not wait for what runs there.
@@ -63,7 +68,7 @@ class Reports:
 
         On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
         ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
-        rows now and ``arena_bytes_high_water`` did at most.
+        rows now and ``arena_bytes_high_water`` did at most. A portable group holds nothing.
         """
         return _sum([native.memory_report() for native in self._life.natives])
 
@@ -72,9 +77,9 @@ class Reports:
 
         Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
         backward pass), ``replay`` (of a rematerialised forward pass), ``number`` (of the operation
-        on its lane), ``phase`` (``"dispatch_send"``, …), ``begin_ns`` and ``end_ns`` (device time
+        on its rank), ``phase`` (``"dispatch_send"``, …), ``begin_ns`` and ``end_ns`` (device time
         of its first and last block), ``bytes_read`` and ``bytes_written`` (the fewest that it can
-        move). The last 64 operations of each lane; none on CPUs.
+        move). The last 64 operations of each rank, or more; none on CPUs.
         """
         return self._traces("trace")
 

@@ -12,7 +12,9 @@ import jax
 from jax.tree_util import GetAttrKey
 
 from jax_smfree._src.errors import SmfreeError
+from jax_smfree._src.fp8 import Fp8
 from jax_smfree._src.group_key import GroupKey
+from jax_smfree._src.rows import Rows, local_expert
 
 if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
@@ -30,11 +32,22 @@ class InFlight:
       operation: ``"dispatch"`` or ``"combine"``.
       call_site: where the send stands in the user's program.
       num_tokens: rows per rank of the operation.
+      rows: what they are.
+      wire, grad_wire: how they travel, and their derivatives.
+      keep: whether the recv leaves them as they travelled.
+      cached: whether the dispatch goes along a handle.
+      carries_slots: whether a float goes along for each slot of a row.
     """
 
     operation: str
     call_site: str
     num_tokens: int
+    rows: Rows
+    wire: Fp8 | None
+    grad_wire: Fp8 | None
+    keep: bool
+    cached: bool
+    carries_slots: bool
 
     def __str__(self) -> str:
         return f"in flight: {self.operation}_send at {self.call_site}"
@@ -42,20 +55,21 @@ class InFlight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Token:
-    """Orders the operations of one lane. Opaque: use it once, and go on with the one returned.
+    """Orders operations. Opaque: use it once, and go on with the one returned.
 
     A token holds its group; the structure of a token, which JAX keeps in its caches, does not.
 
     Attributes:
-      array: float32[9] per rank, the only differentiable leaf.
-      routing: integer arrays that the recv of an operation in flight needs.
+      array: float32[9] per rank, the only differentiable leaf; behind it the messages in flight of
+        a portable group.
+      routing: integer arrays that the recv of an operation in flight needs, or the handle.
       group: the `EpGroup` (static).
       lane: the lane (static).
       state: ``None`` when ready for a send, else an `InFlight` (static).
     """
 
     array: jax.Array
-    routing: tuple[jax.Array, ...]
+    routing: tuple[Any, ...]
     group: EpGroup
     lane: int
     state: InFlight | None
@@ -90,24 +104,42 @@ jax.tree_util.register_pytree_with_keys(Token, _children_with_keys, _token, _chi
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["places", "send_counts", "rows", "recv_counts", "relay"],
+    data_fields=[
+        "places",
+        "send_counts",
+        "rows",
+        "recv_counts",
+        "relay",
+        "group_sizes",
+        "num_rows",
+        "num_dropped",
+    ],
     meta_fields=["num_tokens", "group"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handle:
-    """The routing of one dispatch. R ranks, T rows per rank, K = ``top_k``, all int32, per rank.
+    """The routing of one dispatch, all int32, per rank.
+
+    Another dispatch may go along it (`dispatch_send`), and any number of combines.
+
+    R ranks, E experts, T rows per rank, K = ``top_k``, B = ``EpConfig.num_wire_rows(T, R)``.
 
     Attributes:
       places: [T, min(K, R)], the places of a row on the wire, ascending:
         ``destination_rank * T + position`` among the rows to that rank; -1 fills the end.
       send_counts: [R], rows sent to each rank.
-      rows: [R, T, K], the row of ``d.x`` of slot k of the i-th row from a rank; -1 when the slot's
-        expert is not here, or the copy was dropped.
-      recv_counts: [R], rows received from each rank.
+      rows: [B, K], the row of ``d.x`` of each slot of the rows received, those of rank 0 first,
+        then of rank 1, …; -1 when the slot's expert is not here, or the copy was dropped, and past
+        ``sum(recv_counts)``.
+      recv_counts: [R], rows received from each rank and kept: the first B of those sent here.
       relay: [M, T, min(K, L)] in hierarchical mode with M nodes of L ranks, what this rank relays:
         the places in this node, ``index * T + position`` among the rows to that rank, of the i-th
         row that the rank of this index in node m has sent here; -1 fills the end. Else [1, 1, 1],
-        -1.
+        -1. A portable group relays nothing: -1 everywhere.
+      group_sizes: [E / R], rows of each local expert in ``d.x``, each a multiple of
+        ``expert_alignment``.
+      num_rows: [E / R], the same without what fills them up.
+      num_dropped: [1], copies of rows that did not fit into ``wire_capacity`` or into ``d.x``.
       num_tokens: T (static).
       group: the key of the `EpGroup` (static).
     """
@@ -117,14 +149,15 @@ class Handle:
     rows: jax.Array
     recv_counts: jax.Array
     relay: jax.Array
+    group_sizes: jax.Array
+    num_rows: jax.Array
+    num_dropped: jax.Array
     num_tokens: int
     group: GroupKey
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["x", "group_sizes", "weights", "num_dropped", "handle"],
-    meta_fields=[],
+    jax.tree_util.register_dataclass, data_fields=["x", "weights", "handle"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class DispatchResult:
@@ -134,20 +167,43 @@ class DispatchResult:
     with one spec for all of them, ``group.token_spec``.
 
     Attributes:
-      x: [N, H] in the group's dtype. The rows of local expert 0, then 1, …; inside an expert by
-        source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
-      group_sizes: [num_experts / R] int32, rows of each local expert, each a multiple of
-        ``expert_alignment``.
+      x: what was sent, with N rows in the place of T: the rows of local expert 0, then 1, …; inside
+        an expert by source rank, then by position there. Rows past ``sum(group_sizes)`` are zero.
+        After ``keep=True`` a `Quantized` in the place of each array that was quantised.
+        With ``EpConfig.layout="padded"`` [E / R, C] is in the place of [N], here and below. The
+        rows of local expert e past ``group_sizes[e]`` may then be anything, NaN included, here, in
+        ``weights`` and in the gradients of ``y`` and of the weights.
       weights: [N] float32, the routing weight of each row; zero on padding.
-      num_dropped: [1] int32, copies of rows that did not fit into ``recv_capacity`` here.
-      handle: the routing, for `combine_send`.
+      handle: the routing, for `combine_send` and for further dispatches along it.
     """
 
-    x: jax.Array
-    group_sizes: jax.Array
+    x: Any
     weights: jax.Array
-    num_dropped: jax.Array
     handle: Handle
+
+    @property
+    def group_sizes(self) -> jax.Array:
+        """[E / R] int32, rows of each local expert, each a multiple of ``expert_alignment``."""
+        return self.handle.group_sizes
+
+    @property
+    def num_rows(self) -> jax.Array:
+        """[E / R] int32, rows of each local expert without what fills them up."""
+        return self.handle.num_rows
+
+    @property
+    def num_dropped(self) -> jax.Array:
+        """[1] int32, copies of rows that did not fit into ``wire_capacity`` or ``d.x`` here."""
+        return self.handle.num_dropped
+
+    @property
+    def local_expert(self) -> jax.Array:
+        """[N] int32, the local expert of each row; E / R past ``sum(group_sizes)``.
+
+        Rows that fill up a group are of its expert. In the padded layout [E / R, C], and
+        E / R past ``group_sizes`` of each expert. Of this rank: inside the ``shard_map``.
+        """
+        return local_expert(self.group_sizes, self.weights.shape)
 
     def replace(self, **changes: Any) -> DispatchResult:
         """A copy with some fields replaced."""

@@ -91,7 +91,7 @@ class Library:
 
     def _exchange(self, x: Array, topk_idx: Array, topk_weights: Array) -> Array:
         d, token = smfree.dispatch(self.group.token(), x, topk_idx, topk_weights)
-        out, _ = smfree.combine(token, d, lax.optimization_barrier(d.x))
+        out: Array = smfree.combine(token, d, lax.optimization_barrier(d.x))[0]
         return out
 
     def results(self, *inputs: Array) -> tuple[Array, Array, Array]:

@@ -7,29 +7,33 @@ import os
 import sys
 
 import click
+import jax
 from rich.text import Text
 
 from jax_smfree.cli import show
-from jax_smfree.doctor import Diagnosis, Finding, examine
+from jax_smfree.doctor import Diagnosis, Finding, examine, examine_links
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--network",
+    is_flag=True,
+    help="Send rows between all pairs of nodes: run it in every process of a job, by its launcher.",
+)
+def doctor(as_json: bool, network: bool) -> None:
     """Say what is installed, built and connected here, what would break, and the cure.
 
-    The exit code is 1 if something would make the library fail on this machine.
+    The exit code is 1 if something would make the library fail on this machine, or in this job.
     """
     environ = dict(os.environ)
     # A process that only looks must not take three quarters of each GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    diagnosis = examine(environ)
-    if as_json:
-        show.as_json(diagnosis.to_json())
-    else:
-        _print(diagnosis)
+    diagnosis = examine_links(environ) if network else examine(environ)
+    if not network or jax.process_index() == 0:  # all processes have found the same
+        show.as_json(diagnosis.to_json()) if as_json else _print(diagnosis)
     sys.exit(1 if diagnosis.problems else 0)
 
 

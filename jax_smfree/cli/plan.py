@@ -45,6 +45,10 @@ class Line(NamedTuple):
 )
 @click.option("--ranks-per-node", type=click.IntRange(1, MAX_RANKS), default=8, show_default=True)
 @click.option("--lanes", type=click.IntRange(1, MAX_LANES), default=1, show_default=True)
+@click.option(
+    "--recv-capacity", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Default: no bound."
+)
+@click.option("--fp8", is_flag=True, help="Rows of a dispatch travel as EpConfig(wire=Fp8()).")
 @click.option("--inference", is_flag=True, help="A group with differentiable=False.")
 @click.option("--machine", type=EXISTING_FILE, help="Rates that benchmarks.gpu measured (JSON).")
 @click.option("--nvlink-gb-s", type=positive, metavar="X", help="Per GPU and direction.")
@@ -60,6 +64,8 @@ def plan(
     ranks: tuple[int, ...] | None,
     ranks_per_node: int,
     lanes: int,
+    recv_capacity: int | None,
+    fp8: bool,
     inference: bool,
     machine: Path | None,
     routing: Path | None,
@@ -82,6 +88,8 @@ def plan(
             max_tokens=shape.rows,
             dtype=dtype,
             num_lanes=lanes,
+            recv_capacity=recv_capacity,
+            wire=smfree.Fp8() if fp8 else None,
             ranks_per_node=ranks_per_node,
             differentiable=not inference,
         )

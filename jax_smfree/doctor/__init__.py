@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looks at this machine and installation for what the library needs, and says what to do.
 
-examine      everything, as a `Diagnosis`: a `Finding` per thing that was looked at
+examine        everything here, as a `Diagnosis`: a `Finding` per thing that was looked at
+examine_links  what connects the hosts of a job, by really sending rows between its nodes
 
-On the command line: ``jax-smfree doctor``.
+On the command line: ``jax-smfree doctor``, and ``--network`` in every process of a job.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Mapping
 
 from jax_smfree.doctor import devices, environment, network, software
 from jax_smfree.doctor.findings import Diagnosis, Finding
+from jax_smfree.doctor.links import examine as examine_links
 
-__all__ = ["Diagnosis", "Finding", "examine"]
+__all__ = ["Diagnosis", "Finding", "examine", "examine_links"]
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> Diagnosis:

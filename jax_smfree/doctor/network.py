@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jax_smfree.doctor.findings import Finding
@@ -22,7 +22,7 @@ def nvshmem(packages: dict[str, str]) -> Iterator[Finding]:
         yield Finding(topic, "NVSHMEM", "not installed; not needed within a process")
     for wheel in found:
         try:
-            version = _library_version(_library_of(wheel))
+            version = library_version(_library_of(wheel))
         except OSError as error:
             cure = f"For GPUs of several processes: pip install --force-reinstall {wheel}."
             yield Finding(topic, wheel, f"{packages[wheel]}: {error}", "warning", cure)
@@ -37,12 +37,21 @@ def _library_of(wheel: str) -> Path:
     raise FileNotFoundError(f"no {_LIBRARY} in the wheel")
 
 
-def _library_version(path: Path) -> str:
+def library_version(path: Path) -> str:
     """Of NVSHMEM's vendor interface."""
     library = ctypes.CDLL(str(path))
     numbers = [ctypes.c_int() for _ in range(3)]
     library.nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))
     return ".".join(str(n.value) for n in numbers)
+
+
+def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """By what NVSHMEM would send, and the variables that it and its transports read."""
+    transport = environ.get("NVSHMEM_REMOTE_TRANSPORT", "ibrc, its default")
+    yield Finding("network", "NVSHMEM's transport", transport)
+    for name in sorted(environ):
+        if name.startswith(("NVSHMEM_", "UCX_")):
+            yield Finding("network", name, environ[name])
 
 
 def adapters(root: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:

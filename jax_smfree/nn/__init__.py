@@ -20,6 +20,7 @@ grouped_mlp, mlp,                the compute of the experts: ready ones, and the
 sigmoid_gated_mlp, local_expert,
 swiglu, geglu, clamped_swiglu,
 relu_squared
+save_mlp_policy                  what jax.checkpoint keeps of them
 grouped_matmul, block_matmul     what they multiply with
 ReferenceGroup                   in place of an EpGroup, for ``implementation="reference"``
 """
@@ -34,15 +35,8 @@ from jax_smfree.nn.balance import (
     router_z_loss,
     update_balance_bias,
 )
-from jax_smfree.nn.experts import (
-    Experts,
-    Shared,
-    grouped_mlp,
-    local_expert,
-    mlp,
-    sigmoid_gated_mlp,
-)
-from jax_smfree.nn.layer import LayerOptions, MoeAux, WeightOn, moe_layer
+from jax_smfree.nn.experts import Experts, grouped_mlp, local_expert, save_mlp_policy
+from jax_smfree.nn.layer import LayerOptions, MoeAux, moe_layer
 from jax_smfree.nn.matmul import GroupedMatmul, block_matmul, grouped_matmul
 from jax_smfree.nn.micro_batches import moe_two_batches
 from jax_smfree.nn.on_mesh import (
@@ -54,7 +48,9 @@ from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MlpParams, MoeParams, SigmoidGatedParams, init_mlp, init_moe
 from jax_smfree.nn.physical import ExpertPlacement, move_parameters, plan_placement, spread
 from jax_smfree.nn.router import RouterConfig, Routes, balanced_routes, route
+from jax_smfree.nn.shared import Shared, mlp, sigmoid_gated_mlp
 from jax_smfree.nn.specs import moe_specs
+from jax_smfree.nn.steps import WeightOn
 
 __all__ = [
     "Activation",
@@ -97,6 +93,7 @@ __all__ = [
     "relu_squared",
     "route",
     "router_z_loss",
+    "save_mlp_policy",
     "sigmoid_gated_mlp",
     "spread",
     "swiglu",

@@ -14,10 +14,11 @@ from jax_smfree._src.group_axis import Axis
 from jax_smfree._src.token import Token
 from jax_smfree.nn import modules
 from jax_smfree.nn.balance import update_balance_bias
-from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux
+from jax_smfree.nn.layer import LayerOptions, MoeAux
 from jax_smfree.nn.on_mesh import init_balance_bias_on_mesh, init_moe_on_mesh
 from jax_smfree.nn.params import MoeParams
 from jax_smfree.nn.router import Routes
+from jax_smfree.nn.steps import Layer
 
 try:
     import equinox

@@ -1,77 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compute of the experts: an MLP, for groups of rows or for all rows alike.
+"""The compute of the experts of a rank: an MLP for each group of rows.
 
-A layer takes its experts and its shared expert as functions, `Experts` and `Shared`. Those here are
-the ready ones; a user's own may do anything with the rows of a rank.
+A layer takes its experts as a function, `Experts`. The one here is the ready one; a user's own may
+do anything with the rows of a rank.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jax_smfree._src import arguments
+from jax_smfree._src import arguments, rows
 from jax_smfree.nn.activations import Activation, swiglu
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
-from jax_smfree.nn.params import MlpParams, SigmoidGatedParams, check_mlp
+from jax_smfree.nn.params import MlpParams, check_mlp
 
 # (x [N, H], group_sizes int32 [E / R], local_expert int32 [N], params) -> y [N, H]. ``params`` is
 # ``MoeParams.experts``, any pytree of arrays whose first axis is that of this rank's experts. Rows
 # past sum(group_sizes) may be anything in the result; those in a group's padding must not be NaN
-# where the other rows are not.
+# where the other rows are not. With EpConfig.layout="padded" x is [E / R, C, H], as y and
+# local_expert are, and rows past group_sizes may be anything in x and in the gradient of y, too.
+# With weight_on="hidden" they get ``weights`` [N] too, by name, and return weighted results.
 Experts = Callable[..., Array]
-# (x [T, H], params) -> [T, H]. ``params`` is ``MoeParams.shared``, any pytree of arrays.
-Shared = Callable[[Array, Any], Array]
+
+# Parameters of an MLP before its last matmul (gate and its bias, up and its), and of that.
+FirstParams = tuple[Array | None, Array | None, Array, Array | None]
+LastParams = tuple[Array, Array | None]
+
+_FIRST_MATMULS = "smfree_mlp"  # the name of what `save_mlp_policy` keeps
+_save_first_matmuls = jax.checkpoint_policies.save_only_these_names(_FIRST_MATMULS)
 
 
-def mlp(x: Array, params: MlpParams, *, activation: Activation = swiglu) -> Array:
-    """``activation(x @ gate, x @ up) @ down``, with the biases that there are.
+def save_mlp_policy(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """A ``jax.checkpoint`` policy: keep what MLPs have multiplied with ``gate`` and ``up``.
 
-    Shapes: ``x`` [T, H], ``params`` of one MLP -> [T, H] in the dtype of ``x``, to which the
-    parameters are cast.
-
-    Raises:
-      ValueError, TypeError: for wrong shapes or dtypes.
+    Then a rematerialised layer computes the activation again and, with ``weight_on="hidden"``, no
+    matmul. Its rows are sent again, unless the policy is joined with that of
+    `jax_smfree.save_comm_policy`. See docs/moe_layer.md, "What is kept for the backward pass".
 
     Example:
-      >>> nn.mlp(x, params.shared).shape
+      >>> policy = jax.checkpoint_policies.save_from_both_policies(
+      ...     smfree.save_comm_policy, nn.save_mlp_policy)
+      >>> def layer(params, x):  # inside shard_map
+      ...     return nn.moe_layer(group.token(), params, x, weight_on="hidden")[1]
+      >>> layer = jax.checkpoint(layer, policy=policy)
+      >>> step = jax.shard_map(layer, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
+      >>> jax.jit(jax.grad(lambda p, x: step(p, x).sum(), argnums=1))(params, x).shape
       (16, 16)
     """
-    x = arguments.array("mlp", "x", x, ("T", "H"))
-    check_mlp("mlp", "params", params, (), x.shape[1])
-    arguments.function("mlp", "activation", activation)
-
-    def linear(x: Array, w: Array, bias: Array | None) -> Array:
-        y = x @ w.astype(x.dtype)
-        return y if bias is None else y + bias.astype(x.dtype)[None, :]
-
-    return _mlp("mlp", x, params, activation, linear)
-
-
-def sigmoid_gated_mlp(
-    x: Array, params: SigmoidGatedParams, *, activation: Activation = swiglu
-) -> Array:
-    """``sigmoid(x @ gate) * mlp(x)``: the shared expert of Qwen2-MoE and Qwen3-Next.
-
-    Shapes: ``x`` [T, H], ``params`` of one MLP and its gate -> [T, H] in the dtype of ``x``.
-
-    Raises:
-      ValueError, TypeError: for wrong shapes or dtypes.
-
-    Example:
-      >>> gated = nn.SigmoidGatedParams(gate=jnp.zeros(16), mlp=params.shared)
-      >>> jnp.allclose(nn.sigmoid_gated_mlp(x, gated), nn.mlp(x, params.shared) / 2)
-      Array(True, dtype=bool)
-    """
-    name = "sigmoid_gated_mlp"
-    x = arguments.array(name, "x", x, ("T", "H"))
-    cure = "Make it with nn.init_moe(..., shared_gate=True)."
-    arguments.instance(name, "params", params, SigmoidGatedParams, cure)
-    gate = arguments.array(name, "params.gate", params.gate, (x.shape[1],))
-    weight = jax.nn.sigmoid(x @ gate.astype(x.dtype))
-    return weight[:, None] * mlp(x, params.mlp, activation=activation)
+    kept: bool = _save_first_matmuls(primitive, *avals, **params)
+    return kept
 
 
 def grouped_mlp(
@@ -82,12 +64,20 @@ def grouped_mlp(
     *,
     activation: Activation = swiglu,
     grouped_matmul: GroupedMatmul = grouped_matmul,
+    weights: Array | None = None,
 ) -> Array:
     """`mlp` of every group of rows with the weights of its expert.
 
     Shapes: ``x`` [N, H], ``group_sizes`` int32 [E / R], ``local_expert`` int32 [N] (of
     `local_expert`), ``params`` [E / R, ...] -> [N, H] in the dtype of ``x``, to which the
     parameters are cast. Rows past ``sum(group_sizes)`` may be anything.
+
+    ``weights`` float32 [N] multiply the results, by multiplying what goes into the last matmul: its
+    gradient then needs no results, which are twice or more as long.
+
+    In the padded layout, ``x`` [E / R, C, H] and ``local_expert`` [E / R, C] -> [E / R, C, H], each
+    matmul is one of a batch, ``grouped_matmul`` is not called, and rows past ``group_sizes`` reach
+    neither outputs, where they are zero, nor gradients.
 
     Raises:
       ValueError, TypeError: for wrong shapes or dtypes.
@@ -98,20 +88,29 @@ def grouped_mlp(
       (16, 16)
     """
     name = "grouped_mlp"
-    x = arguments.array(name, "x", x, ("N", "H"))
+    x = arguments.as_array(name, "x", x, "an array [N, H], or [E / R, C, H]")
+    is_padded = x.ndim == 3
     group_sizes = arguments.array(name, "group_sizes", group_sizes, ("E / R",), jnp.integer)
-    local_expert = arguments.array(name, "local_expert", local_expert, (x.shape[0],), jnp.integer)
-    check_mlp(name, "params", params, group_sizes.shape, x.shape[1])
+    x = arguments.array(name, "x", x, (*group_sizes.shape, "C", "H") if is_padded else ("N", "H"))
+    of_rows = x.shape[:-1]
+    local_expert = arguments.array(name, "local_expert", local_expert, of_rows, jnp.integer)
+    check_mlp(name, "params", params, group_sizes.shape, x.shape[-1])
     arguments.function(name, "activation", activation)
     arguments.function(name, "grouped_matmul", grouped_matmul)
+    if weights is not None:
+        weights = arguments.array(name, "weights", weights, of_rows, np.float32)
+    if is_padded:
+        return _batched_mlp(name, x, local_expert, params, activation, weights)
 
-    def linear(x: Array, w: Array, bias: Array | None) -> Array:
+    def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
         y = grouped_matmul(x, w.astype(x.dtype), group_sizes)
         shape = (x.shape[0], w.shape[2])
         y = arguments.array(name, "the result of grouped_matmul", y, shape)
-        return y if bias is None else y + _of_each_row(bias.astype(x.dtype), local_expert)
+        if bias is None:
+            return y
+        return y + _weighted(_of_each_row(bias.astype(x.dtype), local_expert), weights)
 
-    return _mlp(name, x, params, activation, linear)
+    return _mlp(name, x, params, activation, linear, weights)
 
 
 def local_expert(group_sizes: Array, num_rows: int) -> Array:
@@ -124,9 +123,38 @@ def local_expert(group_sizes: Array, num_rows: int) -> Array:
     name = "local_expert"
     group_sizes = arguments.array(name, "group_sizes", group_sizes, ("E / R",), jnp.integer)
     num_rows = arguments.integer(name, "num_rows", num_rows, least=0)
-    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    ends_here = jnp.zeros(num_rows, jnp.int32).at[ends].add(jnp.int32(1), mode="drop")
-    return jnp.cumsum(ends_here, dtype=jnp.int32)
+    return rows.local_expert(group_sizes, (num_rows,))
+
+
+def _batched_mlp(
+    where: str,
+    x: Array,
+    local_expert: Array,
+    params: MlpParams,
+    activation: Activation,
+    weights: Array | None,
+) -> Array:
+    """`grouped_mlp` of ``x`` [E / R, C, H].
+
+    Rows outside of groups are selected away before the matmuls and after them: a selection is one
+    backward, too, and without the second a gradient that is NaN would meet the zeros of the first.
+    """
+    in_a_group = (local_expert < x.shape[0])[..., None]
+
+    def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
+        y = jnp.einsum("ech,ehf->ecf", x, w.astype(x.dtype))
+        return y if bias is None else y + _weighted(bias.astype(x.dtype)[:, None, :], weights)
+
+    zero = jnp.zeros((), x.dtype)
+    if weights is not None:
+        weights = jnp.where(in_a_group[..., 0], weights, 0)
+    y = _mlp(where, jnp.where(in_a_group, x, zero), params, activation, linear, weights)
+    return jnp.where(in_a_group, y, zero)
+
+
+def first_and_last(params: MlpParams) -> tuple[FirstParams, LastParams]:
+    first = params.gate, params.gate_bias, params.up, params.up_bias
+    return first, (params.down, params.down_bias)
 
 
 def _mlp(
@@ -134,15 +162,36 @@ def _mlp(
     x: Array,
     params: MlpParams,
     activation: Activation,
-    linear: Callable[[Array, Array, Array | None], Array],
+    linear: Callable[..., Array],
+    weights: Array | None,
 ) -> Array:
-    up = linear(x, params.up, params.up_bias)
-    if params.gate is None:
-        hidden = activation(up)
-    else:
-        hidden = activation(linear(x, params.gate, params.gate_bias), up)
-    hidden = arguments.array(where, "the result of activation", hidden, up.shape, x.dtype)
-    return linear(hidden, params.down, params.down_bias)
+    """``linear(x, w, bias)``, and with ``weights=`` of the last one, which weigh the bias alone."""
+    first, last = first_and_last(params)
+    hidden = before_last(where, x, first, activation, linear)
+    if weights is None:
+        return linear(hidden, *last)
+    return linear(_weighted(hidden, weights), *last, weights)
+
+
+def before_last(
+    where: str, x: Array, params: FirstParams, activation: Activation, linear: Callable[..., Array]
+) -> Array:
+    """What goes into the last matmul of an MLP, of which ``linear(x, w, bias)`` is one."""
+    gate, gate_bias, up, up_bias = params
+
+    def first(w: Array, bias: Array | None) -> Array:
+        kept: Array = jax.ad_checkpoint.checkpoint_name(linear(x, w, bias), _FIRST_MATMULS)
+        return kept
+
+    from_up = first(up, up_bias)
+    hidden = activation(from_up) if gate is None else activation(first(gate, gate_bias), from_up)
+    return arguments.array(where, "the result of activation", hidden, from_up.shape, x.dtype)
+
+
+def _weighted(x: Array, weights: Array | None) -> Array:
+    if weights is None:
+        return x
+    return (x.astype(jnp.float32) * weights[..., None]).astype(x.dtype)
 
 
 def _of_each_row(bias: Array, local_expert: Array) -> Array:

@@ -14,8 +14,7 @@
                                                        combine_recv 1
 
 So every movement has compute of its own to hide behind, and in the backward pass, where the order
-turns around, its gradient. One batch alone (`moe_layer`) has the shared expert to hide the dispatch
-and nothing for the combine.
+turns around, its gradient. One batch alone (`moe_layer`) has the shared expert for that.
 """
 
 from typing import Any, Unpack
@@ -24,9 +23,10 @@ from jax import Array
 
 from jax_smfree._src import arguments
 from jax_smfree.nn import operations
-from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux, experts_here
+from jax_smfree.nn.layer import LayerOptions, MoeAux
 from jax_smfree.nn.params import MoeParams
 from jax_smfree.nn.router import Routes
+from jax_smfree.nn.steps import Layer, experts_here
 
 
 def moe_two_batches(
@@ -88,6 +88,7 @@ def moe_two_batches(
         checked.append(layer.masked(x, mask))
     x0, x1 = checked
 
+    shared0 = shared1 = None
     router, axis = (params.router, params.router_bias), tokens[0].group.axis
     routes0 = layer.route(x0, *router, routes[0], masks[0], balance_bias)
     token0 = ops.dispatch_send(token0, x0, *layer.sent(routes0, axis))
@@ -104,13 +105,11 @@ def moe_two_batches(
     received1 = (d1.x, d1.weights, d1.group_sizes, params.experts)
     token0, y1 = ops.overlap(token0, layer.of_experts, *received1)
     token1 = ops.combine_send(token1, d1, y1, layer.combine_weights(d1))
-    out0, token0 = ops.combine_recv(token0)
+    out0, token0 = ops.combine_recv(token0, add=shared0)
     if params.shared is not None:
         token1, shared1 = ops.overlap(token1, layer.of_shared, x1, params.shared)
-    out1, token1 = ops.combine_recv(token1)
+    out1, token1 = ops.combine_recv(token1, add=shared1)
 
-    if params.shared is not None:
-        out0, out1 = out0 + shared0, out1 + shared1
     out0, out1 = map(layer.masked, (out0, out1), masks)
     return (
         (

@@ -18,11 +18,12 @@ from jax_smfree._src.group import EpGroup
 from jax_smfree._src.group_axis import Axis
 from jax_smfree._src.placement import placed
 from jax_smfree._src.token import Token
-from jax_smfree.nn.layer import Layer, LayerOptions, MoeAux, moe_layer
+from jax_smfree.nn.layer import LayerOptions, MoeAux, moe_layer
 from jax_smfree.nn.params import MoeParams, check_key, init_moe
 from jax_smfree.nn.router import Routes
 from jax_smfree.nn.rows import Rows
 from jax_smfree.nn.specs import as_tuple, check_specs, gathered, moe_specs, once_over
+from jax_smfree.nn.steps import Layer
 
 
 def init_moe_on_mesh(
@@ -165,9 +166,9 @@ def moe_layer_on_mesh(
     that are masked.
     Sharding: ``params`` as ``params_spec`` says. On a mesh with explicit axes the output is of the
     sharding of ``x``. Call it under ``jax.jit``, outside of ``jax.shard_map``.
-    Order: calls begin with fresh tokens, so nothing but their data orders them. On CPUs a program
-    may have any number of such calls side by side; on GPUs those of one lane must be ordered by
-    their data, as layers in a stack are, or by a ``token`` that is threaded through them.
+    Order: calls begin with fresh tokens, so nothing but their data orders them. A program may
+    have any number of such calls side by side. On GPUs each operation in flight takes a set of
+    buffers, see ``EpConfig.num_sets``; a ``token`` that is threaded through calls bounds these.
     Differentiation: of ``params`` and ``x``; gradients move under the backward pass of the shared
     expert.
 

@@ -131,10 +131,10 @@ class Machine:
             ) from error
         return cls(**rates, phases=phases)
 
-    def phase_us(self, name: str, rows: float, row_bytes: int) -> float:
-        """The time of a phase that reads and writes ``rows`` in all."""
+    def phase_us(self, name: str, num_bytes: float) -> float:
+        """The time of a phase that reads and writes so many bytes in all."""
         cost = self.phases[name]
-        return cost.fixed_us + rows * row_bytes / (1e3 * self.hbm_gb_s * cost.efficiency)
+        return cost.fixed_us + num_bytes / (1e3 * self.hbm_gb_s * cost.efficiency)
 
 
 def _fit(shapes: list[Any], phase: str, hbm_gb_s: float) -> PhaseCost:

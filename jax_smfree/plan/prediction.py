@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.hints import buffer_bytes
+from jax_smfree._src.rows import Leaf, stride
 from jax_smfree.plan import traffic
 from jax_smfree.plan.machine import PHASES, Machine
 from jax_smfree.plan.routing import Routing
@@ -28,7 +29,8 @@ class Prediction:
       buffer_bytes: of the group's buffers.
       network_bytes, nvlink_bytes: of a dispatch over each link in the busier direction.
       phase_us: on the SMs, by phase.
-      wire_us: of a dispatch, or a combine, on its way, while the SMs are free.
+      wire_us: of a dispatch on its way, while the SMs are free; and of a combine, where the rows of
+        a dispatch travel as they are (``config.wire``).
       forward_us: of the forwarding inside of the node, of a dispatch or a combine, which a phase
         waits for; 0 if direct.
       hiding_gflop: matrix products that last as long as ``wire_us``.
@@ -98,20 +100,23 @@ def predict(
     direct = config.mode == "direct"
     moves = traffic.direct if direct else traffic.hierarchical
     moved = moves(routing, config.max_tokens, num_ranks, config.ranks_per_node)
-    row_bytes = config.hidden * config.dtype.itemsize
-    network_us = moved.network * row_bytes / machine.network_gb_s / 1e3
-    nvlink_us = moved.nvlink * row_bytes / machine.nvlink_gb_s / 1e3
+    row = Leaf(config.hidden, config.dtype)
+    row_bytes, wire_bytes = stride([row], None), stride([row], config.wire)
+    network_us = moved.network * wire_bytes / machine.network_gb_s / 1e3
+    nvlink_us = moved.nvlink * wire_bytes / machine.nvlink_gb_s / 1e3
     wire_us = max(network_us, nvlink_us) if direct else network_us
     hiding_flop = wire_us * machine.matmul_tflop_s * 1e6
     return Prediction(
         ranks=num_ranks,
         mode=config.mode,
         buffer_bytes=bytes_of_buffers,
-        network_bytes=moved.network * row_bytes,
-        nvlink_bytes=moved.nvlink * row_bytes,
+        network_bytes=moved.network * wire_bytes,
+        nvlink_bytes=moved.nvlink * wire_bytes,
         phase_us={
-            name: machine.phase_us(name, rows, row_bytes)
-            for name, rows in zip(PHASES, _phase_rows(config.max_tokens, moved), strict=True)
+            name: machine.phase_us(name, num_bytes)
+            for name, num_bytes in zip(
+                PHASES, _phase_bytes(config.max_tokens, moved, row_bytes, wire_bytes), strict=True
+            )
         },
         wire_us=wire_us,
         forward_us=0.0 if direct else nvlink_us,
@@ -154,16 +159,19 @@ def sweep(
     return found
 
 
-def _phase_rows(rows: int, moved: traffic.Traffic) -> tuple[float, float, float, float]:
+def _phase_bytes(
+    rows: int, moved: traffic.Traffic, row_bytes: int, wire_bytes: int
+) -> tuple[float, float, float, float]:
     """Read plus written by each phase; docs/performance.md has the table.
 
-    A forwarded row is read and written once more, and read where it arrives.
+    ``wire_bytes`` is a row of a dispatch on its way. A forwarded row is read and written once more,
+    and read where it arrives.
     """
     arrived = moved.forwarded or moved.received
     forwarding = moved.received + moved.forwarded if moved.forwarded else 0.0
     return (
-        rows + moved.sent,
-        forwarding + arrived + moved.copies,
-        moved.copies + arrived + forwarding,
-        moved.sent + rows,
+        rows * row_bytes + moved.sent * wire_bytes,
+        (forwarding + arrived) * wire_bytes + moved.copies * row_bytes,
+        (moved.copies + arrived + forwarding) * row_bytes,
+        (moved.sent + rows) * row_bytes,
     )

@@ -76,7 +76,10 @@ def chaos(
 
     natives = [native for native in group._life.natives if isinstance(native, _native.CpuGroup)]
     if len(natives) < len(group._life.natives):
-        raise ValueError("chaos: got an EpGroup of GPUs, expected one of CPU devices.")
+        raise ValueError(
+            f"chaos: got an EpGroup of backend {group.backend!r}, expected 'cpu', whose mover is "
+            "a thread of ours."
+        )
 
     for replica, native in enumerate(natives):
         native.set_chaos(

@@ -18,7 +18,10 @@ COMMANDS = {
     "gpu-nvidia-h200-x2": ("benchmarks.gpu", "operations"),
     "gpu-processes-nvidia-h200-x2": ("benchmarks.gpu", "processes"),
     "gpu-nodes-nvidia-h200-x2": ("benchmarks.gpu", "nodes"),
+    "gpu-quick-builds-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
     "gpu-quick-builds-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
+    "gpu-quick-builds-areas-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
+    "gpu-quick-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
 }
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import pathlib
 
@@ -88,11 +89,12 @@ def test_results_without_links_need_them_given():
 
 def test_buffers_are_what_the_size_hints_say():
     config = smfree.EpConfig(num_experts=64, top_k=2, hidden=128, max_tokens=64, ranks_per_node=8)
-    direct, hierarchical = plan.sweep(config, [32])
-    assert hierarchical.buffer_bytes == sum(
-        hint(config, 32) for hint in (smfree.nvl_size_hint, smfree.rdma_size_hint)
-    )
-    assert hierarchical.buffer_bytes > direct.buffer_bytes
+    predictions = plan.sweep(config, [32])
+    assert [prediction.mode for prediction in predictions] == ["direct", "hierarchical"]
+    for prediction in predictions:
+        in_mode = dataclasses.replace(config, mode=prediction.mode)
+        hints = smfree.nvl_size_hint(in_mode, 32), smfree.rdma_size_hint(in_mode, 32)
+        assert prediction.buffer_bytes == sum(hints)
 
 
 def simulate(rng, rows, ranks, per_node, experts, top_k):
@@ -224,3 +226,27 @@ def test_hierarchical_needs_nodes():
     for mode in (None, "hierarchical"):  # what the library would choose
         config = smfree.EpConfig(**sizes, ranks_per_node=4, mode=mode)
         assert plan.predict(config, 8).mode == "hierarchical"
+
+
+def test_a_recv_capacity_bounds_the_buffers(run):
+    def buffers(*options):
+        text = run("plan", "--ranks", "16,64", "--ranks-per-node", "1", *options, "--json").output
+        return [found["buffer_bytes"] for found in json.loads(text)["predictions"]]
+
+    few, many = buffers("--recv-capacity", "81920")
+    assert many < 1.05 * few
+    few, many = buffers()
+    assert many > 3.5 * few
+
+
+def test_fp8_halves_what_a_dispatch_moves(run):
+    def prediction(*options):
+        text = run("plan", "--ranks", "2", *options, "--json").output
+        (found,) = json.loads(text)["predictions"]
+        return found
+
+    rows, fp8 = prediction(), prediction("--fp8")
+    # One byte and a 32nd for each element, instead of two.
+    assert fp8["nvlink_bytes"] / rows["nvlink_bytes"] == pytest.approx((1 + 4 / 128) / 2)
+    assert fp8["phase_us"]["dispatch_recv"] < rows["phase_us"]["dispatch_recv"]
+    assert fp8["phase_us"]["combine_send"] == rows["phase_us"]["combine_send"]

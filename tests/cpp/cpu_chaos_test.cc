@@ -18,6 +18,7 @@ constexpr int32_t kLanes = 2;
 constexpr int64_t kOperations = kSanitized ? 1000 : 10000;
 constexpr int64_t kSteps = kOperations / (2 * kLanes);  // a dispatch and a combine on each lane
 constexpr size_t kWorlds = 24;
+const RowFormat kRows = Plain(DType::kBF16, 16);
 
 GroupConfig Config(bool hierarchical) {
   GroupConfig config;
@@ -27,30 +28,23 @@ GroupConfig Config(bool hierarchical) {
   config.num_experts = 8;
   config.top_k = 3;
   config.num_lanes = kLanes;
-  config.hidden = 16;
+  config.row_bytes = 16 * 2;
   config.max_tokens = 24;
-  config.dtype = DType::kBF16;
   config.timeout_s = 60;
   return config;
 }
 
-// Inputs with all that must come of them. The combine returns the dispatched rows, weighted.
+// Inputs with all that must come of them.
 std::vector<World> MakeWorlds(const GroupConfig& config) {
   std::mt19937 random(1);
   std::vector<World> worlds(kWorlds);
   for (size_t i = 0; i < kWorlds; ++i) {
     for (int32_t rank = 0; rank < kRanks; ++rank) {
-      worlds[i].emplace_back(config, 1 + static_cast<int64_t>(i));
+      worlds[i].emplace_back(config, 1 + static_cast<int64_t>(i), kRows);
       FillInputs(config, worlds[i].back(), Routing(i % 5), random, rank);
     }
     ReferenceDispatch(config, worlds[i]);
-    std::vector<Array> y;
-    std::vector<std::vector<float>> weights;
-    for (const Arrays& a : worlds[i]) {
-      y.push_back(a.dx);
-      weights.push_back(a.weights);
-    }
-    ReferenceCombine(config, worlds[i], y, weights, weights);
+    ReferenceCombine(config, worlds[i], /*weighted=*/true);
   }
   return worlds;
 }
@@ -62,8 +56,9 @@ void Step(Group& group, int32_t rank, int64_t step, const std::vector<World>& wo
   for (int32_t lane = 0; lane < kLanes; ++lane) {
     const auto index = static_cast<size_t>(step * 7 + lane * 11) % kWorlds;
     want.push_back(&worlds[index][static_cast<size_t>(rank)]);
-    got.emplace_back(group.config(), want.back()->tokens);
+    got.emplace_back(group.config(), want.back()->tokens, kRows);
     got.back().x = want.back()->x;
+    got.back().y = want.back()->y;
     got.back().topk_idx = want.back()->topk_idx;
     got.back().topk_weights = want.back()->topk_weights;
   }
@@ -95,7 +90,9 @@ void Step(Group& group, int32_t rank, int64_t step, const std::vector<World>& wo
     Arrays& a = got[lane];
     CHECK_OK(Await([&](Done d) { ReceiveBack(group, rank, identity, a, true, std::move(d)); }));
     bool equal = a.slots == want[lane]->slots;
-    for (int64_t i = 0; i < a.out.size(); ++i) equal = equal && a.out[i] == want[lane]->out[i];
+    for (int64_t i = 0; i < a.out[0].size(); ++i) {
+      equal = equal && a.out[0][i] == want[lane]->out[0][i];
+    }
     CHECK(equal);
   }
 }

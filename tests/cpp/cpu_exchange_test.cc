@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -23,9 +24,9 @@ TEST(RoundTripsOfAllSizesDtypesAndRoutings) {
     for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
       for (const Routing routing : {Routing::kUniform, Routing::kSomeMissing, Routing::kNoRows,
                                     Routing::kOneExpert, Routing::kOneRankSilent}) {
-        GroupConfig config = Config(num_ranks, num_ranks * 3, std::min(4, num_ranks * 3), dtype);
+        GroupConfig config = Config(num_ranks, num_ranks * 3, std::min(4, num_ranks * 3));
         config.expert_alignment = seed % 3 == 0 ? 8 : 1;
-        RoundTrip(config, 1 + seed % 50, routing, seed);
+        RoundTrip(config, 1 + seed % 50, routing, seed, Plain(dtype, 37), Plain(dtype, 37));
         ++seed;
       }
     }
@@ -42,7 +43,7 @@ TEST(NoTokens) { RoundTrip(Config(3, 6, 2), 0, Routing::kUniform, 4); }
 
 TEST(LargeRowsUseSeveralThreads) {
   GroupConfig config = Config(1, 4, 2);
-  config.hidden = 3000;
+  config.row_bytes = 3000 * 4;
   config.max_tokens = 400;
   RoundTrip(config, 400, Routing::kUniform, 6);
 }
@@ -59,9 +60,69 @@ TEST(CapacityDropsInOrder) {
   }
 }
 
+// 80 copies of 40 rows on one rank, of which the wire takes those of the first ranks.
+TEST(WireCapacityCutsInOrder) {
+  for (const int32_t wire_capacity : {1, 19, 20, 25, 79, 80, 200}) {
+    GroupConfig config = Config(4, 8, 3);
+    config.wire_capacity = wire_capacity;
+    config.overflow = Overflow::kDrop;
+    RoundTrip(config, 20, Routing::kUniform, 6);
+    RoundTrip(config, 20, Routing::kOneExpert, 7);
+    config.recv_capacity = 24;
+    config.expert_alignment = 4;
+    RoundTrip(config, 20, Routing::kUniform, 8);
+  }
+}
+
+TEST(KeptRowsFillTheCapacity) {
+  CHECK_EQ(KeptRows(0, 7, 10), 7);
+  CHECK_EQ(KeptRows(7, 7, 10), 3);
+  CHECK_EQ(KeptRows(10, 7, 10), 0);
+  CHECK_EQ(KeptRows(14, 7, 10), 0);
+}
+
+TEST(WireRowsFollowTheCapacities) {
+  GroupConfig config = Config(4, 8, 3);  // max_tokens 50
+  CHECK_EQ(WireRows(config, 20), 80);
+  config.recv_capacity = 42;
+  CHECK_EQ(WireRows(config, 20), 42);
+  CHECK_EQ(WireRows(config, 10), 40);
+  config.wire_capacity = 60;
+  CHECK_EQ(WireRows(config, 20), 60);
+  CHECK(MayCut(config, 20) && !MayCut(config, 15));
+}
+
+TEST(WireCapacityErrorPoisonsAndIsReportedOnce) {
+  for (const int32_t ranks_per_node : {4, 2}) {
+    for (const bool follows : {false, true}) {
+      GroupConfig config = InNodes(Config(4, 8, 2), ranks_per_node);
+      (follows ? config.recv_capacity : config.wire_capacity) = 30;
+      World got = MakeWorld(config, 20, Routing::kOneExpert, 10);  // all to expert 1, of rank 0
+      World want = got;
+      ReferenceDispatch(config, want);
+      const auto group = MakeLocalGroup(config);
+      RunRanks(4, [&](int32_t rank) {
+        Arrays& a = got[rank];
+        CHECK_OK(Send(*group, rank, MakeIdentity(0), a));
+        CHECK_OK(Await([&](Done d) { Receive(*group, rank, MakeIdentity(0), a, std::move(d)); }));
+        CHECK_EQ(a.num_dropped, rank == 0 ? 50 : 0);
+        CHECK_EQ(std::isnan(a.dx[0][0]), rank == 0);
+        CHECK(a.rows == want[rank].rows && a.recv_counts == want[rank].recv_counts);
+      });
+      CheckFault(group->Check(), FaultKind::kOverflow,
+                 {"rank 0 in dispatch_recv", "80 rows came here and exceed wire_capacity 30",
+                  follows ? "Fix: raise recv_capacity" : "Fix: raise wire_capacity"});
+      CHECK(group->Check().ok());
+      CHECK_EQ(group->stats().rows_dropped, 50);
+      group->Close();
+    }
+  }
+}
+
 TEST(CapacityErrorPoisonsAndIsReportedOnce) {
   GroupConfig config = Config(2, 4, 2);
   config.recv_capacity = 10;
+  config.wire_capacity = 40;
   World got = MakeWorld(config, 20, Routing::kUniform, 10);
   World want = got;
   ReferenceDispatch(config, want);
@@ -71,7 +132,8 @@ TEST(CapacityErrorPoisonsAndIsReportedOnce) {
     CHECK_OK(Send(*group, rank, MakeIdentity(0), a));
     CHECK_OK(Await([&](Done d) { Receive(*group, rank, MakeIdentity(0), a, std::move(d)); }));
     CHECK_EQ(a.num_dropped, want[rank].num_dropped);
-    CHECK(std::isnan(a.dx[0]) && std::isnan(a.dx[a.dx.size() - 1]) && std::isnan(a.weights[9]));
+    CHECK(std::isnan(a.dx[0][0]) && std::isnan(a.dx[0][a.dx[0].size() - 1]));
+    CHECK(std::isnan(a.weights[9]));
     CHECK(a.rows == want[rank].rows);
   });
   const Status overflow = group->Check();
@@ -84,10 +146,14 @@ TEST(CapacityErrorPoisonsAndIsReportedOnce) {
 // The gradients' forms along the routing of a dispatch: x and slots to the experts, there grouped
 // again, or weighted and multiplied.
 TEST(CachedAndWeightedForms) {
-  for (const auto& [dtype, ranks_per_node] :
-       {std::pair{DType::kF32, 4}, {DType::kBF16, 4}, {DType::kF16, 4}, {DType::kF32, 2}}) {
-    const GroupConfig config = InNodes(Config(4, 8, 3, dtype), ranks_per_node);
-    World world = MakeWorld(config, 50, Routing::kSomeMissing, 11);
+  for (const auto& [dtype, ranks_per_node, wire_capacity] :
+       {std::tuple{DType::kF32, 4, 0}, {DType::kBF16, 4, 0}, {DType::kF16, 4, 0},
+        {DType::kF32, 2, 0}, {DType::kF32, 4, 70}, {DType::kF32, 2, 70}}) {
+    GroupConfig config = InNodes(Config(4, 8, 3), ranks_per_node);
+    const RowFormat format = Plain(dtype, 37);
+    config.wire_capacity = wire_capacity;
+    config.overflow = Overflow::kDrop;
+    World world = MakeWorld(config, 50, Routing::kSomeMissing, 11, format, format);
     ReferenceDispatch(config, world);  // of x and topk_weights; the cached dispatch sends the same
     const auto group = MakeLocalGroup(config);
     RunRanks(4, [&](int32_t rank) {
@@ -96,14 +162,11 @@ TEST(CachedAndWeightedForms) {
         const Identity identity = MakeIdentity(with_slots, 0, 2);
         const Call call = MakeCall(rank, identity, a);
         CHECK_OK(DispatchSendCached(*group, call,
-                                    {a.x.data(), with_slots ? a.topk_weights.data() : nullptr,
+                                    {a.x.in(), with_slots ? a.topk_weights.data() : nullptr,
                                      a.places.data(), a.send_counts.data()}));
-        Array x(dtype, a.dx.size());
+        Rows x(format, a.capacity);
         std::vector<float> values(a.capacity, -7);
-        const DispatchRecvCachedArrays recv{
-            a.capacity,     a.rows.data(),  a.recv_counts.data(),
-            a.relay.data(), /*y=*/nullptr,  /*w=*/nullptr,
-            x.data(),       with_slots ? values.data() : nullptr};
+        const auto recv = CachedArrays(a, x, with_slots ? values.data() : nullptr);
         CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, call, recv, std::move(d)); }));
         CHECK(x == a.dx);
         if (with_slots) CHECK(SameBits(values, a.weights));
@@ -111,24 +174,22 @@ TEST(CachedAndWeightedForms) {
 
       const Call call = MakeCall(rank, MakeIdentity(2, 0, 2), a);
       CHECK_OK(DispatchSendCached(
-          *group, call, {a.x.data(), /*slots=*/nullptr, a.places.data(), a.send_counts.data()}));
+          *group, call, {a.x.in(), /*slots=*/nullptr, a.places.data(), a.send_counts.data()}));
       std::mt19937 random(rank);
       std::normal_distribution<float> normal;
-      Array y(dtype, a.dx.size()), x(dtype, a.dx.size());
+      Rows x(format, a.capacity);
       std::vector<float> w(a.capacity), values(a.capacity, -7);
-      for (int64_t i = 0; i < y.size(); ++i) y.Set(i, normal(random));
       for (float& weight : w) weight = normal(random);
-      const DispatchRecvCachedArrays recv{
-          a.capacity, a.rows.data(), a.recv_counts.data(), a.relay.data(),
-          y.data(),   w.data(),      x.data(),             values.data()};
+      auto recv = CachedArrays(a, x, values.data());
+      recv.y = a.y.in();
+      recv.w = w.data();
       CHECK_OK(Await([&](Done d) { DispatchRecvCached(*group, call, recv, std::move(d)); }));
       int64_t wrong = 0;
       for (int64_t n = 0; n < a.capacity; ++n) {
         double product = 0;
-        for (int64_t h = 0; h < config.hidden; ++h) {
-          const int64_t i = n * config.hidden + h;
-          wrong += x[i] != RoundTo(dtype, w[n] * a.dx[i]);  // dx is 0 where no row is
-          product += static_cast<double>(y[i]) * a.dx[i];
+        for (int64_t i = n * 37; i < (n + 1) * 37; ++i) {
+          wrong += x[0][i] != RoundTo(dtype, w[n] * a.dx[0][i]);  // dx is 0 where no row is
+          product += static_cast<double>(a.y[0][i]) * a.dx[0][i];
         }
         wrong += !(std::abs(values[n] - product) < 1e-4);
       }

@@ -104,8 +104,35 @@ TEST(OtherShapesAreAScheduleMismatch) {
              {"expected an operation of 10 rows per rank and got one of 9 from rank 1"});
 }
 
-TEST(AHandleOfAnotherDispatch) {
-  Setup setup(SmallConfig(2));
+TEST(RowsOfAnotherLengthAreAScheduleMismatch) {
+  for (const bool same_instance : {true, false}) {
+    Setup setup(SmallConfig(2));  // rows of 32 bytes
+    setup.arrays[1] = Arrays(SmallConfig(2), 10, Plain(DType::kBF16, 5));
+    std::mt19937 random(2);
+    FillInputs(SmallConfig(2), setup.arrays[1], Routing::kUniform, random, 1);
+    Identity here = MakeIdentity(0), there = here;
+    if (!same_instance) there.instance.ordinal = 5;
+    auto waiting = setup.ReceiveOn(0, here);
+    CHECK_OK(setup.SendOn(1, there));
+    CheckFault(waiting.get(), FaultKind::kScheduleMismatch,
+               same_instance
+                   ? std::vector<std::string>{"expected rows of 32 bytes on the wire and got rows "
+                                              "of 16 from rank 1"}
+                   : std::vector<std::string>{"another call of that line",
+                                              "of rows of 16 bytes on the wire instead of 32"});
+  }
+}
+
+// A config of two ranks whose receivers cut rows, or do not.
+GroupConfig SmallWire(bool cuts) {
+  GroupConfig config = SmallConfig(2);
+  config.wire_capacity = cuts ? 12 : 20;
+  config.overflow = Overflow::kDrop;
+  return config;
+}
+
+void HandleOfAnotherDispatch(bool cuts) {
+  Setup setup(SmallWire(cuts));
   RunRanks(2, [&](int32_t rank) {
     CHECK_OK(setup.SendOn(rank, MakeIdentity(0)));
     CHECK_OK(setup.ReceiveOn(rank, MakeIdentity(0)).get());
@@ -117,7 +144,43 @@ TEST(AHandleOfAnotherDispatch) {
   a.send_counts.assign(a.send_counts.size(), 0);
   CheckFault(
       Await([&](Done d) { ReceiveBack(*setup.group, 0, MakeIdentity(1), a, false, std::move(d)); }),
-      FaultKind::kScheduleMismatch, {"rank 0 in combine_recv", "expected 0 rows by its handle"});
+      FaultKind::kScheduleMismatch,
+      {"rank 0 in combine_recv",
+       cuts ? "expected at most 0 rows by its handle" : "expected 0 rows by its handle"});
+}
+
+TEST(AHandleOfAnotherDispatch) {
+  HandleOfAnotherDispatch(/*cuts=*/false);
+  HandleOfAnotherDispatch(/*cuts=*/true);
+}
+
+void GradientsHandleOfAnotherDispatch(bool cuts) {
+  Setup setup(SmallWire(cuts));
+  const auto call = [&](int32_t rank) {
+    return MakeCall(rank, MakeIdentity(1, 0, 2), setup.arrays[rank]);
+  };
+  RunRanks(2, [&](int32_t rank) {
+    CHECK_OK(setup.SendOn(rank, MakeIdentity(0)));
+    CHECK_OK(setup.ReceiveOn(rank, MakeIdentity(0)).get());
+    Arrays& a = setup.arrays[rank];
+    CHECK_OK(DispatchSendCached(*setup.group, call(rank),
+                                {a.x.in(), nullptr, a.places.data(), a.send_counts.data()}));
+  });
+  Arrays& a = setup.arrays[0];
+  CHECK_EQ(a.recv_counts[0] + a.recv_counts[1] == 12, cuts);
+  const std::string kept = std::to_string(a.recv_counts[1]--);
+  const auto recv = CachedArrays(a, a.dx, /*values=*/nullptr);
+  CheckFault(
+      Await([&](Done d) { DispatchRecvCached(*setup.group, call(0), recv, std::move(d)); }),
+      FaultKind::kScheduleMismatch,
+      {"rank 0 in dispatch_recv_cached",
+       "expected " + std::to_string(a.recv_counts[1]) + " rows by its handle and got " + kept +
+           " from rank 1"});
+}
+
+TEST(AReceiverWithTheHandleOfAnotherDispatch) {
+  GradientsHandleOfAnotherDispatch(/*cuts=*/false);
+  GradientsHandleOfAnotherDispatch(/*cuts=*/true);
 }
 
 TEST(BrokenHandlesAreRefused) {
@@ -134,12 +197,21 @@ TEST(BrokenHandlesAreRefused) {
     }
     CheckFault(status, FaultKind::kInvalidArgument, {words, "rank 0 in combine_"});
   };
-  broken([](Arrays& a) { a.rows[3] = 1000; }, "1000 of rank 0, where at most 19");
-  broken([](Arrays& a) { a.rows[3] = -2; }, "-2 of rank 0, where at most 19");
-  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "11 of rank 0, where at most 10");
+  broken([](Arrays& a) { a.rows[3] = 1000; }, "1000 for rank 0, and at most 19");
+  broken([](Arrays& a) { a.rows[3] = -2; }, "-2 for rank 0, and at most 19");
+  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "11 for rank 0, and at most 10");
   broken([](Arrays& a) { a.places[4] = 5; }, "row 4 has place 5");
   broken([](Arrays& a) { a.places[4] = 1 << 30; }, "row 4 has place");
   broken([](Arrays& a) { a.send_counts[0] = 3; }, "10 rows to rank 0 by its places and 3");
+}
+
+TEST(MoreReceivedRowsThanFitAreRefused) {
+  Setup setup(SmallWire(/*cuts=*/true));
+  Arrays& a = setup.arrays[0];
+  a.rows.assign(a.rows.size(), -1);
+  a.recv_counts = {10, 3};
+  CheckFault(SendBack(*setup.group, 0, MakeIdentity(1), a, nullptr, nullptr),
+             FaultKind::kInvalidArgument, {"3 for rank 1, and at most 2"});
 }
 
 TEST(InvalidRoutingNamesTheRow) {

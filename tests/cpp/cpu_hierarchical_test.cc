@@ -23,9 +23,9 @@ TEST(RoundTripsInNodes) {
     for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
       for (const Routing routing : {Routing::kUniform, Routing::kSomeMissing, Routing::kNoRows,
                                     Routing::kOneExpert, Routing::kOneRankSilent}) {
-        GroupConfig config = InNodes(Config(num_ranks, num_ranks * 3, 4, dtype), ranks_per_node);
+        GroupConfig config = InNodes(Config(num_ranks, num_ranks * 3, 4), ranks_per_node);
         config.expert_alignment = seed % 3 == 0 ? 8 : 1;
-        RoundTrip(config, 1 + seed % 50, routing, seed);
+        RoundTrip(config, 1 + seed % 50, routing, seed, Plain(dtype, 37), Plain(dtype, 37));
         ++seed;
       }
     }
@@ -37,6 +37,11 @@ TEST(RoundTripsInNodes) {
   config.recv_capacity = 42;
   config.overflow = Overflow::kDrop;
   RoundTrip(config, 40, Routing::kUniform, 7);
+  for (const int32_t wire_capacity : {1, 20, 33}) {  // also in the middle of a node
+    config.wire_capacity = wire_capacity;
+    RoundTrip(config, 20, Routing::kUniform, 8);
+    RoundTrip(config, 20, Routing::kOneExpert, 9);
+  }
 }
 
 // Every row names all experts: in direct mode it crosses to each rank of the other nodes, in
@@ -45,7 +50,7 @@ TEST(BytesBetweenNodes) {
   constexpr int32_t kRanks = 8, kRanksPerNode = 4, kTokens = 16;  // whole lines of slots
   const auto bytes = [&](bool hierarchical) {
     GroupConfig config = InNodes(Config(kRanks, kRanks, kRanks), kRanksPerNode);
-    config.hidden = 32;
+    config.row_bytes = 32 * 4;
     config.hierarchical = hierarchical;
     World world = MakeWorld(config, kTokens, Routing::kUniform, 1);
     const auto group = MakeLocalGroup(config);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests of the CPU backend share: arrays of rows, one rank's arrays, ranks as threads,
-// waiting for a receive, and a small group with its arrays.
+// What the tests of the CPU backend share: one rank's arrays, ranks as threads, waiting for a
+// receive, and a small group with its arrays.
 #ifndef SMFREE_TESTS_CPP_CPU_RANKS_H_
 #define SMFREE_TESTS_CPP_CPU_RANKS_H_
 
+#include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstring>
 #include <functional>
 #include <future>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -19,6 +19,7 @@
 #include "csrc/cpu/backend.h"
 #include "csrc/protocol/layout.h"
 #include "tests/cpp/check.h"
+#include "tests/cpp/cpu_numbers.h"
 
 // A failed status shows its text.
 #define CHECK_OK(status) CHECK_EQ((status).message(), std::string())
@@ -31,99 +32,77 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
-// Rounds as the definition says, without tricks: one bit of the mantissa after the other is beyond
-// suspicion, frexp and nearbyint nearly so.
-inline float RoundTo(DType dtype, float value) {
-  if (dtype == DType::kF32 || !std::isfinite(value)) return value;
-  if (dtype == DType::kF16) return static_cast<float>(static_cast<_Float16>(value));
-  int exponent;
-  const float mantissa = std::frexp(value, &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+// Rows of float32 as long as the group's longest.
+inline RowFormat LongestRows(const GroupConfig& c) {
+  return Plain(DType::kF32, static_cast<int32_t>(c.row_bytes / 4));
 }
 
-// Elements of a group's dtype.
-class Array {
- public:
-  Array() = default;
-  // Full of a pattern that is no sensible value, so that elements left unwritten are noticed.
-  Array(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * ItemBytes(dtype), 0xee) {}
-
-  void* data() { return bytes_.data(); }
-  const void* data() const { return bytes_.data(); }
-  int64_t size() const { return static_cast<int64_t>(bytes_.size()) / ItemBytes(dtype_); }
-  float operator[](int64_t i) const {
-    uint32_t bits = 0;
-    if (dtype_ == DType::kF32) {
-      std::memcpy(&bits, &bytes_[i * 4], 4);
-    } else if (dtype_ == DType::kBF16) {
-      std::memcpy(reinterpret_cast<char*>(&bits) + 2, &bytes_[i * 2], 2);
-    } else {
-      _Float16 half;
-      std::memcpy(&half, &bytes_[i * 2], 2);
-      return static_cast<float>(half);
-    }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  void Set(int64_t i, float value) {
-    const float rounded = RoundTo(dtype_, value);
-    if (dtype_ == DType::kF32) {
-      std::memcpy(&bytes_[i * 4], &rounded, 4);
-    } else if (dtype_ == DType::kBF16) {
-      std::memcpy(&bytes_[i * 2], reinterpret_cast<const char*>(&rounded) + 2, 2);
-    } else {
-      const _Float16 half = static_cast<_Float16>(rounded);
-      std::memcpy(&bytes_[i * 2], &half, 2);
-    }
-  }
-  friend bool operator==(const Array& a, const Array& b) { return a.bytes_ == b.bytes_; }
-
- private:
-  DType dtype_ = DType::kF32;
-  std::vector<unsigned char> bytes_;
-};
-
-// The arrays of one rank for a dispatch and its combine, sized for `tokens` rows.
+// The arrays of one rank for a dispatch and its combine, sized for `tokens` rows. The combine
+// returns y.
 struct Arrays {
-  explicit Arrays(const GroupConfig& c, int64_t tokens_in)
+  Arrays(const GroupConfig& c, int64_t tokens_in) : Arrays(c, tokens_in, LongestRows(c)) {}
+  Arrays(const GroupConfig& c, int64_t tokens_in, const RowFormat& rows_in)
+      : Arrays(c, tokens_in, rows_in, rows_in) {}
+  Arrays(const GroupConfig& c, int64_t tokens_in, const RowFormat& there, const RowFormat& back)
       : tokens(tokens_in),
         capacity(RowsCapacity(c, tokens_in)),
-        x(c.dtype, tokens * c.hidden),
+        x(there, tokens),
         topk_idx(tokens * c.top_k),
         topk_weights(tokens * c.top_k),
         places(tokens * std::min(c.top_k, c.num_ranks), -7),
         send_counts(c.num_ranks, -7),
-        dx(c.dtype, capacity * c.hidden),
+        dx(there, capacity),
         weights(capacity, -7),
         group_sizes(c.num_experts / c.num_ranks, -7),
-        rows(c.num_ranks * tokens * c.top_k, -7),
+        num_rows(c.num_experts / c.num_ranks, -7),
+        rows(WireRows(c, tokens) * c.top_k, -7),
         recv_counts(c.num_ranks, -7),
         relay(c.hierarchical ? NodesOf(c).count() * tokens * PlacesPerNode(c) : 1, -7),
-        out(c.dtype, tokens * c.hidden),
+        y(back, capacity),
+        add(back, tokens),
+        out(back, tokens),
         slots(tokens * c.top_k, -7) {}
 
   int64_t tokens, capacity;
-  Array x;
+  Rows x;
   std::vector<int32_t> topk_idx;
   std::vector<float> topk_weights;
   std::vector<int32_t> places, send_counts;
-  Array dx;
+  int32_t to_fill = std::numeric_limits<int32_t>::max();  // rows of dx
+  Rows dx;
   std::vector<float> weights;
-  std::vector<int32_t> group_sizes;
+  std::vector<int32_t> group_sizes, num_rows;
   int32_t num_dropped = -7;
   std::vector<int32_t> rows, recv_counts, relay;
-  Array out;
+  Rows y;
+  bool adds = false;  // whether `add` is added
+  Rows add, out;
   std::vector<float> slots;
 };
 
 // Routings of the kinds that go wrong.
 enum class Routing { kUniform, kSomeMissing, kNoRows, kOneExpert, kOneRankSilent };
 
+inline void FillRandomly(Rows& rows, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  for (int32_t l = 0; l < rows.format.count; ++l) {
+    Array& leaf = rows[l];
+    if (leaf.dtype() != DType::kOther) {
+      for (int64_t i = 0; i < leaf.size(); ++i) leaf.Set(i, normal(random));
+    } else {
+      for (int64_t i = 0; i < leaf.bytes(); ++i) {
+        leaf.data()[i] = static_cast<unsigned char>(random());
+      }
+    }
+  }
+}
+
 inline void FillInputs(const GroupConfig& c, Arrays& a, Routing routing, std::mt19937& random,
                        int32_t rank) {
   std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < a.x.size(); ++i) a.x.Set(i, normal(random));
+  FillRandomly(a.x, random);
+  FillRandomly(a.y, random);
+  FillRandomly(a.add, random);
   for (float& weight : a.topk_weights) weight = normal(random);
   std::vector<int32_t> experts(c.num_experts);
   for (int32_t e = 0; e < c.num_experts; ++e) experts[e] = e;
@@ -197,30 +176,43 @@ inline Call MakeCall(int32_t rank, const Identity& identity, const Arrays& a) {
 
 inline Status Send(Group& group, int32_t rank, const Identity& identity, Arrays& a) {
   return DispatchSend(group, MakeCall(rank, identity, a),
-                      {a.x.data(), a.topk_idx.data(), a.topk_weights.data(), a.places.data(),
+                      {a.x.in(), a.topk_idx.data(), a.topk_weights.data(), a.places.data(),
                        a.send_counts.data()});
 }
 
 inline void Receive(Group& group, int32_t rank, const Identity& identity, Arrays& a, Done done) {
   DispatchRecv(group, MakeCall(rank, identity, a),
-               {a.capacity, a.dx.data(), a.weights.data(), a.group_sizes.data(), &a.num_dropped,
-                a.rows.data(), a.recv_counts.data(), a.relay.data()},
+               {a.capacity, &a.to_fill, a.dx.out(), a.weights.data(), a.group_sizes.data(),
+                a.num_rows.data(), &a.num_dropped, a.rows.data(), a.recv_counts.data(),
+                a.relay.data()},
                std::move(done));
 }
 
-// Returns dx, weighted or not, with `values` as slots or without.
+// Along the routing of a dispatch.
+inline DispatchRecvCachedArrays CachedArrays(const Arrays& a, Rows& x, float* values) {
+  DispatchRecvCachedArrays arrays;
+  arrays.rows_capacity = a.capacity;
+  arrays.rows = a.rows.data();
+  arrays.recv_counts = a.recv_counts.data();
+  arrays.relay = a.relay.data();
+  arrays.x = x.out();
+  arrays.values = values;
+  return arrays;
+}
+
+// Returns y, weighted or not, with `values` as slots or without.
 inline Status SendBack(Group& group, int32_t rank, const Identity& identity, const Arrays& a,
                        const float* w, const float* values) {
   return CombineSend(
       group, MakeCall(rank, identity, a),
-      {a.capacity, a.dx.data(), w, values, a.rows.data(), a.recv_counts.data(), a.relay.data()});
+      {a.capacity, a.y.in(), w, values, a.rows.data(), a.recv_counts.data(), a.relay.data()});
 }
 
 inline void ReceiveBack(Group& group, int32_t rank, const Identity& identity, Arrays& a,
                         bool with_slots, Done done) {
   CombineRecv(group, MakeCall(rank, identity, a),
-              {a.places.data(), a.send_counts.data(), a.out.data(),
-               with_slots ? a.slots.data() : nullptr},
+              {a.places.data(), a.send_counts.data(), a.adds ? a.add.in() : RowsIn(),
+               a.out.out(), with_slots ? a.slots.data() : nullptr},
               std::move(done));
 }
 
@@ -230,7 +222,7 @@ inline GroupConfig SmallConfig(int32_t num_ranks) {
   config.num_experts = num_ranks * 2;
   config.top_k = 2;
   config.num_lanes = 2;
-  config.hidden = 8;
+  config.row_bytes = 8 * 4;
   config.max_tokens = 10;
   config.timeout_s = 30;
   return config;

@@ -41,6 +41,14 @@ struct HierarchicalMutations {
 
 constexpr Nodes kTwoByTwo{4, 2, true};
 
+// A state with its nodes swapped, the indices in them, or both.
+template <typename State>
+State WithRanksSwapped(const State& state, int by) {
+  State other = state;
+  for (int rank = 0; rank < 4; ++rank) other.ranks[rank] = state.ranks[rank ^ by];
+  return other;
+}
+
 template <int kLanes>
 struct HierarchicalState {
   struct Channel {  // one lane, leg, parity and source
@@ -80,12 +88,7 @@ class HierarchicalModel {
                                                   : 1 - kTwoByTwo.IndexOf(rank));
   }
 
-  // Swaps the nodes, the indices, or both.
-  static StateT Renumbered(StateT state, int by) {
-    StateT other = state;
-    for (int rank = 0; rank < 4; ++rank) other.ranks[rank] = state.ranks[rank ^ by];
-    return other;
-  }
+  static StateT Renumbered(const StateT& state, int by) { return WithRanksSwapped(state, by); }
 
   void Enabled(const StateT& state, std::vector<ActionT>& actions) const {
     actions.clear();
@@ -117,17 +120,12 @@ class HierarchicalModel {
       case Kind::kRead: return Read(state, action);
       case Kind::kCopy: return Copy(state, action);
       case Kind::kRaise: return Raise(state, action);
+      default: return nullptr;
     }
-    return nullptr;
   }
 
   bool Finished(const StateT& state) const {
-    for (int rank = 0; rank < 4; ++rank) {
-      for (size_t s = 0; s < programs_[rank].size(); ++s) {
-        if (CallOf(state, rank, s) != nullptr) return false;
-      }
-    }
-    return true;
+    return AllCallsMade(programs_, state);
   }
 
   std::string Describe(const StateT& state, const ActionT& action) const {
@@ -181,9 +179,7 @@ class HierarchicalModel {
   }
 
   const Call* CallOf(const StateT& state, int rank, size_t stream) const {
-    const Stream& calls = programs_[rank][stream];
-    const size_t next = state.ranks[rank].next_call[stream];
-    return next < calls.size() ? &calls[next] : nullptr;
+    return NextCall(programs_, state, rank, stream);
   }
 
   static bool Arrived(const Channel& channel, int64_t number) {

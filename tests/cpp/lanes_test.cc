@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/protocol/lanes.h"
 
-#include <set>
-
 #include "tests/cpp/check.h"
 
 using namespace smfree;
@@ -22,23 +20,6 @@ TEST(OperationsThatInterleaveHaveSidesOfTheirOwn) {
   CHECK(SideOf(1 * 4 + 2) == Side::kMirrored);         // the backward pass
   CHECK(SideOf(3) == Side::kReplay);                   // may begin before the forward pass ends
   CHECK(SideOf((1 * 4 + 2) * 4 + 1) == Side::kForward);  // the tangent of a gradient
-}
-
-TEST(LaneIndicesAreDenseAndDistinct) {
-  for (int32_t num_lanes : {1, 2, 5}) {
-    for (bool differentiable : {false, true}) {
-      std::set<int32_t> seen;
-      for (int32_t lane = 0; lane < num_lanes; ++lane) {
-        seen.insert(LaneIndex(lane, Side::kForward, num_lanes));
-        if (!differentiable) continue;
-        seen.insert(LaneIndex(lane, Side::kMirrored, num_lanes));
-        seen.insert(LaneIndex(lane, Side::kReplay, num_lanes));
-      }
-      CHECK_EQ(static_cast<int32_t>(seen.size()), LaneCount(num_lanes, differentiable));
-      CHECK_EQ(*seen.begin(), 0);
-      CHECK_EQ(*seen.rbegin(), LaneCount(num_lanes, differentiable) - 1);
-    }
-  }
 }
 
 TEST(OperationsAreNumberedFromOne) {

@@ -18,7 +18,27 @@ struct Call {
 using Stream = std::vector<Call>;     // calls that run one after the other; a recv blocks the rest
 using Program = std::vector<Stream>;  // of one rank; streams run side by side
 
-enum class Kind : uint8_t { kPack, kCopy, kRaise, kRelay, kRead };
+// Not every model has all of them.
+enum class Kind : uint8_t { kPack, kCopy, kRaise, kRelay, kRead, kAnnounce, kRelease };
+
+// The call that a stream of a rank makes next; nullptr when it has made all. `programs` by rank.
+template <typename State>
+const Call* NextCall(const std::vector<Program>& programs, const State& state, int rank,
+                     size_t stream) {
+  const Stream& calls = programs[rank][stream];
+  const size_t next = state.ranks[rank].next_call[stream];
+  return next < calls.size() ? &calls[next] : nullptr;
+}
+
+template <typename State>
+bool AllCallsMade(const std::vector<Program>& programs, const State& state) {
+  for (size_t rank = 0; rank < programs.size(); ++rank) {
+    for (size_t stream = 0; stream < programs[rank].size(); ++stream) {
+      if (NextCall(programs, state, static_cast<int>(rank), stream) != nullptr) return false;
+    }
+  }
+  return true;
+}
 
 // "S0 R0 r0 S1" = send, recv, the recv again on lane 0; send on lane 1.
 inline Stream Calls(const std::string& text) {

@@ -122,18 +122,12 @@ class Model {
       case Kind::kCopy: return Copy(state, action);
       case Kind::kRaise: return Raise(state, action);
       case Kind::kRead: return Read(state, action);
-      case Kind::kRelay: break;  // hierarchical mode only
+      default: return nullptr;
     }
-    return nullptr;
   }
 
   bool Finished(const StateT& state) const {
-    for (int rank = 0; rank < kRanks; ++rank) {
-      for (size_t s = 0; s < programs_[rank].size(); ++s) {
-        if (CallOf(state, rank, s) != nullptr) return false;
-      }
-    }
-    return true;
+    return AllCallsMade(programs_, state);
   }
 
   std::string Describe(const StateT& state, const Action& action) const {
@@ -168,9 +162,7 @@ class Model {
   using Lane = typename StateT::Lane;
 
   const Call* CallOf(const StateT& state, int rank, size_t stream) const {
-    const Stream& calls = programs_[rank][stream];
-    const size_t next = state.ranks[rank].next_call[stream];
-    return next < calls.size() ? &calls[next] : nullptr;
+    return NextCall(programs_, state, rank, stream);
   }
 
   static int64_t NumberToRead(const Lane& lane, const Call& call) {

@@ -89,6 +89,7 @@ BY_CI = {
 ELSEWHERE = {
     "compute-sanitizer --report-api-errors no python tests/gpu/sanitize.py": "a GPU",
     "mpirun -n 16 --map-by ppr:8:node --hostfile hosts python train.py": "two hosts",
+    "mpirun -n 16 --map-by ppr:8:node --hostfile hosts jax-smfree doctor --network": "two hosts",
     "mpirun -n 2 pytest tests": "Open MPI",
     "nvidia-smi topo -p2p r": "a GPU",
     "python -m benchmarks.gpu kernels": "a GPU",
@@ -104,6 +105,8 @@ ELSEWHERE = {
     "pytest tests/multiprocess --backend cuda": "two hosts with GPUs",
     "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none --kill-on-bad-exit "
     "python train.py": "two hosts with GPUs",
+    "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none jax-smfree doctor "
+    "--network": "two hosts with GPUs",
     "srun --ntasks=2 --gpus-per-task=1 --kill-on-bad-exit --output=%t.log pytest tests": "SLURM",
 }
 
@@ -213,7 +216,7 @@ def test_the_option_of_the_gpu_tests():
 def test_what_is_installed_is_there(command):
     """The extras, and the variables of CMake."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = re.findall(r"(?:\.|jax_smfree)\[([\w,]+)\]", command)
+    extras = re.findall(r"(?:\.|jax_smfree)\[([\w,-]+)\]", command)
     assert {e for names in extras for e in names.split(",")} <= set(
         project["optional-dependencies"]
     )

@@ -12,10 +12,12 @@ pytestmark = pytest.mark.cpu_only
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("processes, router", [(1, "deepseek-v3"), (2, "softmax")])
-def test_a_few_steps(processes: int, router: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "processes, router, wire", [(1, "deepseek-v3", "fp8"), (2, "softmax", "float32")]
+)
+def test_a_few_steps(processes: int, router: str, wire: str, tmp_path: pathlib.Path) -> None:
     script = ROOT / "examples" / "train_moe_lm.py"
-    flags = ["--processes", str(processes), "--router", router]
+    flags = ["--processes", str(processes), "--router", router, "--wire", wire]
     command = [sys.executable, script, "--steps", "5", "--out", tmp_path / "pictures", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     output = result.stdout + result.stderr

@@ -35,15 +35,15 @@ BAD = {
     ),
     "row too high": Bad(
         "rows",
-        lambda a: a.at[1, 0, 0].set(FAR),
+        lambda a: a.at[0, 0].set(FAR),
         "combine_send",
-        f"{FAR} of rank 1",
+        f"{FAR} for rank 0",
     ),
     "too many rows": Bad(
         "recv_counts",
         lambda a: a.at[0].set(7),
         "combine_send",
-        "7 of rank 0, where at most 6",
+        "7 for rank 0, and at most 6",
     ),
 }
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More rows than ``recv_capacity``: an error that is told once, or a count."""
+"""More rows than fit on the wire or into ``d.x``: an error that is told once, or a count."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
 import oracle
 from faults.running import CONFIG, assert_told, run
-from support import ep_mesh, make_problem
+from support import ep_mesh, make_problem, portable_too
 
 RANKS = 4
 CAPACITY = 15
@@ -31,9 +32,31 @@ def problem_with_overflow_on(rank):
     return type(problem)(problem.mesh, problem.x, jnp.asarray(idx), *problem.arrays[2:])
 
 
-def test_error(groups):
+@portable_too
+@pytest.mark.parametrize(
+    ("capacities", "said", "words"),
+    [
+        (
+            {"recv_capacity": CAPACITY, "wire_capacity": RANKS * ROWS},
+            rf"{RANKS * ROWS - CAPACITY} rows exceed recv_capacity {CAPACITY}; ",
+            "Fix: raise recv_capacity",
+        ),
+        (
+            {"wire_capacity": CAPACITY},
+            rf"{RANKS * ROWS} rows came here and exceed wire_capacity {CAPACITY}; ",
+            "Fix: raise wire_capacity",
+        ),
+        (
+            {"recv_capacity": CAPACITY},
+            rf"exceed wire_capacity {CAPACITY}, which follows recv_capacity; ",
+            "Fix: raise recv_capacity",
+        ),
+    ],
+    ids=("recv", "wire", "wire follows recv"),
+)
+def test_error(groups, capacities, said, words):
     """NaN on that rank and in what depends on it, exact rows elsewhere; then all is well again."""
-    group = groups(ep_mesh(RANKS), **CONFIG, recv_capacity=CAPACITY)
+    group = groups(ep_mesh(RANKS), **CONFIG, **capacities)
     outcome = run(group, dispatch_and_combine, problem_with_overflow_on(rank=1))
     assert outcome.errors == [None] * RANKS  # the program runs to its end
     x, weights, num_dropped, out = map(np.asarray, outcome.out)
@@ -41,15 +64,10 @@ def test_error(groups):
     assert np.isnan(x[1]).all() and np.isnan(weights[1]).all()
     others = [0, 2, 3]
     assert np.isfinite(x[others]).all() and np.isfinite(weights[others]).all()
-    kept = np.arange(RANKS * ROWS).reshape(RANKS, ROWS) < CAPACITY
-    assert np.isnan(out[kept]).all()  # their copy on rank 1 was kept, and poisoned
+    assert np.isnan(out).all()  # the copies on rank 1 were kept, and poisoned; or lost
 
-    message = (
-        r"rank 1 in dispatch_recv \(test_capacity\.py:\d+ in dispatch_and_combine.*"
-        rf"{RANKS * ROWS - CAPACITY} rows exceed recv_capacity {CAPACITY}.*Cure: "
-    )
-    words = ("rank 1", "dispatch_recv", r"test_capacity\.py:\d+", "recv_capacity", str(CAPACITY))
-    assert_told(group, message, words)
+    where = (r"rank 1 in dispatch_recv \(", r"test_capacity\.py:\d+ in dispatch_and_combine")
+    assert_told(group, ".*".join((*where, said, words)), (*where, said, words))
     group.check()
 
     fits = run(
@@ -59,6 +77,54 @@ def test_error(groups):
     assert not np.any(fits.out[2])
     group.check()
     assert group.stats()["rows_dropped"] == RANKS * ROWS - CAPACITY
+
+
+@portable_too
+@pytest.mark.parametrize(
+    ("capacities", "of_call", "room", "said"),
+    [
+        ({"recv_capacity": 14}, None, 7, "recv_capacity 14, 7 for each local expert; "),
+        ({"recv_capacity": 14}, 5, 5, "capacity 5 of this call; "),
+        ({}, 5, 5, "capacity 5 of this call; "),
+    ],
+    ids=("recv", "call", "call of the worst case"),
+)
+@pytest.mark.parametrize("overflow", ["error", "drop"])
+def test_of_padded_groups(groups, capacities, of_call, room, said, overflow):
+    """An expert that got too much takes nothing from the other one; the error names it.
+
+    Of the 12 rows all go to expert 2, and the last 3 to expert 3; both are of rank 1.
+    """
+    sizes = {"num_experts": 8, "top_k": 2, "hidden": 8, "max_tokens": 3, "dtype": jnp.float32}
+    more = {"layout": "padded", "overflow": overflow, "wire_capacity": 12}
+    group = groups(ep_mesh(RANKS), **sizes, **capacities, **more)
+    idx = np.full((12, 2), [2, -1], np.int32)
+    idx[9:, 1] = 3
+
+    def local(x, idx):
+        capacity = None if of_call is None else jnp.int32(of_call)
+        d, token = smfree.dispatch(group.token(), {"x": x, "i": idx}, idx, capacity=capacity)
+        return d, smfree.combine(token, d, 1 + d.x["x"], None)[0]
+
+    smap = jax.shard_map(local, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    d, out = jax.tree.map(np.asarray, jax.jit(smap)(np.arange(12.0)[:, None], idx))
+    lost = 12 - room
+    assert d.num_dropped.tolist() == [0, lost, 0, 0]
+    assert d.num_rows.tolist() == d.group_sizes.tolist() == [0, 0, room, 3, 0, 0, 0, 0]
+    assert d.x["x"].shape == (8, d.weights.shape[1], 1)
+    if overflow == "drop":
+        assert d.x["x"][2, :room, 0].tolist() == list(range(room))
+        assert d.x["x"][3, :3, 0].tolist() == [9, 10, 11]
+        of_2 = np.where(np.arange(12) < room, 1.0 + np.arange(12), 0)
+        of_3 = np.where(np.arange(12) < 9, 0, 1.0 + np.arange(12))
+        np.testing.assert_array_equal(out[:, 0], of_2 + of_3)
+    else:
+        assert np.isnan(d.x["x"][2:4]).all() and np.isnan(d.weights[2:4]).all()
+        assert (d.x["i"][2:4] == -1).all() and np.isnan(out).all()
+        where = r"rank 1 in dispatch_recv \("
+        words = f"{lost} rows exceed {said}the busiest, expert 2, got 12; "
+        assert_told(group, f"{where}.*{words}", (where, words, "Fix: raise .*capacity"))
+    group.check()
 
 
 def test_error_on_two_ranks_is_one_error(groups):
@@ -72,6 +138,41 @@ def test_error_on_two_ranks_is_one_error(groups):
         group.check()
 
 
+@portable_too
+@pytest.mark.parametrize(
+    "ranks_per_node", [None, pytest.param(2, marks=pytest.mark.cpu_only)], ids=str
+)
+def test_drop_by_hand(groups, ranks_per_node):
+    """Row t of rank r is 10 r + t, and all go to rank 0: the wire takes 8, d.x the first 7."""
+    sizes = {"num_experts": 4, "top_k": 1, "hidden": 1, "max_tokens": 3, "dtype": jnp.float32}
+    capacities = {"wire_capacity": 8, "recv_capacity": 7, "overflow": "drop"}
+    group = groups(ep_mesh(RANKS), **sizes, **capacities, ranks_per_node=ranks_per_node)
+    x = jnp.array([[0.0], [1], [2], [10], [11], [12], [20], [21], [22], [30], [31], [32]])
+    idx = jnp.zeros((12, 1), jnp.int32)
+
+    def local(x, idx):
+        d, token = smfree.dispatch(group.token(), x, idx)
+        out, _ = smfree.combine(token, d, 2 * d.x)
+        return out, d
+
+    smap = jax.shard_map(local, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+
+    def loss(x):
+        out, d = smap(x, idx)
+        return jnp.sum(out), (out, d)
+
+    gradient, (out, d) = jax.jit(jax.grad(loss, has_aux=True))(x)
+
+    assert d.handle.send_counts.tolist() == [3, 0, 0, 0] * 4
+    assert d.handle.recv_counts.tolist() == [3, 3, 2, 0] + [0] * 12
+    assert d.handle.rows[:8, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
+    assert d.x[:7, 0].tolist() == [0, 1, 2, 10, 11, 12, 20]
+    assert d.num_dropped.tolist() == [4 + 1, 0, 0, 0]
+    assert out[:, 0].tolist() == [0, 2, 4, 20, 22, 24, 40, 0, 0, 0, 0, 0]
+    assert gradient[:, 0].tolist() == [2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0]
+
+
+@portable_too
 def test_drop(groups):
     """The last rows go first, are counted, and nothing is said."""
     group = groups(ep_mesh(RANKS), **CONFIG, recv_capacity=CAPACITY, overflow="drop")
@@ -90,3 +191,67 @@ def test_drop(groups):
     np.testing.assert_array_equal(num_dropped, routing.num_dropped)
     expected = oracle.combine(routing, np.ones_like(x), weights)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@portable_too
+@pytest.mark.parametrize("overflow", ["error", "drop"])
+@pytest.mark.parametrize("wire", [None, smfree.Fp8(block=32)], ids=["plain", "wire"])
+@pytest.mark.parametrize(
+    ("capacities", "of_call"),
+    [
+        ({"wire_capacity": 7}, None),
+        ({"wire_capacity": 12, "recv_capacity": 7}, None),
+        ({}, 7),
+    ],
+    ids=("wire", "recv", "call"),
+)
+@pytest.mark.parametrize(
+    "ranks_per_node", [None, pytest.param(2, marks=pytest.mark.cpu_only)], ids=str
+)
+def test_what_is_lost(groups, capacities, of_call, wire, overflow, ranks_per_node):
+    """All rows but the last go to rank 0, which has room for 7, and one to its own rank.
+
+    A lost row is NaN where it is missed; or it adds nothing. Of what arrives on a rank that has no
+    room nothing is right; integers have all bits set.
+    """
+    sizes = {"num_experts": 4, "top_k": 2, "hidden": 64, "max_tokens": 3, "dtype": jnp.float32}
+    group = groups(
+        ep_mesh(RANKS), **sizes, **capacities, overflow=overflow, ranks_per_node=ranks_per_node
+    )
+    own = np.repeat(np.arange(4, dtype=np.int32), 3)
+    idx = np.stack([np.zeros_like(own), np.where(own == 0, -1, own)], axis=1)
+    idx[-1] = -1
+
+    def local(x, idx):
+        rows = {"x": x, "i": idx, "u": idx.astype(jnp.uint8), "b": idx > 0}
+        capacity = None if of_call is None else jnp.int32(of_call)
+        d, token = smfree.dispatch(group.token(), rows, idx, capacity=capacity, wire=wire)
+        ones = {"y": jnp.ones_like(d.x["x"]), "z": jnp.ones(d.weights.shape, jnp.bfloat16)}
+        add = {"y": jnp.full_like(x, -0.0), "z": jnp.full(len(x), 2, jnp.bfloat16)}
+        wire_back = smfree.Fp8(block=32) if wire else None
+        out, _ = smfree.combine(
+            token, d, {"y": ones["y"]}, None, wire=wire_back, add={"y": add["y"]}
+        )
+        narrow, _ = smfree.combine(group.token(), d, ones["z"], None, add=add["z"])
+        return d, out["y"], narrow
+
+    smap = jax.shard_map(local, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    d, out, narrow = jax.tree.map(np.asarray, jax.jit(smap)(jnp.ones((12, 32)), idx))
+    assert d.num_dropped.tolist() == [4, 0, 0, 0]
+    assert d.num_rows.tolist() == [7, 3, 3, 2] and d.group_sizes.tolist() == [7, 3, 3, 2]
+    lost = np.nan if overflow == "error" else 1
+    expected = np.array([1, 1, 1, 2, 2, 2, 2, lost, lost, lost, lost, 0], np.float32)
+    np.testing.assert_array_equal(out, np.broadcast_to(expected[:, None], out.shape))
+    assert np.signbit(out[-1]).all(), "a row without experts is what is added"
+    np.testing.assert_array_equal(narrow.astype(np.float32), expected + 2)
+
+    n = len(d.weights) // RANKS
+    first, second = ({k: v[at : at + 2] for k, v in d.x.items()} for at in (0, n))
+    if overflow == "error":
+        assert np.isnan(first["x"]).all() and np.isnan(d.weights[:n]).all()
+        assert (first["i"] == -1).all() and (first["u"] == 255).all() and first["b"].all()
+        assert_told(group, r"rank 0 in dispatch_recv \(", ["exceed .*capacity 7"])
+    else:
+        assert (first["i"] == [0, -1]).all() and (first["x"] == 1).all()
+    assert (second["i"] == [0, 1]).all() and (second["x"] == 1).all()
+    group.check()

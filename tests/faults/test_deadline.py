@@ -50,7 +50,7 @@ def test_a_rank_that_never_sends(faulty, nodes):
     waits = (
         r"rank [013] in dispatch_recv \(running\.py:\d+ in round_trip; lane 0, "
         rf"forward, number 0\): waited 2\.\d s for rank {silent}: nothing arrived; rank {silent} "
-        r"never sent anything.*Cure: "
+        r"never sent anything.*Fix: "
     )
     words = (
         r"rank [013]", "dispatch_recv", r"running\.py:\d+ in round_trip", "lane 0", "number 0",

@@ -20,7 +20,7 @@ def test_broken_handle(faulty, name, ranks_per_node):
     wrong = min(2, group.num_ranks - 1)
     outcome = run(group, spoiled_round_trip(bad, wrong))
     call = rf"rank {wrong} in {bad.phase} \(handles\.py:\d+ in local; lane 0"
-    assert_told(group, f"{call}.*(?:{bad.words}).*Cure: ", (call, bad.words, "Cure: "))
+    assert_told(group, f"{call}.*(?:{bad.words}).*Fix: ", (call, bad.words, "Fix: "))
     if backend() == "cpu":
         assert re.search(bad.words, outcome.errors[wrong])
     elif outcome.out is not None:

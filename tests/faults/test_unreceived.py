@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that are sent and never received do not pile up in silence.
 
-On GPUs the second one is refused: two operations in flight on one lane.
+On GPUs the first one for which no set of buffers is free is refused.
 """
 
 import time
@@ -38,7 +38,7 @@ def test_they_are_a_fault_when_they_are_many(faulty, caplog):
     told = (
         r"rank \d in dispatch_send .* begins, and in earlier runs this rank has sent and never "
         r"received 17 operation\(s\), of which 0\.\d MB lie unread here: 17 times dispatch "
-        r"\(test_unreceived\.py:\d+ in send_only; lane 0, forward, number 0\)\. Cure: receive"
+        r"\(test_unreceived\.py:\d+ in send_only; lane 0, forward, number 0\)\. Fix: receive"
     )
     with pytest.raises(smfree.SmfreeError, match=told):
         group.check()

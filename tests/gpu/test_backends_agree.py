@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_smfree as smfree
-import oracle
 from property.expectations import assert_rounded, assert_same_bits
 from property.round_trip import Program, Shape
 from property.strategies import examples, inputs
@@ -32,11 +31,19 @@ SMALL = [
     Shape(4, 4, 4, 6, 8, "float32", capacity=7),
     Shape(4, 16, 6, 8, 33, "bfloat16", unused_tokens=9),
     Shape(4, 8, 3, 6, 20, "float16", alignment=2, capacity=20, overflow="error"),
+    Shape(1, 8, 4, 33, 40, "bfloat16", layout="padded"),
+    Shape(1, 4, 3, 5, 8, "float32", capacity=8, layout="padded"),
+    Shape(2, 8, 8, 6, 16, "bfloat16", alignment=4, layout="padded"),
+    Shape(2, 6, 2, 40, 136, "float16", capacity=60, alignment=2, layout="padded"),
+    Shape(4, 64, 8, 64, 33, "float32", layout="padded"),
+    Shape(4, 8, 3, 300, 24, "bfloat16", ranks_per_node=2),
+    Shape(4, 8, 3, 40, 20, "float32", wire=60, ranks_per_node=2),  # relays have too many rows
 ]
 LARGE = [  # messages of several chunks
     Shape(1, 16, 8, 150, 520, "float16", unused_tokens=7),
     Shape(2, 8, 2, 400, 2048, "bfloat16"),
     Shape(4, 64, 8, 64, 1024, "bfloat16", alignment=8),
+    Shape(4, 8, 2, 1500, 8192, "bfloat16", wire=2000, ranks_per_node=2),
 ]
 
 
@@ -67,9 +74,7 @@ def check(programs, data):
     *on_gpus, on_cpu = programs
     shape = on_cpu.shape
     case = data.draw(inputs(shape, on_cpu.num_rows))
-    routing = oracle.route(
-        case.topk_idx, shape.experts, recv_capacity=shape.capacity, alignment=shape.alignment
-    )
+    routing = shape.route(case.topk_idx)
     poisoned = shape.overflow == "error" and routing.num_dropped.any()
     expected, _ = on_cpu(case)
     for actual in itertools.chain.from_iterable(program(case) for program in on_gpus):

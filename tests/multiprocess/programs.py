@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs in which a process fails. Each process tells in its log what the others make of it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def meet() -> None:
 def tell(**what: Any) -> None:
     # In one write: an unbuffered print writes the line's end apart, and XLA logs to the same file.
     sys.stdout.write(f"TOLD {json.dumps(what)}\n")
+
+
+@contextlib.contextmanager
+def telling_errors() -> Iterator[None]:
+    """Tells what ends the block, and when."""
+    try:
+        yield
+    except Exception as error:
+        tell(error=str(error), failed_at=time.monotonic())
+        raise
 
 
 def assert_local_group_works() -> None:

@@ -21,7 +21,7 @@ def test_killed(tmp_path, mode, processes, devices):
         programs.killed, str(tmp_path), mode, log_dir=tmp_path, processes=processes, devices=devices
     )
     lost = list(range(devices * programs.ODD, devices * (programs.ODD + 1)))
-    named = rf"rank\(s\) {', '.join(map(str, lost))} \(process {programs.ODD}\) died.*Cure: "
+    named = rf"rank\(s\) {', '.join(map(str, lost))} \(process {programs.ODD}\) died.*Fix: "
     for rank, process in enumerate(result.processes):
         if rank == programs.ODD:
             assert process.returncode == -signal.SIGKILL
@@ -68,7 +68,7 @@ def test_runs_another_program(tmp_path):
     # can be meant for this one: it lies there unread.
     waits = (
         r"rank (\d) in dispatch_recv \(.*\): waited 3\.\d s for rank (\d): nothing arrived; last "
-        r"from rank \2: dispatch number 0 .* of another run; .*Cure: "
+        r"from rank \2: dispatch number 0 .* of another run; .*Fix: "
     )
     for process in told:
         assert len(process["errors"]) == 2
@@ -89,7 +89,7 @@ def test_takes_another_branch(tmp_path, what):
     for process in told:
         errors = [*process["errors"], process["check"]]
         assert len(errors) == 3
-        assert_all_match(errors, r"schedule mismatch: rank \d .* from rank \d.*Cure: ")
+        assert_all_match(errors, r"schedule mismatch: rank \d .* from rank \d.*Fix: ")
         assert_all_match(errors, MISMATCHES[what])
         assert process["seconds"] < 10.0
 
@@ -144,7 +144,7 @@ def test_creates_without_descriptors(tmp_path):
     told, result = run(programs.creates_without_descriptors, log_dir=tmp_path)
     result.check()
     assert_all_match(
-        [told[1]["error"]], r"^EpGroup\.create: .*failed: Too many open files.*Cure: .*ulimit -n"
+        [told[1]["error"]], r"^EpGroup\.create: .*failed: Too many open files.*Fix: .*ulimit -n"
     )
     assert_all_match([told[0]["error"]], r"^EpGroup\.create: .* process(\(es\))? 1 ")
 

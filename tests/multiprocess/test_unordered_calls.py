@@ -30,7 +30,7 @@ from unordered_calls import (
     vjp_called_twice,
 )
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.unordered]
+pytestmark = pytest.mark.cpu_only
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 MOST = [

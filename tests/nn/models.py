@@ -105,6 +105,17 @@ def rows(*shape: int, seed: int = 1) -> jax.Array:
     return jnp.asarray(values, jnp.float32)
 
 
+def gradients(layer: Any, params: Any, x: Any) -> Any:
+    """Of a loss that is not symmetric in anything, and what ``layer`` returned."""
+
+    def loss(params: Any, x: Any) -> Any:
+        out, rest = layer(params, x)
+        return jnp.sum(jnp.sin(out) * (jnp.arange(out.size).reshape(out.shape) % 7)), (out, rest)
+
+    of, (out, rest) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    return (out, of), rest
+
+
 def one_mlp(model: Model, params: Any, x: Any) -> Any:
     def linear(x: Any, w: Any, bias: Any) -> Any:
         return x @ w if bias is None else x @ w + bias

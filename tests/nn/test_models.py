@@ -18,6 +18,7 @@ from nn.models import (
     MODELS,
     WIDTH,
     by_loop,
+    gradients,
     one_mlp,
     params_of,
     poisoned_matmul,
@@ -29,24 +30,16 @@ BLOCK = 4
 
 
 def group_for(groups, model, mesh=None, **options):
+    """However many ranks there are, the rows of a test fit, and leave some room."""
+    mesh = ep_mesh(as_many(4)) if mesh is None else mesh
     config = {"num_experts": EXPERTS, "top_k": model.router.top_k, "hidden": HIDDEN,
-              "max_tokens": 16, "dtype": jnp.float32, "expert_alignment": BLOCK}  # fmt: skip
-    return groups(ep_mesh(as_many(4)) if mesh is None else mesh, **config | options)
+              "max_tokens": 64 // mesh.shape["ep"], "dtype": jnp.float32,
+              "expert_alignment": BLOCK}  # fmt: skip
+    return groups(mesh, **config | options)
 
 
 def bias_of(model):
     return jnp.linspace(-0.2, 0.2, EXPERTS) if model.balanced else None
-
-
-def gradients(layer, params, x):
-    """Of a loss that is not symmetric in anything, and what ``layer`` returned."""
-
-    def loss(params, x):
-        out, rest = layer(params, x)
-        return jnp.sum(jnp.sin(out) * (jnp.arange(out.size).reshape(out.shape) % 7)), (out, rest)
-
-    of, (out, rest) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
-    return (out, of), rest
 
 
 def on_mesh(group, model, **options):
@@ -214,11 +207,12 @@ def test_two_batches_take_the_same_arguments(groups):
     group, params, x = group_for(groups, model, num_lanes=2), params_of(model), rows(4 * 12)
     mask = jnp.arange(4 * 12) % 5 > 0
     routes = nn.balanced_routes(4 * 12, EXPERTS, 1)
+    half = 4 * 12 // group.num_ranks // 2
     options = {"router": model.router, "grouped_matmul": poisoned_matmul, **model.options}
 
     def on_each_rank(params, x, mask, routes):
         tokens, xs, masks = (group.token(0), group.token(1)), jnp.split(x, 2), jnp.split(mask, 2)
-        second = jax.tree.map(lambda leaf: leaf[6:], routes)
+        second = jax.tree.map(lambda leaf: leaf[half:], routes)
         _, outs, _ = nn.moe_two_batches(
             tokens, params, tuple(xs), masks=tuple(masks), routes=(None, second), **options
         )
@@ -231,8 +225,7 @@ def test_two_batches_take_the_same_arguments(groups):
 
     def expected_of(params, x):
         by_router = nn.route(x, params.router, model.router)
-        per_rank = 4 * 12 // group.num_ranks
-        of_second = (jnp.arange(4 * 12) % per_rank >= 6)[:, None]
+        of_second = (jnp.arange(4 * 12) % (2 * half) >= half)[:, None]
         mixed = jax.tree.map(lambda a, b: jnp.where(of_second, a, b), routes, by_router)
         out, _ = by_loop(model, params, x, routes=mixed)
         return jnp.where(mask[:, None], out, 0), None
@@ -287,7 +280,7 @@ def test_what_does_not_fit_is_told(groups):
         ({"routes": routes, "balance_bias": jnp.ones(EXPERTS)}, "expected one of them"),
         ({"experts": lambda x, *_: x[:, :1]}, r"result of experts\[\d+, 1\], expected"),
         ({"placement": nn.ExpertPlacement((0, 1))}, "placement of 2 copies, expected as many"),
-        ({"weight_on": "both"}, "weight_on='both', expected 'output' or 'input'"),
+        ({"weight_on": "both"}, "weight_on='both', expected 'output', 'hidden' or 'input'"),
     ]  # fmt: skip
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):

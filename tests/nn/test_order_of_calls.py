@@ -31,10 +31,9 @@ def framework(request):
     )
 
 
-@pytest.mark.unordered
 def test_calls_and_gradients_side_by_side(groups, framework):
     make, jit, value_and_grad = framework
-    group = groups(ep_mesh(as_many(4)), **config())
+    group = groups(ep_mesh(as_many(4)), **config(num_sets=8))
     layer, x = make(group), rows_on(group)
 
     def loss(layer, x):

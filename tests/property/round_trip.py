@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
+import oracle
 from jax_smfree import _native
 from support import ep_mesh
 
@@ -29,18 +30,22 @@ class Shape:
     dtype: str
     alignment: int = 1
     capacity: int | None = None
+    wire: int | None = None  # wire_capacity
     overflow: str = "drop"
     unused_tokens: int = 0  # max_tokens beyond those sent
     ranks_per_node: int | None = None  # None: as the hardware is, in direct mode
     direct: bool = False  # in direct mode over several nodes, too
+    layout: str = "grouped"
     puts: str = "host"
 
     def __str__(self) -> str:
         name = f"R{self.ranks}-E{self.experts}-K{self.top_k}-T{self.tokens}-H{self.hidden}"
         name += f"-{self.dtype}-align{self.alignment}"
         name += "" if self.capacity is None else f"-{self.overflow}{self.capacity}"
+        name += "" if self.wire is None else f"-wire{self.wire}"
         name += "" if self.ranks_per_node is None else f"-nodes{self.ranks_per_node}"
         name += "-direct" if self.direct else ""
+        name += "" if self.layout == "grouped" else f"-{self.layout}"
         return f"{name}-puts" if self.puts == "device" else name
 
     @property
@@ -61,13 +66,32 @@ class Shape:
             max_tokens=self.tokens + self.unused_tokens,
             dtype=jnp.dtype(self.dtype),
             expert_alignment=self.alignment,
+            layout=self.layout,
             recv_capacity=self.capacity,
+            wire_capacity=self.wire,
             overflow=self.overflow,
             ranks_per_node=self.ranks_per_node,
             puts=self.puts,
             mode="direct" if self.ranks_per_sum == 1 else "hierarchical",
             **more,
         )
+
+    def route(self, topk_idx: np.ndarray) -> oracle.Routing:
+        """Where the oracle sends every copy."""
+        return oracle.route(
+            topk_idx, self.experts, recv_capacity=self.capacity, wire_capacity=self.wire,
+            alignment=self.alignment, layout=self.layout, ranks_per_node=self.ranks_per_sum,
+        )  # fmt: skip
+
+    def as_received(self, config: smfree.EpConfig, rows: Any) -> Any:
+        """Arrays [N, ...] as ``d.x`` has them."""
+        shape = config.recv_shape(self.tokens, self.ranks)
+        return jax.tree.map(lambda v: v.reshape(*shape, *v.shape[1:]), rows)
+
+    def flat(self, rows: Any) -> Any:
+        """Arrays as ``d.x`` has them as [N, ...]."""
+        leading = 1 if self.layout == "grouped" else 2
+        return jax.tree.map(lambda v: v.reshape(-1, *v.shape[leading:]), rows)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -174,8 +198,22 @@ class Program:
         return self.group.config.num_recv_rows(self.shape.tokens, self.shape.ranks)
 
     def __call__(self, inputs: Inputs) -> list[Outputs]:
-        """What each mode computed on all ranks, as NumPy arrays."""
-        return jax.tree.map(np.asarray, everywhere(self.run(inputs)))
+        """What each mode computed on all ranks, as NumPy arrays; zero where it may be anything."""
+        results = jax.tree.map(np.asarray, everywhere(self.run(inputs)))
+        return [self._defined(result, self.shape.route(inputs.topk_idx)) for result in results]
+
+    def _defined(self, result: Outputs, routing: oracle.Routing) -> Outputs:
+        if self.shape.layout == "grouped":
+            return result
+
+        def defined(rows: np.ndarray) -> np.ndarray:
+            rows = rows.copy()
+            rows[~routing.in_groups] = 0
+            return rows
+
+        d = result.d.replace(x=defined(result.d.x), weights=defined(result.d.weights))
+        y_cts, weights_ct = map(defined, result.y_cts), defined(result.weights_ct)
+        return dataclasses.replace(result, d=d, y_cts=tuple(y_cts), weights_ct=weights_ct)
 
     def run(self, inputs: Inputs) -> list[Outputs]:
         """What each mode computed, as global arrays."""
@@ -187,9 +225,11 @@ class Program:
         return jax.tree.map(lambda a: a[None], results)
 
     def _lane(self, lane: int, mode: Any, inputs: Inputs) -> Outputs:
-        def forward(*operands):
-            d, outs = mode(self.group.token(lane), inputs, *operands)
-            return (d.x, d.weights, outs), d
+        def forward(x, topk_weights, *of_rows):
+            of_rows = self.shape.as_received(self.group.config, of_rows)
+            d, outs = mode(self.group.token(lane), inputs, x, topk_weights, *of_rows)
+            rows, weights = self.shape.flat((d.x, d.weights))
+            return (rows, weights, outs), d.replace(x=rows, weights=weights)
 
         operands = (inputs.x, inputs.topk_weights, inputs.ys, inputs.weights)
         (_, _, outs), pullback, d = jax.vjp(forward, *operands, has_aux=True)

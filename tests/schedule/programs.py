@@ -189,7 +189,7 @@ def nn_gradient(model: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def nn_layer(params: nn.MoeParams, x: jax.Array) -> jax.Array:
-    """The layer, whose shared expert runs under the dispatch."""
+    """The layer, whose shared expert runs under the dispatch, and ends under the combine."""
     return nn.moe_layer(GROUP.token(), params, x)[1]
 
 

@@ -13,13 +13,17 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree._src import reference
 from support import (
+    IN_NODES,
+    PORTABLE,
     as_many,
     assert_trees_close,
+    backend,
     block,
     ep_mesh,
     in_both_modes,
     make_problem,
     mesh_of,
+    portable_too,
     reference_of,
 )
 
@@ -138,11 +142,19 @@ def test_gradients(groups, structure, mode):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
-    ("structure", "mode"), [("loop", "jit"), ("scan", "checkpoint"), ("cond", "nested_checkpoint")]
+    ("groups", "structure", "mode"),
+    [
+        (IN_NODES, "loop", "jit"),
+        (IN_NODES, "scan", "checkpoint"),
+        (IN_NODES, "cond", "nested_checkpoint"),
+        (PORTABLE, "scan", "checkpoint"),
+        (PORTABLE, "cond", "checkpoint_save_comm"),
+    ],
+    indirect=["groups"],
 )
-def test_gradients_in_nodes(groups, structure, mode):
+def test_gradients_of_other_groups(groups, structure, mode):
     mesh = ep_mesh(4)
-    group = groups(mesh, **CONFIG, ranks_per_node=2)
+    group = groups(mesh, **CONFIG)
     model = functools.partial(STRUCTURES[structure], wrap=MODES[mode])
     actual = value_and_grads(smfree, group.token, make_problem(mesh), model)
     assert_trees_close(actual, expected_gradients(structure))
@@ -278,7 +290,10 @@ def test_token_is_carried_between_calls(groups):
     for _ in range(5):
         token, again = step(token, *problem.arrays)
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(np.asarray(token.array).reshape(mesh.size, -1)[:, 2], 12)
+    numbers = np.asarray(token.array).reshape(mesh.size, -1)[:, 2]
+    if backend() == "cuda":
+        numbers = numbers // 2  # the lowest bit is the parity of a set of buffers
+    np.testing.assert_array_equal(numbers, 12)
 
 
 @in_both_modes
@@ -364,6 +379,7 @@ def test_many_independent_operations(groups, lanes):
         np.testing.assert_array_equal(results[0], again)
 
 
+@portable_too
 def test_vmap_is_refused(groups):
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
@@ -378,6 +394,7 @@ def test_vmap_is_refused(groups):
         batched(jnp.stack([problem.x] * 2))
 
 
+@portable_too
 def test_not_differentiable_group(groups):
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG, differentiable=False)

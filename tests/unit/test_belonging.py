@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
-from support import as_many, devices, ep_mesh, make_problem
+from support import as_many, backend, devices, ep_mesh, make_problem
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 
@@ -123,7 +123,7 @@ def test_a_result_of_another_group(groups):
 
 @dataclasses.dataclass(frozen=True)
 class OtherDevice:
-    """What JAX says of a device that this machine need not have."""
+    """What JAX says of a device that this machine need not have, and only compiles for."""
 
     platform: str
     device_kind: str
@@ -133,7 +133,12 @@ class OtherDevice:
 
     @property
     def client(self):
-        return self
+        return CompileOnlyClient(self.platform_version)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOnlyClient:
+    platform_version: str
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,15 @@ class OtherDevice:
     ],
     ids=lambda device: device.device_kind,
 )
-def test_devices_without_a_backend(device):
+def test_devices_of_others(device):
+    """The group is portable, and says why to the line that made it."""
     mesh = Mesh(np.array([device]), ("ep",))
-    with pytest.raises(ValueError, match=f"{device.device_kind}.*NVIDIA.*jax.devices"):
-        smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG))
+    why = rf"{device.device_kind} \(platform '{device.platform}'\).*NVIDIA.*is portable"
+    with pytest.warns(UserWarning, match=why) as told:
+        group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG))
+    assert [warning.filename for warning in told] == [__file__]
+    assert group.backend == "portable"
+
+
+def test_the_backend_of_devices_with_one(groups):
+    assert groups(ep_mesh(as_many(2)), **CONFIG).backend == backend()

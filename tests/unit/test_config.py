@@ -36,6 +36,8 @@ def test_defaults():
         ({"max_tokens": True}, ValueError, "max_tokens=True"),
         ({"dtype": jnp.int8}, TypeError, "dtype=int8"),
         ({"recv_capacity": 0}, ValueError, "recv_capacity=0"),
+        ({"wire_capacity": 0}, ValueError, "wire_capacity=0, expected a positive integer"),
+        ({"wire_capacity": 2.5}, ValueError, r"wire_capacity=2\.5"),
         ({"timeout_s": 0.0}, ValueError, "deadline"),
         ({"timeout_s": float("inf")}, ValueError, "deadline"),
         ({"timeout_s": 1.1e6}, ValueError, "at most 1,000,000: every wait has a deadline"),
@@ -61,8 +63,12 @@ def test_defaults():
         ),
         ({"recv_capacity": 3, "expert_alignment": 4}, ValueError, "Set recv_capacity=4"),
         ({"overflow": "ignore"}, ValueError, "'error' or 'drop'"),
+        ({"dtype": jnp.int8}, TypeError, "dtype=int8, expected one of float32, bfloat16"),
+        ({"wire": jnp.float8_e5m2}, TypeError, "as wire, expected a Fp8. Or None"),
+        ({"grad_wire": True}, TypeError, "True as grad_wire, expected a Fp8"),
         ({"mode": "ring"}, ValueError, "'direct', 'hierarchical' or None"),
         ({"puts": "nic"}, ValueError, "'host' or 'device'"),
+        ({"layout": "dense"}, ValueError, "layout='dense', expected 'grouped' or 'padded'"),
     ],
 )
 def test_bad_values(bad, error, match):
@@ -74,6 +80,11 @@ def test_bad_values(bad, error, match):
     ("config", "axis", "match"),
     [
         ({"num_experts": 6}, "ep", "num_experts=6 over 4 ranks"),
+        (
+            {"layout": "padded", "recv_capacity": 15},
+            "ep",
+            "recv_capacity=15 with layout='padded' and 2 experts .* of 2: .* recv_capacity=16",
+        ),
         ({}, "expert", r"axis='expert', expected one of the mesh's axes \['ep'\]"),
         ({}, ("dp", "ep"), r"axis=\('dp', 'ep'\), expected without \['dp'\], some of the mesh's"),
         ({}, ("ep", "ep"), r"axis=\('ep', 'ep'\), expected .* each of them once"),
@@ -128,6 +139,10 @@ def test_the_mode_follows_from_the_nodes(groups, config, mode, ranks_per_node):
         ),
         (lambda: CONFIG.num_recv_rows(2**31 - 1, 8), ValueError, "numbered by int32"),
         (lambda: CONFIG.num_recv_rows(8, 3), ValueError, "num_experts=8 over 3 ranks"),
+        (
+            lambda: dataclasses.replace(CONFIG, layout="padded").num_recv_rows(2**29, 2),
+            ValueError, "numbered by int32",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_refused(call, error, match):
@@ -204,10 +219,10 @@ def test_nodes_are_equally_large_and_contiguous(hardware):
 def test_size_hints_of_two_modes():
     """Over the network: two buffers per peer and set, the peers being ranks or nodes; and headers.
 
-    A set of buffers belongs to a lane, a side (forward, mirrored, replay) and a parity.
+    Each set has them twice, one for each parity.
     """
-    config = smfree.EpConfig(**(GOOD | {"num_experts": 16}), num_lanes=3, ranks_per_node=4)
-    sets, ranks, num_nodes = 3 * 3 * 2, 16, 4
+    config = smfree.EpConfig(**(GOOD | {"num_experts": 16}), num_sets=9, ranks_per_node=4)
+    sets, ranks, num_nodes = 9 * 2, 16, 4
     rows = config.max_tokens * config.hidden * config.dtype.itemsize
     slots = 128 + 128  # expert ids and weights, in whole lines
     header = 128 + 128  # identity; counts per expert of a rank or of a node
@@ -223,10 +238,13 @@ def test_size_hints_of_two_modes():
 
 
 def test_size_hints_count_the_rows():
-    """The seed's formula, max_tokens * hidden * itemsize * peers * 2, per lane and parity."""
+    """max_tokens * hidden * itemsize * peers * 2 per set and parity, where rows move by region.
+
+    ``GOOD`` has operations so small that they do in one node, too.
+    """
     config = smfree.EpConfig(**(GOOD | {"num_experts": 16}), num_lanes=3, ranks_per_node=4)
     rows_bytes = 8 * 16 * 2 * 2
-    sets = 3 * 3 * 2  # lanes; forward, backward and replayed operations; parities
+    sets = (3 * 3 + 2) * 2  # the default for three lanes; parities
     rdma, nvl = smfree.rdma_size_hint(config, 16), smfree.nvl_size_hint(config, 16)
     assert rdma > sets * rows_bytes * 4
     assert nvl > sets * rows_bytes * 4
@@ -259,3 +277,35 @@ def test_worst_case_is_enough_and_no_more(ranks, local, top_k, tokens, alignment
         worst = max(worst, sum(-(-n // alignment) * alignment for n in each))
     assert rows % alignment == 0
     assert worst <= rows <= worst + alignment * local
+
+
+@pytest.mark.parametrize(
+    ("more", "shape"),
+    [
+        ({}, (80,)),  # 4 ranks, 10 rows, to both of the experts
+        ({"layout": "padded"}, (2, 40)),
+        ({"layout": "padded", "expert_alignment": 16}, (2, 48)),
+        ({"layout": "padded", "recv_capacity": 24, "expert_alignment": 4}, (2, 12)),
+    ],
+    ids=str,
+)
+def test_shape_of_what_is_received(more, shape):
+    config = smfree.EpConfig(**(GOOD | {"max_tokens": 10}), **more)
+    assert config.recv_shape(10, num_ranks=4) == shape
+    assert config.num_recv_rows(10, num_ranks=4) == np.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("capacities", "rows_of_ten", "rows_of_two"),
+    [
+        ({}, 40, 8),
+        ({"recv_capacity": 30}, 30, 8),
+        ({"recv_capacity": 100}, 40, 8),
+        ({"recv_capacity": 30, "wire_capacity": 35}, 35, 8),
+        ({"wire_capacity": 3}, 3, 3),
+    ],
+)
+def test_rows_on_the_wire(capacities, rows_of_ten, rows_of_two):
+    config = smfree.EpConfig(**(GOOD | {"max_tokens": 10}), **capacities)
+    assert config.num_wire_rows(10, num_ranks=4) == rows_of_ten
+    assert config.num_wire_rows(2, num_ranks=4) == rows_of_two

@@ -147,15 +147,23 @@ def weights():
 
 # ---- outside of shard_map ------------------------------------------------------------------------
 
-CONFIG = {**SIZES, "dtype": jnp.float32, "recv_capacity": 8, "expert_alignment": 4, "num_lanes": 2,
-          "ranks_per_node": 2, "mode": None, "timeout_s": 1.0, "overflow": "drop",
-          "sm_push_bytes": 0, "puts": "host", "differentiable": True}  # fmt: skip
+CONFIG = {**SIZES, "dtype": jnp.float32, "recv_capacity": 8, "wire_capacity": 8,
+          "expert_alignment": 4, "layout": "padded", "num_lanes": 2, "ranks_per_node": 2,
+          "mode": None, "timeout_s": 1.0, "overflow": "drop", "sm_push_bytes": 0, "puts": "host",
+          "differentiable": True}  # fmt: skip
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu-nvidia-h200-x2.json"
 COMPILED = jax.jit(lambda x: x + 1)
 PLAIN = {
     "EpConfig": (smfree.EpConfig, lambda: CONFIG),
     "num_recv_rows": (
         smfree.EpConfig(**SIZES).num_recv_rows, lambda: {"num_tokens": 4, "num_ranks": 2},
+    ),
+    "recv_shape": (
+        smfree.EpConfig(**SIZES, layout="padded").recv_shape,
+        lambda: {"num_tokens": 4, "num_ranks": 2},
+    ),
+    "num_wire_rows": (
+        smfree.EpConfig(**SIZES).num_wire_rows, lambda: {"num_tokens": 4, "num_ranks": 2},
     ),
     "rdma_size_hint": (
         smfree.rdma_size_hint, lambda: {"config": smfree.EpConfig(**SIZES), "num_ranks": 2},

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
-from support import as_many, devices, ep_mesh, make_problem
+from support import as_many, devices, ep_mesh, make_problem, portable_too
 
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
 
@@ -34,6 +34,14 @@ def trace(groups):
 
 def sent(group, x, idx, weights):
     return smfree.dispatch_send(group.token(), x, idx, weights)
+
+
+FP8 = smfree.Fp8(block=32)
+
+
+def wide(x):
+    """Rows of 32 numbers; 16 of the float32 ones are the longest."""
+    return jnp.tile(x, (1, 2)).astype(jnp.bfloat16)
 
 
 def dispatched(group, x, idx, weights):
@@ -67,11 +75,128 @@ MISUSES = {
     "overlap nothing": (
         lambda g, *a: smfree.overlap(g.token(), jnp.sin, a[0]), ValueError, "no token in flight",
     ),
-    "x rank": (lambda g, x, i, w: sent(g, x[None], i, w), ValueError, r"expected \[T, H\]"),
-    "x hidden": (lambda g, x, i, w: sent(g, x[:, :8], i, w), ValueError, r"x\[6, 8\].*\[6, 16\]"),
+    "x rank": (
+        lambda g, x, i, w: sent(g, x[None], i, w),
+        ValueError, r"x\[1, 6, 16\], whose rows take 384 bytes.*at most 64, .*Reshape x\[B, T, H\]",
+    ),
+    "x scalar": (
+        lambda g, x, i, w: sent(g, x[0, 0], i, w),
+        ValueError, r"x\[\], expected an array \[T, \.\.\.\]",
+    ),
+    "x hidden": (
+        lambda g, x, i, w: sent(g, jnp.tile(x, (1, 2)), i, w),
+        ValueError, r"x\[6, 32\], whose rows take 128 bytes each on the wire, expected at most 64",
+    ),
+    "x empty rows": (lambda g, x, i, w: sent(g, x[:, :0], i, w), ValueError, "one element or more"),
+    "x list": (lambda g, x, i, w: sent(g, [[1.0]], i, w), TypeError, r"1\.0 as x\[0\]\[0\]"),
+    "x nothing": (lambda g, x, i, w: sent(g, {}, i, w), ValueError, "x of 0 arrays, expected 1 to"),
+    "x many": (
+        lambda g, x, i, w: sent(g, [x[:, :1]] * 9, i, w),
+        ValueError, "x of 9 arrays, expected 1 to 8. Concatenate",
+    ),
     "x dtype": (
-        lambda g, x, i, w: sent(g, x.astype(jnp.bfloat16), i, w),
-        TypeError, r"bfloat16, expected float32.*astype",
+        lambda g, x, i, w: sent(g, x.astype(jnp.complex64), i, w),
+        TypeError, r"x of complex64, expected one of float32, bfloat16.*astype",
+    ),
+    "x rows": (
+        lambda g, x, i, w: sent(g, {"a": x[:, :4], "b": x[:5, :4]}, i, w),
+        ValueError, r"x\['b'\] with 5 rows, expected 6",
+    ),
+    "x blocks": (
+        lambda g, x, i, w: smfree.dispatch_send(g.token(), x[:, :8], i, w, wire=FP8),
+        ValueError, r"x with 8 elements in a row and wire=Fp8.*multiple of the block of 32",
+    ),
+    "x gradient blocks": (
+        lambda g, x, i, w: smfree.dispatch_send(g.token(), x[:, :8], i, w, grad_wire=FP8),
+        ValueError, r"grad_wire=Fp8.*or grad_wire=None",
+    ),
+    "wire": (
+        lambda g, *a: smfree.dispatch_send(g.token(), *a, wire=jnp.float8_e4m3fn),
+        TypeError, "as wire, expected a Fp8. Or None",
+    ),
+    "keep without wire": (
+        lambda g, *a: smfree.dispatch_send(g.token(), *a, keep=True),
+        ValueError, r"keep=True without wire, expected wire=smfree\.Fp8",
+    ),
+    "keep differentiated": (
+        lambda g, x, i, w: jax.grad(
+            lambda x: smfree.dispatch(g.token(), wide(x), i, w, wire=FP8, keep=True)[0].weights[0]
+        )(x),
+        ValueError, r"test_misuse\.py.* differentiated in x, but has keep=True.*stop_gradient",
+    ),
+    "gradients do not fit": (
+        lambda g, x, i, w: jax.grad(
+            lambda x: jnp.sum(
+                smfree.dispatch(g.token(), jnp.tile(x, (1, 2)), i, w, wire=FP8)[0].x
+            )
+        )(x),
+        ValueError, "gradients take 128 bytes for each row.*at most 64.*or set grad_wire",
+    ),
+    "neither index nor routing": (
+        lambda g, x, i, w: smfree.dispatch_send(g.token(), x),
+        ValueError, "neither topk_idx and routing, expected one of them",
+    ),
+    "index and routing": (
+        lambda g, x, i, w: (lambda d, t: smfree.dispatch_send(t, x, i, routing=d.handle))(
+            *dispatched(g, x, i, w)
+        ),
+        ValueError, "both topk_idx and routing",
+    ),
+    "no routing": (
+        lambda g, x, i, w: (lambda d, t: smfree.dispatch_send(t, x, routing=d))(
+            *dispatched(g, x, i, w)
+        ),
+        TypeError, r"a DispatchResult as routing, expected the handle of a dispatch, d\.handle",
+    ),
+    "rows of a routing": (
+        lambda g, x, i, w: (lambda d, t: smfree.dispatch_send(t, x[:5], routing=d.handle))(
+            *dispatched(g, x, i, w)
+        ),
+        ValueError, "x with 5 rows, expected 6, as the dispatch that made the routing",
+    ),
+    "capacity along a routing": (
+        lambda g, x, i, w: (
+            lambda d, t: smfree.dispatch(t, x, routing=d.handle, capacity=3)
+        )(*dispatched(g, x, i, w)),
+        ValueError, "capacity for a dispatch along a handle, expected None",
+    ),
+    "capacity": (
+        lambda g, *a: smfree.dispatch_recv(sent(g, *a), capacity=-1),
+        ValueError, "capacity=-1, expected 0 to",
+    ),
+    "capacity array": (
+        lambda g, *a: smfree.dispatch_recv(sent(g, *a), capacity=a[2][0]),
+        TypeError, r"capacity float32\[2\], expected an int32 scalar",
+    ),
+    "y dtype": (
+        lambda g, *a: (lambda d, t: smfree.combine_send(t, d, d.x.astype(jnp.int32)))(
+            *dispatched(g, *a)
+        ),
+        TypeError, r"y of int32, expected one of float32, .*carried by a dispatch, but not summed",
+    ),
+    "y hidden": (
+        lambda g, *a: (lambda d, t: smfree.combine_send(t, d, jnp.tile(d.x, (1, 2))))(
+            *dispatched(g, *a)
+        ),
+        ValueError, r"y\[.*, 32\], whose rows take 128 bytes",
+    ),
+    "add structure": (
+        lambda g, *a: (lambda t: smfree.combine_recv(t, add={"y": a[0]}))(
+            (lambda d, t: smfree.combine_send(t, d, d.x))(*dispatched(g, *a))
+        ),
+        ValueError, "add of the structure .*expected that of y",
+    ),
+    "add shape": (
+        lambda g, *a: (lambda t: smfree.combine_recv(t, add=a[0][:, :8]))(
+            (lambda d, t: smfree.combine_send(t, d, d.x))(*dispatched(g, *a))
+        ),
+        ValueError, r"add\[6, 8\], expected .*\[6, 16\]",
+    ),
+    "add dtype": (
+        lambda g, *a: (lambda t: smfree.combine_recv(t, add=a[0].astype(jnp.bfloat16)))(
+            (lambda d, t: smfree.combine_send(t, d, d.x))(*dispatched(g, *a))
+        ),
+        TypeError, "add of bfloat16, expected float32",
     ),
     "too many rows": (
         lambda g, x, i, w: sent(g, jnp.tile(x, (2, 1)), i, w), ValueError, "max_tokens = 8",
@@ -128,6 +253,7 @@ MISUSES = {
 }  # fmt: skip
 
 
+@portable_too
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", MISUSES)
 def test_misuse(trace, name, check_vma):
@@ -187,6 +313,7 @@ def test_a_group_is_a_context_manager():
     assert group.closed
 
 
+@portable_too
 def test_typestate_crosses_jit_and_scan(groups):
     """State, lane and group are static data of the pytree: a wrong one is another type."""
     mesh = ep_mesh(as_many(4))

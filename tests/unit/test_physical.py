@@ -19,7 +19,7 @@ from jax_smfree.nn import physical
 from property.strategies import examples
 from support import as_many, assert_trees_close, devices, ep_mesh
 
-EXPERTS, TOP_K, HIDDEN, WIDTH, ROWS = 8, 3, 8, 12, 10
+EXPERTS, TOP_K, HIDDEN, WIDTH, ROWS = 8, 3, 8, 12, 80
 
 
 def rank_loads(placement, load, ranks):
@@ -136,15 +136,16 @@ def test_copies_change_no_output_and_no_gradient(ops, check_vma):
     placement = nn.plan_placement(np.array([50, 1, 2, 30, 3, 1, 1, 2]), 16, ranks)
     assert len(placement.physical_of_logical[0]) > 1
     params = nn.init_moe(jax.random.key(0), hidden=HIDDEN, num_experts=EXPERTS, expert_width=WIDTH)
-    x = jax.random.normal(jax.random.key(1), (ranks * ROWS, HIDDEN))
-    mask = jnp.arange(ranks * ROWS) % 5 != 3
+    # Rows of which each copy gets some, however many ranks they are split over.
+    x = jax.random.normal(jax.random.key(3), (ROWS, HIDDEN))
+    mask = jnp.arange(ROWS) % 5 != 3
     config = nn.RouterConfig(TOP_K, score="sigmoid")
 
     def result(placement):
         """Output, gradients, and the rows that each physical expert got."""
         number = EXPERTS if placement is None else placement.num_physical
         sizes = smfree.EpConfig(num_experts=number, top_k=TOP_K, hidden=HIDDEN,
-                                max_tokens=ROWS, dtype=jnp.float32)  # fmt: skip
+                                max_tokens=ROWS // ranks, dtype=jnp.float32)  # fmt: skip
         with smfree.EpGroup.create(mesh, config=sizes) as group:
             start = group if ops is smfree else reference.Group(group.axis, group.config)
 

@@ -31,8 +31,11 @@ class Case:
     hidden: int = 16
     dtype: Any = jnp.float32
     recv_capacity: int | None = None
+    wire_capacity: int | None = None
     alignment: int = 1
+    ranks_per_node: int = 1  # of more: hierarchical
     overflow: str = "drop"
+    layout: str = "grouped"
     seed: int = 0
 
     @property
@@ -44,8 +47,12 @@ class Case:
             max_tokens=self.tokens,
             dtype=self.dtype,
             recv_capacity=self.recv_capacity,
+            wire_capacity=self.wire_capacity,
             expert_alignment=self.alignment,
             overflow=self.overflow,  # type: ignore[arg-type]
+            layout=self.layout,  # type: ignore[arg-type]
+            mode=None if self.ranks_per_node == 1 else "hierarchical",
+            ranks_per_node=self.ranks_per_node,
         )
 
     def inputs(self) -> tuple[Any, Any, Any]:
@@ -61,7 +68,10 @@ class Case:
             self.inputs()[1],
             self.num_experts,
             recv_capacity=self.recv_capacity,
+            wire_capacity=self.wire_capacity,
             alignment=self.alignment,
+            layout=self.layout,
+            ranks_per_node=self.ranks_per_node,
         )
 
 
@@ -73,7 +83,13 @@ CASES = [
     Case(recv_capacity=7, seed=3),
     Case(recv_capacity=8, alignment=4, seed=4),
     Case(dtype=jnp.bfloat16, seed=5),
+    Case(wire_capacity=6, top_k=3, seed=8),
+    Case(wire_capacity=9, top_k=3, recv_capacity=12, alignment=2, seed=9),
+    Case(wire_capacity=7, top_k=3, ranks_per_node=2, seed=10),
+    Case(wire_capacity=13, top_k=4, recv_capacity=30, tokens=9, ranks_per_node=2, seed=11),
     Case(dtype=jnp.float16, top_k=5, tokens=12, recv_capacity=9, seed=6),
+    Case(layout="padded", alignment=4, seed=10),
+    Case(layout="padded", top_k=3, recv_capacity=12, alignment=2, wire_capacity=14, seed=11),
 ]
 
 
@@ -107,12 +123,12 @@ def test_dispatch_is_bit_equal_to_the_oracle(case: Case) -> None:
     d = per_rank(functools.partial(dispatch, case.config))(x, idx, weights)
     routing = case.routing()
     expected_x, expected_weights = oracle.dispatch(routing, x, weights)
-    np.testing.assert_array_equal(np.asarray(d.x, np.float64), expected_x)
-    np.testing.assert_array_equal(d.weights, expected_weights)
+    np.testing.assert_array_equal(np.asarray(d.x, np.float64).reshape(expected_x.shape), expected_x)
+    np.testing.assert_array_equal(d.weights.reshape(expected_weights.shape), expected_weights)
     np.testing.assert_array_equal(d.group_sizes, routing.group_sizes)
     np.testing.assert_array_equal(d.num_dropped[:, 0], routing.num_dropped)
     np.testing.assert_array_equal(d.handle.rows, routing.rows)
-    if case.recv_capacity is not None:
+    if case.recv_capacity or case.wire_capacity:
         assert routing.num_dropped.any(), "the case was meant to drop"
 
 
@@ -136,11 +152,13 @@ def test_combine_and_gradients_agree_with_the_oracle(case: Case, check_vma: bool
             return (d.x, d.weights), d
 
         def combined(y: Any, weights: Any) -> Any:
-            return reference.combine(d, y, weights)
+            return reference.combine(d, y.reshape(d.x.shape), weights.reshape(d.weights.shape))
 
         _, dispatch_vjp, d = jax.vjp(received, x, topk_weights, has_aux=True)
-        out, combine_vjp = jax.vjp(combined, y, d.weights)
-        return out, dispatch_vjp((x_ct, weights_ct)), combine_vjp(out_ct), d.weights
+        weights = d.weights.reshape(-1)
+        out, combine_vjp = jax.vjp(combined, y, weights)
+        received_cts = x_ct.reshape(d.x.shape), weights_ct.reshape(d.weights.shape)
+        return out, dispatch_vjp(received_cts), combine_vjp(out_ct), weights
 
     run = per_rank(forward_and_backward, check_vma=check_vma)
     out, dispatch_grads, combine_grads, weights = run(

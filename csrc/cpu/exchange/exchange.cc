@@ -48,7 +48,6 @@ Exchange::Exchange(int64_t group_id, int32_t replica, const GroupConfig& config,
       threads_per_rank_(std::max(1, UsableCores() / config.num_ranks)),
       num_local_(static_cast<int32_t>(
           std::count(process_of_rank_.begin(), process_of_rank_.end(), my_process_))),
-      row_bytes_(AlignUp(config.hidden * ItemBytes(config.dtype), kRowAlignment)),
       owner_(getpid()),
       peer_closed_(static_cast<size_t>(num_processes_)) {
   for (int32_t rank = 0; rank < config_.num_ranks; ++rank) {
@@ -173,7 +172,7 @@ void Exchange::OnLoss(const Status& why) {
 void Exchange::OnPeerDied(int32_t process, const std::string& why) {
   Raise(Status(FaultKind::kPeerDied,
                RanksOf(process) + " died" + (why.empty() ? "" : " (" + why + ")") +
-                   ": the connection ended without a goodbye. Cure: see the log of that process, "
+                   ": the connection ended without a goodbye. Fix: see the log of that process, "
                    "which crashed or was killed, and start the job again."),
         -1, /*tell_peers=*/true);
 }
@@ -202,7 +201,7 @@ Status Exchange::CheckPeersOpen(const Receive& receive) const {
         FaultKind::kPeerClosed,
         RanksOf(process) + " closed its group, and " +
             DescribeCall(expected.phase, expected.rank, expected.identity) +
-            " waits for it. Cure: close a group only after the last operation of every rank.");
+            " waits for it. Fix: close a group only after the last operation of every rank.");
   }
   return Status();
 }

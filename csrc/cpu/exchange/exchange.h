@@ -58,8 +58,6 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   // Threads that one rank's loop over rows may use: the cores are divided among the ranks.
   int threads_per_rank() const { return threads_per_rank_; }
   int32_t num_local() const { return num_local_; }
-  // The stride of rows in messages.
-  int64_t row_bytes() const { return row_bytes_; }
 
   // Whether `call` fits the group and a send may begin; then the operation is in flight.
   // `arguments` is what the phase found about its other arguments.
@@ -120,7 +118,6 @@ class Exchange : public NetworkEvents, public std::enable_shared_from_this<Excha
   const int32_t num_processes_;
   const int threads_per_rank_;
   const int32_t num_local_;
-  const int64_t row_bytes_;
   const pid_t owner_;
   std::string address_;
   Socket listener_;

@@ -117,10 +117,12 @@ void Exchange::OnArrival(Message message) {
       header.region >= 0 && header.region < nodes_.Regions(header.leg) &&
       header.source == nodes_.Peer(header.leg, header.destination, header.region) &&
       !IsLocal(header.source) && header.rows >= 0 && header.rows <= header.tokens &&
+      header.handed >= 0 && header.handed <= header.rows &&
       header.tokens <= config_.max_tokens &&
       (header.experts == 0 || header.experts == config_.top_k) &&
       (header.slots == 0 || header.slots == config_.top_k) &&
-      header.bytes == MessageLayout(header.rows, header.experts, header.slots, row_bytes_).bytes;
+      header.stride >= 0 && header.stride <= AlignUp(config_.row_bytes, kRowAlignment) &&
+      header.bytes == message.layout().bytes;
   if (sound) return Deliver(std::move(message));
   Raise(Status(FaultKind::kSystem,
                "a malformed message claims to come from rank " + std::to_string(header.source)),

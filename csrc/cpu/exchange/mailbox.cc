@@ -28,6 +28,11 @@ Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
                     "an operation of " + std::to_string(expected.tokens) + " rows per rank",
                     "one of " + std::to_string(found.tokens));
   }
+  if (found.stride != expected.stride) {
+    return Mismatch(expected, found,
+                    "rows of " + std::to_string(expected.stride) + " bytes on the wire",
+                    "rows of " + std::to_string(found.stride));
+  }
   // Without rows there is nothing that could ride along with them.
   if (found.rows > 0 && expected.experts != 0 && found.experts != expected.experts) {
     return Mismatch(expected, found, "rows with expert ids", "rows without");
@@ -36,9 +41,12 @@ Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
     return Mismatch(expected, found, "rows with slots", "rows without");
   }
   const auto region = static_cast<size_t>(found.region);
-  if (!expected.counts.empty() && found.rows != expected.counts[region]) {
+  if (expected.counts.empty()) return Status();
+  const int32_t rows = expected.counts[region];
+  if (found.rows > rows || (found.rows < rows && !expected.may_be_cut)) {
     return Mismatch(expected, found,
-                    std::to_string(expected.counts[region]) + " rows by its handle",
+                    (expected.may_be_cut ? "at most " : "") + std::to_string(rows) +
+                        " rows by its handle",
                     std::to_string(found.rows));
   }
   return Status();
@@ -47,16 +55,25 @@ Status CheckShapes(const Expectation& expected, const MessageHeader& found) {
 // Whether a message at the point of `expected` may be of another call of the same line.
 bool MayBeAnotherCall(const Expectation& expected, const MessageHeader& found) {
   return SameCall(found.identity, expected.identity) && found.tokens == expected.tokens &&
+         found.stride == expected.stride &&
          found.identity.instance.program == expected.identity.instance.program;
 }
 
 std::string DescribeOtherCall(const Expectation& expected, const MessageHeader& found) {
   if (!SameCall(found.identity, expected.identity)) return DescribeOperation(found.identity);
-  if (found.tokens == expected.tokens) return "a call of that line in another program";
+  std::string of;
+  if (found.tokens != expected.tokens) {
+    of = std::to_string(found.tokens) + " rows per rank instead of " +
+         std::to_string(expected.tokens);
+  } else if (found.stride != expected.stride) {
+    of = "rows of " + std::to_string(found.stride) + " bytes on the wire instead of " +
+         std::to_string(expected.stride);
+  } else {
+    return "a call of that line in another program";
+  }
   return "another call of that line (another branch of a cond, or a jitted function that is called "
          "twice), of " +
-         std::to_string(found.tokens) + " rows per rank instead of " +
-         std::to_string(expected.tokens) + ",";
+         of + ",";
 }
 
 }  // namespace
@@ -98,7 +115,7 @@ Status Mailbox::BeginSend(const char* phase, const Identity& identity) {
                 DescribeCall(phase, rank_, identity) +
                     " begins, and in earlier runs this rank has sent and never received " +
                     unreceived.Describe() +
-                    ". Cure: receive every operation with the token that its send returned, also "
+                    ". Fix: receive every operation with the token that its send returned, also "
                     "where its result is not needed.");
 }
 

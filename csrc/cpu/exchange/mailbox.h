@@ -38,8 +38,10 @@ struct Expectation {
   int64_t tokens = 0;
   int32_t experts = 0;          // expert ids per row that it needs, or 0
   int32_t slots = 0;            // values per row that it needs, or 0
+  int32_t stride = 0;           // bytes from row to row
   Leg leg = kWire;
   std::vector<int32_t> counts;  // rows of each region's message if they are known, else empty
+  bool may_be_cut = false;      // whether a message may have fewer rows than that
   Clock::time_point since = Clock::now();  // when the phase was called, which the deadline is from
 };
 

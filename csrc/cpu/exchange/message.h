@@ -17,13 +17,18 @@ struct Message {
   const std::byte* data = nullptr;
   std::shared_ptr<const void> hold;
 
-  const int32_t* experts(const MessageLayout& layout) const {
-    return reinterpret_cast<const int32_t*>(data + layout.experts_offset);
+  MessageLayout layout() const {
+    return MessageLayout(header.rows, header.experts, header.slots, header.stride);
   }
-  const float* slots(const MessageLayout& layout) const {
-    return reinterpret_cast<const float*>(data + layout.slots_offset);
+  const int32_t* experts() const {
+    return reinterpret_cast<const int32_t*>(data + layout().experts_offset);
   }
-  const std::byte* rows(const MessageLayout& layout) const { return data + layout.rows_offset; }
+  const float* slots() const {
+    return reinterpret_cast<const float*>(data + layout().slots_offset);
+  }
+  const std::byte* row(int64_t i) const {
+    return data + layout().rows_offset + i * header.stride;
+  }
 };
 
 }  // namespace smfree::cpu

@@ -18,8 +18,10 @@ struct MessageHeader {
   int32_t region;  // of the destination, see nodes.h
   int32_t tokens;  // T of the sender; equal on all ranks
   int32_t rows;
+  int32_t handed;   // of them, how many are handed on: all, unless a relay has too many
   int32_t experts;  // expert ids per row: top_k or 0
   int32_t slots;    // values per row: top_k or 0
+  int32_t stride;   // bytes from row to row
   int64_t bytes;    // MessageLayout::bytes
 };
 

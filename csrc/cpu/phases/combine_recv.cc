@@ -3,10 +3,12 @@
 // combine_recv: for each row t, over its places d * T + i on the wire, ascending in d, which is a
 // rank, or a node in hierarchical mode:
 //
-//   out[t]   = sum of row i of the message from d        float32, rounded once
-//   slots[t] = sum of its slots                          float32
+//   out[t]   = sum of row i of the message from d, and add[t]      float32, rounded once
+//   slots[t] = sum of its slots                                    float32
 //
-// Byte floor: the rows of all messages read, T * row_bytes written.
+// What was cut at d is not in its message: out[t] is NaN, or, if it was dropped, it adds nothing.
+//
+// Byte floor: the rows of all messages read, and those of add; T rows written.
 #include <optional>
 #include <utility>
 #include <vector>
@@ -28,21 +30,28 @@ void CombineRecv(Group& group, const Call& call, const CombineRecvArrays& arrays
   expected.identity = WithOperation(call.identity, Operation::kCombine);
   expected.tokens = call.tokens;
   expected.slots = arrays.slots ? config.top_k : 0;
+  expected.stride = arrays.out.format.stride;
   const Status checked = CheckPlaces(config, call.tokens, arrays.places, arrays.send_counts);
   std::optional<WirePlaces> wire;
   if (checked.ok()) {
     wire.emplace(config, call.tokens, arrays.places, arrays.send_counts);
     expected.counts = wire->counts();
+    expected.may_be_cut = MayCut(config, call.tokens);
   }
   exchange.Expect(
       expected, checked,
       [&exchange, arrays, tokens = call.tokens,
        wire = std::move(wire)](const std::vector<Message>& messages) {
-        auto* const out = static_cast<std::byte*>(arrays.out);
-        const int64_t row_bytes = exchange.config().hidden * ItemBytes(exchange.config().dtype);
-        AdviseHugePages(out, tokens * row_bytes);
-        SumAtPlaces(exchange, messages, wire->places(), /*first_region=*/0,
-                    {tokens, out, row_bytes, arrays.slots});
+        const RowFormat& format = arrays.out.format;
+        for (int32_t l = 0; l < format.count; ++l) {
+          AdviseHugePages(arrays.out.leaves[l], tokens * format.leaves[l].bytes());
+        }
+        const bool adds = arrays.add.format.count > 0;
+        SumAtPlaces(exchange, messages, wire->places(), /*first_region=*/0, format,
+                    {tokens, arrays.slots, [&](RowSum& sum, int64_t row) {
+                       if (adds) sum.Add(arrays.add, row, 1.0f);
+                       sum.Store(arrays.out, row);
+                     }});
         return Status();
       },
       std::move(done));

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// combine_send: for each source s and each of its rows i here, with n = rows[s,i,k]:
+// combine_send: for each source s and each of its rows i that was kept here, received row b
+// (arrays.h), with n = rows[b,k]:
 //
 //   message to s, row i = sum over k ascending, n >= 0, of w[n] * y[n]     float32, rounded once
 //                 slot k = values[n], or 0 where n < 0
+//
+// A quantised leaf is rounded to its values and scales. A row without any n has lost all its copies:
+// it is NaN, or, if they were dropped, zero.
 //
 // In hierarchical mode the message goes to the relay of s, with the same rows, and this rank is the
 // relay of others (relay.h).
 //
 // S1. Allocate one block for all messages.  S2. Reduce and pack.  S3. Post.
-// Byte floor: one read of each row of y that is named, sum(recv_counts) * row_bytes written.
+// Byte floor: one read of each row of y that is named, sum(recv_counts) rows written.
 #include <utility>
 #include <vector>
 
@@ -18,37 +22,35 @@
 #include "csrc/cpu/phases/handle.h"
 #include "csrc/cpu/processes/outbox.h"
 #include "csrc/cpu/phases/relay.h"
-#include "csrc/cpu/rows/rows.h"
+#include "csrc/cpu/rows/leaves.h"
 
 namespace smfree::cpu {
 namespace {
 
-Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const CombineSendArrays& a) {
+Status PackAndPost(Exchange& exchange, Outbox& outbox, const CombineSendArrays& a) {
   const GroupConfig& config = exchange.config();
   const int32_t top_k = config.top_k;
-  Status status = outbox.Allocate(a.recv_counts, 0, a.values ? top_k : 0);
+  const RowFormat& format = a.y.format;
+  Status status = outbox.Allocate(a.recv_counts, 0, a.values ? top_k : 0, format.stride);
   if (!status.ok()) return status;
 
-  const auto* const y = static_cast<const std::byte*>(a.y);
-  const int64_t y_row_bytes = config.hidden * ItemBytes(config.dtype);
   const ReceivedRows received(a.recv_counts, config.num_ranks);
   const auto pack = [&](int64_t begin, int64_t end) {
-    std::vector<WeightedRow> terms(static_cast<size_t>(top_k));
-    received.ForEach(begin, end, [&](int32_t source, int64_t i) {
-      const int32_t* const rows = a.rows + (source * tokens + i) * top_k;
-      int64_t num_terms = 0;
+    RowSum sum(format, top_k);
+    received.ForEach(begin, end, [&](int64_t number, int32_t source, int64_t i) {
+      const int32_t* const rows = a.rows + number * top_k;
+      sum.Clear();
       for (int32_t k = 0; k < top_k; ++k) {
         const int64_t n = rows[k];
         if (a.values) outbox.slots(source)[i * top_k + k] = n < 0 ? 0.0f : a.values[n];
-        if (n < 0) continue;
-        terms[static_cast<size_t>(num_terms++)] = {y + n * y_row_bytes, a.w ? a.w[n] : 1.0f};
+        if (n >= 0) sum.Add(a.y, n, a.w ? a.w[n] : 1.0f);
       }
-      SumRows(config.dtype, outbox.rows(source) + i * exchange.row_bytes(), terms.data(), num_terms,
-              config.hidden);
+      if (sum.num_terms() == 0 && config.overflow == Overflow::kError) sum.Lose();
+      sum.Pack(outbox.row(source, i));
     });
   };
   ParallelFor(received.count(),
-              ThreadsFor(received.count() * y_row_bytes, exchange.threads_per_rank()), pack);
+              ThreadsFor(received.count() * format.bytes(), exchange.threads_per_rank()), pack);
   outbox.Post();
   return status;
 }
@@ -69,11 +71,11 @@ Status CombineSend(Group& group, const Call& call, const CombineSendArrays& arra
   Outbox outbox(exchange, kPhase, Operation::kCombine, call,
                 exchange.nodes().FirstLeg(Operation::kCombine));
   Status status = outbox.Begin(checked);
-  if (status.ok()) status = PackAndPost(exchange, outbox, call.tokens, arrays);
+  if (status.ok()) status = PackAndPost(exchange, outbox, arrays);
   if (!status.ok()) return outbox.Fail(std::move(status));
   if (config.hierarchical) {
-    RelayCombine(exchange, kPhase, call, arrays.values ? config.top_k : 0, arrays.relay,
-                 relay.value());
+    RelayCombine(exchange, kPhase, call, arrays.values ? config.top_k : 0, arrays.y.format,
+                 arrays.relay, relay.value());
   }
   return status;
 }

@@ -2,14 +2,15 @@
 //
 // dispatch_send: for each row t of x and each rank d that holds an expert of it, ascending:
 //
-//   message to d, row i = x[t], expert ids topk_idx[t,:], slots topk_weights[t,:]
+//   message to d, row i = x[t], quantised where its format says so, expert ids topk_idx[t,:], slots
+//                 topk_weights[t,:]
 //   places[t,p] = d * T + i          i counts the rows to d in the order of t
 //
 // In hierarchical mode the messages go to nodes in the same way (WirePlaces); places is the same.
 //
 // S1. Route: places and counts from topk_idx.   S2. Allocate one block for all messages.
 // S3. Pack: read each row of x once, write it once per destination.   S4. Post.
-// Byte floor: T * row_bytes read, the rows of all messages written.
+// Byte floor: the T rows of x read, the rows of all messages written.
 //
 // The cached form starts at S2 with a routing that is known, and sends no expert ids.
 #include <algorithm>
@@ -63,13 +64,11 @@ Status PackAndPost(Exchange& exchange, Outbox& outbox, int64_t tokens, const int
                    const DispatchSendCachedArrays& a) {
   const GroupConfig& config = exchange.config();
   const WirePlaces wire(config, tokens, a.places, a.send_counts);
-  Status status =
-      outbox.Allocate(wire.counts().data(), experts ? config.top_k : 0, a.slots ? config.top_k : 0);
+  Status status = outbox.Allocate(wire.counts().data(), experts ? config.top_k : 0,
+                                  a.slots ? config.top_k : 0, a.x.format.stride);
   if (!status.ok()) return status;
-  PackAtPlaces(exchange,
-               {tokens, static_cast<const std::byte*>(a.x), config.hidden * ItemBytes(config.dtype),
-                experts, a.slots},
-               wire.places(), /*first_region=*/0, outbox);
+  PackAtPlaces(exchange, {tokens, a.x, experts, a.slots}, wire.places(), /*first_region=*/0,
+               outbox);
   outbox.Post();
   return status;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/cpu/phases/handle.h"
 
+#include <algorithm>
 #include <string>
 
 #include "csrc/core/errors.h"
@@ -47,16 +48,16 @@ Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* pla
 
 Status CheckRows(const GroupConfig& config, int64_t tokens, int64_t rows_capacity,
                  const int32_t* rows, const int32_t* recv_counts) {
+  int64_t room = WireRows(config, tokens);
   for (int32_t source = 0; source < config.num_ranks; ++source) {
     const int32_t count = recv_counts[source];
-    if (count < 0 || count > tokens) {
-      return Broken(BrokenCount(count, source, tokens));
+    const int64_t most = std::min(tokens, room);
+    if (count < 0 || count > most) return Broken(BrokenCount(count, source, most));
+    for (const int32_t* const end = rows + int64_t{count} * config.top_k; rows < end; ++rows) {
+      if (*rows >= -1 && *rows < rows_capacity) continue;
+      return Broken(BrokenCount(*rows, source, rows_capacity - 1));
     }
-    const int32_t* const of_source = rows + source * tokens * config.top_k;
-    for (int64_t i = 0; i < int64_t{count} * config.top_k; ++i) {
-      if (of_source[i] >= -1 && of_source[i] < rows_capacity) continue;
-      return Broken(BrokenCount(of_source[i], source, rows_capacity - 1));
-    }
+    room -= count;
   }
   return Status();
 }

@@ -24,12 +24,12 @@ StatusOr<std::vector<int32_t>> CountPlaces(const Places& places, int64_t rows,
 Status CheckPlaces(const GroupConfig& config, int64_t tokens, const int32_t* places,
                    const int32_t* send_counts);
 
-// Whether `recv_counts` [R] are at most T, and `rows` [R,T,K] point into the `rows_capacity` rows
-// of the expert-grouped array, or are -1.
+// Whether `recv_counts` [R] are at most T each and B in all, and `rows` [B,K] point into the
+// `rows_capacity` rows of the expert-grouped array, or are -1.
 Status CheckRows(const GroupConfig& config, int64_t tokens, int64_t rows_capacity,
                  const int32_t* rows, const int32_t* recv_counts);
 
-// All rows received, numbered through: those of source 0, of source 1, …
+// All rows kept of those received, numbered through: those of source 0, of source 1, …
 class ReceivedRows {
  public:
   ReceivedRows(const int32_t* recv_counts, int32_t num_ranks) : first_{0} {
@@ -39,13 +39,13 @@ class ReceivedRows {
   }
   int64_t count() const { return first_.back(); }
 
-  // Calls body(source, i) for the rows with numbers in [begin, end).
+  // Calls body(n, source, i) for the rows with numbers n in [begin, end): row i of that source.
   template <typename Body>
   void ForEach(int64_t begin, int64_t end, const Body& body) const {
     int32_t source = 0;
     for (int64_t n = begin; n < end; ++n) {
       while (n >= first_[static_cast<size_t>(source) + 1]) ++source;
-      body(source, n - first_[static_cast<size_t>(source)]);
+      body(n, source, n - first_[static_cast<size_t>(source)]);
     }
   }
 

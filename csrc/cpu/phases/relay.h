@@ -37,9 +37,10 @@ void ReceiveDispatch(Exchange& exchange, const Call& call, Expectation expected,
                      const DispatchRelay& relay, Unpacker unpack, Done done);
 
 // Registers the relay of a combine that has been sent on the node leg: adds up what the ranks of
-// the node return for each row, and sends one sum to where it came from. Copies `routing`.
+// the node return for each row, and sends one sum, rounded to the wire again, to where it came
+// from. Copies `routing`.
 void RelayCombine(Exchange& exchange, const char* phase, const Call& call, int32_t slots,
-                  const int32_t* routing, const RelayCounts& counts);
+                  const RowFormat& format, const int32_t* routing, const RelayCounts& counts);
 
 }  // namespace smfree::cpu
 

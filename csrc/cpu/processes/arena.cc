@@ -27,7 +27,7 @@ Status MemoryError(const std::string& what, int64_t bytes, int error) {
   if (IsOutOfDescriptors(error)) return SystemError(mib, error);
   return Status(FaultKind::kOutOfMemory,
                 mib + " failed: " + std::strerror(error) +
-                    ". Cure: send fewer rows per operation (max_tokens), keep fewer operations in "
+                    ". Fix: send fewer rows per operation (max_tokens), keep fewer operations in "
                     "flight (lanes), or give the process more memory.");
 }
 

@@ -88,7 +88,7 @@ Status CheckHello(const packets::HelloPacket& mine, const packets::HelloPacket& 
                       " has made another group: " + field.name + " is " +
                       std::to_string(field.there) + " there and " + std::to_string(field.here) +
                       " here (process " + std::to_string(mine.process) +
-                      "). Cure: create groups in the same order and with the same configuration "
+                      "). Fix: create groups in the same order and with the same configuration "
                       "in every process.");
   }
   return Status();
@@ -154,7 +154,7 @@ class Greeting {
       return Status(FaultKind::kSystem,
                     "process " + std::to_string(process) + " cannot be reached at '" + name +
                         "': " + std::strerror(errno) +
-                        ". Cure: run all processes of the group on one host and in one network "
+                        ". Fix: run all processes of the group on one host and in one network "
                         "namespace, and look at the log of that process if it ended.");
     }
     if (!SameUser(socket.fd()) || SendHello(socket.fd(), hello_) != 0) return Refused(process);
@@ -174,7 +174,7 @@ class Greeting {
       const bool ready = Poll(polled, until);
       if (!ready && Clock::now() >= deadline_) {
         return Status(FaultKind::kDeadline, "process(es) " + JoinNumbers(Missing()) +
-                                                " did not connect in time. Cure: see whether they "
+                                                " did not connect in time. Fix: see whether they "
                                                 "run, or raise timeout_s.");
       }
       std::vector<Guest> guests = std::exchange(guests_, {});
@@ -217,7 +217,7 @@ class Greeting {
     if (!Poll(polled, deadline_)) {
       return Status(FaultKind::kDeadline,
                     "process " + std::to_string(process) +
-                        " did not answer in time. Cure: see what it does, or raise timeout_s.");
+                        " did not answer in time. Fix: see what it does, or raise timeout_s.");
     }
     packets::HelloPacket theirs;
     if (!ReceiveHello(polled[0].fd, &theirs) || !SameCookie(theirs, hello_)) {

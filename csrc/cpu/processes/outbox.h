@@ -28,18 +28,20 @@ class Outbox {
     return exchange_.BeginSend(phase_, call_, identity_, arguments);
   }
 
-  // Makes room for counts[r] rows in each region r. Any thread may then write there.
-  Status Allocate(const int32_t* counts, int32_t experts, int32_t slots) {
+  // Makes room for counts[r] rows, `stride` bytes apart, in each region r. Any thread may then
+  // write there.
+  Status Allocate(const int32_t* counts, int32_t experts, int32_t slots, int32_t stride) {
+    stride_ = stride;
     const Nodes& nodes = exchange_.nodes();
     int64_t offset = 0;
     for (int32_t region = 0; region < nodes.Regions(leg_); ++region) {
       const int32_t rows = counts[region];
-      const MessageLayout layout(rows, experts, slots, exchange_.row_bytes());
+      const MessageLayout layout(rows, experts, slots, stride);
       rooms_.push_back(Room{{}, nullptr, nullptr, nullptr, offset});
       rooms_.back().header = MessageHeader{
           identity_, call_.rank, nodes.Peer(leg_, call_.rank, region), leg_,
           nodes.RegionAtPeer(leg_, call_.rank, region), static_cast<int32_t>(call_.tokens), rows,
-          experts, slots, layout.bytes};
+          /*handed=*/rows, experts, slots, stride, layout.bytes};
       offset += layout.bytes;
       total_rows_ += rows;
     }
@@ -47,7 +49,7 @@ class Outbox {
     if (!block.ok()) return block.status();
     block_ = std::move(block.value());
     for (Room& room : rooms_) {
-      const MessageLayout layout(room.header.rows, experts, slots, exchange_.row_bytes());
+      const MessageLayout layout(room.header.rows, experts, slots, stride);
       std::byte* const data = block_->data() + room.offset;
       room.experts = reinterpret_cast<int32_t*>(data + layout.experts_offset);
       room.slots = reinterpret_cast<float*>(data + layout.slots_offset);
@@ -56,9 +58,13 @@ class Outbox {
     return Status();
   }
 
+  // Says that not all rows of a message count as handed on.
+  void HandOn(int32_t region, int32_t rows) { room(region).header.handed = rows; }
+
   int32_t* experts(int32_t region) { return room(region).experts; }
   float* slots(int32_t region) { return room(region).slots; }
-  std::byte* rows(int32_t region) { return room(region).rows; }
+  std::byte* row(int32_t region, int64_t i) { return room(region).rows + i * stride_; }
+  int64_t stride() const { return stride_; }
   int64_t total_rows() const { return total_rows_; }
 
   // What goes to this rank itself goes last: an operation that has ended here has then handed over
@@ -92,6 +98,7 @@ class Outbox {
   const Identity identity_;
   std::vector<Room> rooms_;  // by region
   int64_t total_rows_ = 0;
+  int64_t stride_ = 0;
   std::shared_ptr<Arena::Block> block_;
 };
 

@@ -15,7 +15,7 @@
 namespace smfree::cpu::packets {
 
 constexpr uint32_t kMagic = 0x46724d53;  // "SMrF"
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 
 enum class PacketKind : uint32_t {
   kHello = 1,    // first packet of each side
@@ -71,7 +71,7 @@ struct GoodbyePacket {
   PacketKind kind;
 };
 
-static_assert(sizeof(MessageHeader) == 88 && sizeof(MessagePacket) == 112);
+static_assert(sizeof(MessageHeader) == 96 && sizeof(MessagePacket) == 120);
 static_assert(std::is_trivially_copyable_v<HelloPacket> &&
               std::is_trivially_copyable_v<MessagePacket>);
 

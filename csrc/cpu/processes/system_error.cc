@@ -16,11 +16,11 @@ Status SystemError(const std::string& what, int error) {
     rlimit limit{};
     getrlimit(RLIMIT_NOFILE, &limit);
     text += ". This process may have " + std::to_string(limit.rlim_cur) +
-            " file descriptors, and has them. Cure: raise the limit (ulimit -n, or LimitNOFILE of "
+            " file descriptors, and has them. Fix: raise the limit (ulimit -n, or LimitNOFILE of "
             "the service), or close groups and files that are not needed: a group takes one for "
             "each other process, and one for each 256 MiB of rows in flight of each process";
   } else if (error == ENFILE) {
-    text += ". Cure: raise the limit of open files of this host (sysctl fs.file-max)";
+    text += ". Fix: raise the limit of open files of this host (sysctl fs.file-max)";
   }
   return Status(FaultKind::kSystem, text);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Elements of rows as float32, one at a time or many: F is float or a vector of floats, U the
-// unsigned integers of the same shape. Branch-free integer arithmetic gives the same bits on every
-// processor and in every width. Rounding is to nearest, ties to even; a NaN stays a NaN.
+// Elements of rows as float32, and back. Branch-free integer arithmetic gives the same bits on
+// every processor, and compilers make vectors of it. Rounding is to nearest, ties to even; a NaN
+// stays a NaN.
 #ifndef SMFREE_CSRC_CPU_ROWS_FLOATS_H_
 #define SMFREE_CSRC_CPU_ROWS_FLOATS_H_
 
@@ -21,45 +21,44 @@ SMFREE_INLINE To BitCast(const From& from) {
   return to;
 }
 
+SMFREE_INLINE float FromFloat32(uint32_t bits) { return BitCast<float>(bits); }
+SMFREE_INLINE uint32_t ToFloat32(float value) { return BitCast<uint32_t>(value); }
+
 // float32 of a bfloat16, whose bits are the low half of `bits`.
-template <typename F, typename U>
-SMFREE_INLINE F FromBFloat16(U bits) {
-  return BitCast<F>(bits << 16);
+SMFREE_INLINE float FromBFloat16(uint32_t bits) {
+  return BitCast<float>(bits << 16);
 }
 
-template <typename F, typename U>
-SMFREE_INLINE U ToBFloat16(F value) {
-  const U bits = BitCast<U>(value);
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet_nan = (bits >> 16) | 0x40u;
+SMFREE_INLINE uint32_t ToBFloat16(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
 }
 
-template <typename F, typename U>
-SMFREE_INLINE F FromFloat16(U bits) {
-  const U sign = (bits & 0x8000u) << 16;
-  const U magnitude = (bits & 0x7fffu) << 13;  // exponent and mantissa in place
+SMFREE_INLINE float FromFloat16(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16;
+  const uint32_t magnitude = (bits & 0x7fffu) << 13;  // exponent and mantissa in place
   // The biases of the exponents differ by 112. The product is exact, also for denormals.
-  const U finite = BitCast<U>(BitCast<F>(magnitude) * 0x1p112f);
-  const U special = magnitude | 0x7f800000u;  // infinity or NaN
-  return BitCast<F>(sign | (magnitude >= 0x0f800000u ? special : finite));
+  const uint32_t finite = BitCast<uint32_t>(BitCast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity or NaN
+  return BitCast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 
-template <typename F, typename U>
-SMFREE_INLINE U ToFloat16(F value) {
-  const U bits = BitCast<U>(value);
-  const U sign = (bits >> 16) & 0x8000u;
-  const U magnitude = bits & 0x7fffffffu;
+SMFREE_INLINE uint32_t ToFloat16(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal numbers: change the bias, round the 13 bits that go. A carry may reach the exponent, up
   // to infinity.
-  const U rebiased = magnitude - (112u << 23);
-  const U normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
+  const uint32_t rebiased = magnitude - (112u << 23);
+  const uint32_t normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
   // Denormals, below 2^-14: adding 0.5 puts the units of 2^-24 into the low mantissa bits, rounded.
-  const U denormal = BitCast<U>(BitCast<F>(magnitude) + 0.5f) - 0x3f000000u;
-  const U infinity = (magnitude & 0u) | 0x7c00u;
-  const U quiet_nan = 0x7e00u | ((magnitude >> 13) & 0x1ffu);
-  const U special = magnitude > 0x7f800000u ? quiet_nan : infinity;
-  const U finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t denormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t infinity = 0x7c00u;
+  const uint32_t quiet_nan = 0x7e00u | ((magnitude >> 13) & 0x1ffu);
+  const uint32_t special = magnitude > 0x7f800000u ? quiet_nan : infinity;
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
   return sign | (magnitude >= 0x47800000u ? special : finite);  // 2^16 and above, infinity, NaN
 }
 

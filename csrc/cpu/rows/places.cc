@@ -6,7 +6,6 @@
 #include "csrc/cpu/runtime/completion_pool.h"
 #include "csrc/cpu/phases/handle.h"
 #include "csrc/cpu/processes/outbox.h"
-#include "csrc/cpu/rows/rows.h"
 
 namespace smfree::cpu {
 
@@ -59,14 +58,15 @@ WirePlaces::WirePlaces(const GroupConfig& config, int64_t tokens, const int32_t*
 void PackAtPlaces(const Exchange& exchange, const PackedRows& from, const Places& places,
                   int32_t first_region, Outbox& outbox) {
   const int32_t top_k = exchange.config().top_k;
-  const int64_t bytes = exchange.config().hidden * ItemBytes(exchange.config().dtype);
-  const Writes writes = WritesFor(outbox.total_rows() * bytes * exchange.num_local());
+  const int64_t bytes = outbox.total_rows() * outbox.stride();
+  const Writes writes = WritesFor(bytes * exchange.num_local());
   const auto pack = [&](int64_t begin, int64_t end) {
+    RowPacker packer(from.rows);
     for (int64_t row = begin; row < end; ++row) {
+      packer.Read(row);
       places.ForEach(row, [&](int32_t destination, int64_t i) {
         const int32_t region = first_region + destination;
-        CopyRow(outbox.rows(region) + i * exchange.row_bytes(), from.rows + row * from.row_stride,
-                bytes, writes);
+        packer.Write(outbox.row(region, i), writes);
         if (from.experts) {
           std::copy_n(from.experts + row * top_k, top_k, outbox.experts(region) + i * top_k);
         }
@@ -77,34 +77,34 @@ void PackAtPlaces(const Exchange& exchange, const PackedRows& from, const Places
     }
     FinishWrites(writes);
   };
-  ParallelFor(from.count, ThreadsFor(outbox.total_rows() * bytes, exchange.threads_per_rank()),
-              pack);
+  ParallelFor(from.count, ThreadsFor(bytes, exchange.threads_per_rank()), pack);
 }
 
 void SumAtPlaces(const Exchange& exchange, const std::vector<Message>& messages,
-                 const Places& places, int32_t first_region, const SummedRows& to) {
-  const GroupConfig& config = exchange.config();
-  const int32_t top_k = config.top_k;
-  const auto sum = [&](int64_t begin, int64_t end) {
-    std::vector<WeightedRow> terms(static_cast<size_t>(places.width));
+                 const Places& places, int32_t first_region, const RowFormat& format,
+                 const SummedRows& to) {
+  const int32_t top_k = exchange.config().top_k;
+  const bool cut_is_lost = exchange.config().overflow == Overflow::kError;
+  const auto sum_up = [&](int64_t begin, int64_t end) {
+    RowSum sum(format, places.width + 1);  // and one that `store` may add
     for (int64_t row = begin; row < end; ++row) {
       float* const slots = to.slots ? to.slots + row * top_k : nullptr;
       if (slots) std::fill_n(slots, top_k, 0.0f);
-      int64_t num_terms = 0;
+      sum.Clear();
       places.ForEach(row, [&](int32_t destination, int64_t i) {
         const Message& message = messages[static_cast<size_t>(first_region + destination)];
-        const MessageLayout layout(message.header.rows, message.header.experts,
-                                   message.header.slots, exchange.row_bytes());
-        terms[static_cast<size_t>(num_terms++)] = {
-            message.rows(layout) + i * exchange.row_bytes(), 1.0f};
-        const float* const values = message.slots(layout) + i * top_k;
+        if (i >= message.header.rows) {
+          if (cut_is_lost) sum.Lose();
+          return;
+        }
+        sum.AddPacked(message.row(i));
+        const float* const values = message.slots() + i * top_k;
         for (int32_t k = 0; slots && k < top_k; ++k) slots[k] += values[k];
       });
-      SumRows(config.dtype, to.rows + row * to.row_stride, terms.data(), num_terms, config.hidden);
+      to.store(sum, row);
     }
   };
-  const int64_t bytes = to.count * config.hidden * ItemBytes(config.dtype);
-  ParallelFor(to.count, ThreadsFor(bytes, exchange.threads_per_rank()), sum);
+  ParallelFor(to.count, ThreadsFor(to.count * format.bytes(), exchange.threads_per_rank()), sum_up);
 }
 
 }  // namespace smfree::cpu

@@ -12,10 +12,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "csrc/cpu/exchange/exchange.h"
 #include "csrc/cpu/exchange/message.h"
+#include "csrc/cpu/rows/leaves.h"
 
 namespace smfree::cpu {
 
@@ -61,27 +63,27 @@ class WirePlaces {
   std::vector<int32_t> by_node_, counts_;
 };
 
-// Copies rows to their places: row t goes to region first_region + d of the outbox.
+// Packs rows at their places: row t goes to region first_region + d of the outbox.
 struct PackedRows {
   int64_t count;
-  const std::byte* rows;
-  int64_t row_stride;
+  RowsIn rows;
   const int32_t* experts;  // [count, K] or null
   const float* slots;      // [count, K] or null
 };
 void PackAtPlaces(const Exchange& exchange, const PackedRows& from, const Places& places,
                   int32_t first_region, Outbox& outbox);
 
-// rows[t] = sum over the places of row t of the row there, in float32, rounded once; and slots
-// likewise. A destination d is message first_region + d. Rows without a place are zero.
+// Calls store(sum, t) for the rows t, with the sum over their places of the rows there; and
+// slots[t] = sum of their slots. A destination d is message first_region + d. A place past its rows
+// was cut: the sum has lost something, or, if that is to be dropped, the place adds nothing.
 struct SummedRows {
   int64_t count;
-  std::byte* rows;
-  int64_t row_stride;
   float* slots;  // [count, K] or null
+  std::function<void(RowSum& sum, int64_t row)> store;
 };
 void SumAtPlaces(const Exchange& exchange, const std::vector<Message>& messages,
-                 const Places& places, int32_t first_region, const SummedRows& to);
+                 const Places& places, int32_t first_region, const RowFormat& format,
+                 const SummedRows& to);
 
 }  // namespace smfree::cpu
 

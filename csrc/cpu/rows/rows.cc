@@ -2,172 +2,59 @@
 #include "csrc/cpu/rows/rows.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <limits>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
-#include "csrc/cpu/rows/floats.h"
-
-// One version per vector width, chosen when the library is loaded. Not under sanitizers, whose
-// runtime is not up yet at that time.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define SMFREE_VECTORISED \
-  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define SMFREE_VECTORISED
-#endif
+#include "csrc/cpu/rows/elements.h"
 
 namespace smfree::cpu {
 namespace {
 
-// Vectors of one cache line of floats; the compiler cuts them into what the processor has.
-constexpr int64_t kWidth = 16;
-typedef float Floats __attribute__((vector_size(kWidth * 4)));
-typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
-
-// How elements of each dtype are loaded and stored, one (F, U = float, uint32_t) or kWidth at a
-// time.
-struct AsF32 {
-  using Element = float;
-  template <typename F, typename U>
-  SMFREE_INLINE static F Load(const Element* from) {
-    F value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-  template <typename F, typename U>
-  SMFREE_INLINE static void Store(Element* to, F value) {
-    std::memcpy(to, &value, sizeof(value));
-  }
-};
-
-template <typename U>
-struct HalfOf {
-  using Type = Halves;
-};
-template <>
-struct HalfOf<uint32_t> {
-  using Type = uint16_t;
-};
-
-template <typename U>
-SMFREE_INLINE U Widen(const uint16_t* from) {
-  typename HalfOf<U>::Type halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  if constexpr (sizeof(U) == 4) {
-    return halves;
-  } else {
-    return __builtin_convertvector(halves, U);
-  }
-}
-
-template <typename U>
-SMFREE_INLINE void Narrow(uint16_t* to, U words) {
-  typename HalfOf<U>::Type halves;
-  if constexpr (sizeof(U) == 4) {
-    halves = static_cast<uint16_t>(words);
-  } else {
-    halves = __builtin_convertvector(words, Halves);
-  }
-  std::memcpy(to, &halves, sizeof(halves));
-}
-
-struct AsBF16 {
-  using Element = uint16_t;
-  template <typename F, typename U>
-  SMFREE_INLINE static F Load(const Element* from) {
-    return FromBFloat16<F, U>(Widen<U>(from));
-  }
-  template <typename F, typename U>
-  SMFREE_INLINE static void Store(Element* to, F value) {
-    Narrow<U>(to, ToBFloat16<F, U>(value));
-  }
-};
-
-struct AsF16 {
-  using Element = uint16_t;
-  template <typename F, typename U>
-  SMFREE_INLINE static F Load(const Element* from) {
-    return FromFloat16<F, U>(Widen<U>(from));
-  }
-  template <typename F, typename U>
-  SMFREE_INLINE static void Store(Element* to, F value) {
-    Narrow<U>(to, ToFloat16<F, U>(value));
-  }
-};
-
+// sums = [sums +] weight * row
 template <typename As>
-SMFREE_INLINE const typename As::Element* ElementsOf(const void* row) {
-  return static_cast<const typename As::Element*>(row);
-}
-
-// All terms of kWidth elements at a time: the reads of the rows overlap, and no sum is ever stored.
-template <typename As>
-SMFREE_INLINE void Sum(void* out, const WeightedRow* terms, int64_t num_terms, int64_t n) {
-  auto* const sums = static_cast<typename As::Element*>(out);
-  const auto add_up = [&](auto zero, auto word, int64_t i) __attribute__((always_inline)) {
-    using F = decltype(zero);
-    using U = decltype(word);
-    F sum = As::template Load<F, U>(ElementsOf<As>(terms[0].row) + i) * terms[0].weight;
-    for (int64_t term = 1; term < num_terms; ++term) {
-      sum += As::template Load<F, U>(ElementsOf<As>(terms[term].row) + i) * terms[term].weight;
-    }
-    As::template Store<F, U>(sums + i, sum);
-  };
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) add_up(Floats{}, Words{}, i);
-  for (; i < n; ++i) add_up(float{}, uint32_t{}, i);
+SMFREE_INLINE void Add(float* __restrict sums, const void* __restrict row, float weight, bool first,
+                       int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float term = As::Load(ElementsOf<As>(row) + i) * weight;
+    sums[i] = first ? term : sums[i] + term;
+  }
 }
 
 template <typename As>
-SMFREE_INLINE float ScaleAndDot(void* out, const void* row, const void* y, float w, int64_t n) {
-  auto* const scaled = static_cast<typename As::Element*>(out);
-  Floats sums{};
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const Floats x = As::template Load<Floats, Words>(ElementsOf<As>(row) + i);
-    sums += x * As::template Load<Floats, Words>(ElementsOf<As>(y) + i);
-    As::template Store<Floats, Words>(scaled + i, x * w);
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const float x = As::template Load<float, uint32_t>(ElementsOf<As>(row) + i);
-    sums[lane] += x * As::template Load<float, uint32_t>(ElementsOf<As>(y) + i);
-    As::template Store<float, uint32_t>(scaled + i, x * w);
-  }
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
+SMFREE_INLINE void Round(void* __restrict out, const float* __restrict sums, int64_t n) {
+  auto* const row = static_cast<typename As::Element*>(out);
+  for (int64_t i = 0; i < n; ++i) As::Store(row + i, sums[i]);
 }
 
 }  // namespace
 
-// Of n elements; sum: out = sum of the terms.
+// Of n elements.
 struct Kernels {
-  void (*sum)(void* out, const WeightedRow* terms, int64_t num_terms, int64_t n);
-  float (*scale_and_dot)(void* out, const void* row, const void* y, float w, int64_t n);
+  int64_t item_bytes;
+  void (*add)(float* sums, const void* row, float weight, bool first, int64_t n);
+  void (*round)(void* out, const float* sums, int64_t n);
 };
 
 // The attribute applies to plain functions only, hence the list.
-#define SMFREE_KERNELS(As)                                                                    \
-  SMFREE_VECTORISED void Sum##As(void* out, const WeightedRow* terms, int64_t num_terms,      \
-                                 int64_t n) {                                                 \
-    Sum<As>(out, terms, num_terms, n);                                                        \
-  }                                                                                           \
-  SMFREE_VECTORISED float ScaleAndDot##As(void* out, const void* row, const void* y, float w, \
-                                          int64_t n) {                                        \
-    return ScaleAndDot<As>(out, row, y, w, n);                                                \
-  }                                                                                           \
-  constexpr Kernels k##As = {&Sum##As, &ScaleAndDot##As};
+#define SMFREE_KERNELS(As)                                                               \
+  SMFREE_VECTORISED void Add##As(float* sums, const void* row, float weight, bool first, \
+                                 int64_t n) {                                            \
+    first ? Add<As>(sums, row, weight, true, n) : Add<As>(sums, row, weight, false, n);  \
+  }                                                                                      \
+  SMFREE_VECTORISED void Round##As(void* out, const float* sums, int64_t n) {            \
+    Round<As>(out, sums, n);                                                             \
+  }                                                                                      \
+  constexpr Kernels k##As = {sizeof(As::Element), &Add##As, &Round##As};
 
 SMFREE_KERNELS(AsF32)
 SMFREE_KERNELS(AsBF16)
 SMFREE_KERNELS(AsF16)
+SMFREE_KERNELS(AsE4M3)
+SMFREE_KERNELS(AsE5M2)
 
 namespace {
 
@@ -175,12 +62,32 @@ const Kernels& KernelsFor(DType dtype) {
   switch (dtype) {
     case DType::kF32: return kAsF32;
     case DType::kBF16: return kAsBF16;
-    case DType::kF16: break;
+    case DType::kF16: return kAsF16;
+    case DType::kE4M3: return kAsE4M3;
+    case DType::kE5M2: return kAsE5M2;
+    case DType::kOther: break;
   }
-  return kAsF16;
+  std::abort();  // nothing computes with such elements
 }
 
+// Elements that are computed with at a time: their floats stay in the nearest cache.
+constexpr int64_t kBlock = 512;
+// Partial sums of a product of rows.
+constexpr int64_t kProducts = 16;
+static_assert(kBlock % kProducts == 0, "blocks begin with the first of the products");
+
 }  // namespace
+
+// products += x * y, by index mod kProducts; and x *= w.
+SMFREE_VECTORISED void DotAndScale(float* __restrict products, float* __restrict x,
+                                   const float* __restrict y, float w, int64_t n) {
+  int64_t i = 0;
+  for (; i + kProducts <= n; i += kProducts) {
+    for (int64_t p = 0; p < kProducts; ++p) products[p] += x[i + p] * y[i + p];
+  }
+  for (int64_t p = 0; i + p < n; ++p) products[p] += x[i + p] * y[i + p];
+  for (i = 0; i < n; ++i) x[i] *= w;
+}
 
 Writes WritesFor(int64_t bytes) {
   // What is left of the last-level cache for one purpose, beside what a program computes with. The
@@ -231,34 +138,52 @@ void FinishWrites(Writes) {}
 
 // Never streaming: it reads more than it writes, and what it writes is read again soon.
 void SumRows(DType dtype, std::byte* out, const WeightedRow* terms, int64_t num_terms, int64_t n) {
-  const int64_t item_bytes = ItemBytes(dtype);
+  const Kernels& kernels = KernelsFor(dtype);
+  const auto bytes = static_cast<size_t>(n * kernels.item_bytes);
   if (num_terms == 0) {
-    std::memset(out, 0, static_cast<size_t>(n * item_bytes));
-    return;
+    std::memset(out, 0, bytes);
+  } else if (num_terms == 1 && terms[0].weight == 1.0f) {  // the same bits, without the detour
+    std::memcpy(out, terms[0].row, bytes);
+  } else {
+    float sums[kBlock];
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t count = std::min(kBlock, n - begin);
+      const int64_t offset = begin * kernels.item_bytes;
+      for (int64_t term = 0; term < num_terms; ++term) {
+        kernels.add(sums, terms[term].row + offset, terms[term].weight, term == 0, count);
+      }
+      kernels.round(out + offset, sums, count);
+    }
   }
-  if (num_terms == 1 && terms[0].weight == 1.0f) {  // the same bits, without the detour
-    std::memcpy(out, terms[0].row, static_cast<size_t>(n * item_bytes));
-    return;
-  }
-  KernelsFor(dtype).sum(out, terms, num_terms, n);
+}
+
+void AddRow(DType dtype, float* sums, const WeightedRow& term, bool first, int64_t n) {
+  KernelsFor(dtype).add(sums, term.row, term.weight, first, n);
+}
+
+void RoundRow(DType dtype, std::byte* out, const float* sums, int64_t n) {
+  KernelsFor(dtype).round(out, sums, n);
 }
 
 float ScaleRowAndDot(DType dtype, std::byte* out, std::byte* scaled, const std::byte* row,
                      const std::byte* y, float w, int64_t n, Writes writes) {
   const Kernels& kernels = KernelsFor(dtype);
-  if (writes == Writes::kCached) return kernels.scale_and_dot(out, row, y, w, n);
-  const float product = kernels.scale_and_dot(scaled, row, y, w, n);
-  CopyRow(out, scaled, n * ItemBytes(dtype), writes);
-  return product;
-}
-
-void FillNaN(DType dtype, std::byte* out, int64_t n) {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  switch (dtype) {
-    case DType::kF32: std::fill_n(reinterpret_cast<float*>(out), n, nan); return;
-    case DType::kBF16: std::fill_n(reinterpret_cast<uint16_t*>(out), n, uint16_t{0x7fc0}); return;
-    case DType::kF16: std::fill_n(reinterpret_cast<uint16_t*>(out), n, uint16_t{0x7e00}); return;
+  std::byte* const to = writes == Writes::kCached ? out : scaled;
+  float products[kProducts] = {};
+  float wide_row[kBlock], wide_y[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = std::min(kBlock, n - begin);
+    const int64_t offset = begin * kernels.item_bytes;
+    kernels.add(wide_row, row + offset, 1.0f, /*first=*/true, count);
+    kernels.add(wide_y, y + offset, 1.0f, /*first=*/true, count);
+    DotAndScale(products, wide_row, wide_y, w, count);
+    kernels.round(to + offset, wide_row, count);
   }
+  if (to != out) CopyRow(out, scaled, n * kernels.item_bytes, writes);
+  for (int64_t half = kProducts / 2; half > 0; half /= 2) {
+    for (int64_t p = 0; p < half; ++p) products[p] += products[p + half];
+  }
+  return products[0];
 }
 
 }  // namespace smfree::cpu

@@ -45,7 +45,7 @@ StatusOr<const Driver*> Driver::Get() {
   static const bool found = FindAll(driver);
   if (found) return &driver;
   return Status(FaultKind::kSystem,
-                "the CUDA driver lacks a call that this needs. Cure: driver 525 or newer.");
+                "the CUDA driver lacks a call that this needs. Fix: driver 525 or newer.");
 }
 
 Status Driver::ToStatus(CUresult result, const char* what) const {

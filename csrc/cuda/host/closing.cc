@@ -58,7 +58,7 @@ Status Group::Close() {
                 "the group is closed, but what runs on GPU " + devices +
                     " has not ended; its memory (" + std::to_string(state.sizes.device_bytes) +
                     " bytes on the GPUs of this process) is given back when that ends, or with "
-                    "the process. Cure: see what waits there, such as a collective that another "
+                    "the process. Fix: see what waits there, such as a collective that another "
                     "rank never joined.");
 }
 
@@ -101,6 +101,7 @@ void GroupState::Release() {
     rank->queue = {};
     rank->host = {};
   }
+  announcements = {};
   if (nvshmem_memory) nvshmem_memory->in_use = false;
 }
 

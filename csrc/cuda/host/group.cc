@@ -40,6 +40,12 @@ Status CheckLimits(const GroupConfig& config) {
     wrong = "max_tokens " + std::to_string(config.max_tokens) + " times experts per " +
             (config.hierarchical ? "node " : "rank ") + std::to_string(experts) +
             " does not fit 31 bits. Lower max_tokens";
+  } else if (NumSets(config) > kMaxSets) {
+    wrong = std::to_string(NumSets(config)) + " sets of buffers, expected at most " +
+            std::to_string(kMaxSets) + ". Lower num_sets";
+  } else if (config.max_tokens > kMaxAnnouncedRows) {
+    wrong = "max_tokens " + std::to_string(config.max_tokens) + ", expected at most " +
+            std::to_string(kMaxAnnouncedRows) + " on GPUs";
   }
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
 }
@@ -61,17 +67,20 @@ StatusOr<std::shared_ptr<Group>> Group::Create(int64_t group_id, int32_t replica
 
 StatusOr<std::shared_ptr<Group>> Group::CreateAmongProcesses(
     int64_t group_id, int32_t replica, const GroupConfig& config, int32_t rank, int32_t device,
-    const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory) {
+    const std::vector<int32_t>& process_of_rank, std::shared_ptr<NvshmemMemory> memory,
+    const std::string& name) {
   Status status = CheckConfig(config, static_cast<int64_t>(process_of_rank.size()));
   if (status.ok()) status = CheckLimits(config);
   if (!status.ok()) return status;
   auto state = std::make_shared<GroupState>(group_id, replica, config);
   auto group = Make(state, [=] {
-    return state->AllocateAmongProcesses(rank, device, memory, process_of_rank);
+    return state->AllocateAmongProcesses(rank, device, memory, process_of_rank, name);
   });
   if (group.ok()) memory->in_use = true;
   return group;
 }
+
+void Group::AllAreHere() { state_->announcements.Unname(); }
 
 StatusOr<std::shared_ptr<Group>> Group::Make(std::shared_ptr<GroupState> state,
                                              std::function<Status()> allocate) {
@@ -87,7 +96,7 @@ StatusOr<std::shared_ptr<Group>> Group::Make(std::shared_ptr<GroupState> state,
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(bound);
   return Status(FaultKind::kDeadline,
                 "the group has waited " + std::to_string(seconds.count()) +
-                    " s for its memory and kernels: a GPU runs something that does not end. Cure: "
+                    " s for its memory and kernels: a GPU runs something that does not end. Fix: "
                     "see what waits there, such as a collective that another rank never joined, "
                     "and start the process again.");
 }

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
+#include <string>
 #include <vector>
 
 #include "csrc/core/patience.h"
@@ -18,6 +19,7 @@
 #include "csrc/cuda/host/runs.h"
 #include "csrc/cuda/host/mover.h"
 #include "csrc/cuda/memory/allocation.h"
+#include "csrc/cuda/memory/announcements.h"
 #include "csrc/cuda/memory/memory.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
 #include "csrc/cuda/network/put_kernel.h"
@@ -34,14 +36,14 @@ class Rank {
 
   std::shared_ptr<SymmetricMemory> memory;
   Allocation state;         // RankState
-  Allocation scratch;       // [lane index], see lane_scratch_bytes
+  Allocation scratch;       // [set], see SetScratchLayout
   Allocation peer_table;    // [R] pointers to the memories
   Allocation queue;         // pinned
   Allocation host;          // pinned HostPage
   std::unique_ptr<Mover> mover;
 
   GroupConstants Constants() const;
-  LanePointers Lane(int32_t lane_index) const;
+  SetsOfRank Sets() const;
 };
 
 struct GroupState {
@@ -57,6 +59,7 @@ struct GroupState {
   // What the movers' threads call, and so stands before the ranks that own them: it is there until
   // they have ended.
   Allocation failed;  // pinned uint32: some rank has reported a fault
+  Announcements announcements;
   std::unique_ptr<LaunchOrder> launch_order;
   mutable std::mutex fault_mutex;
   Status host_fault;  // of a mover, or kClosed; when all is released, the group's fault
@@ -102,8 +105,10 @@ struct GroupState {
   // The rank of this process; that of rank r is in process `process_of_rank[r]`.
   Status AllocateAmongProcesses(int32_t rank, int32_t device,
                                 std::shared_ptr<NvshmemMemory> memory,
-                                const std::vector<int32_t>& process_of_rank);
-  Status Prepare();
+                                const std::vector<int32_t>& process_of_rank,
+                                const std::string& name);
+  // `name`: see Announcements.
+  Status Prepare(const std::string& name);
   Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
                    const std::vector<int32_t>& process_of_rank);
   bool HasFarPeers() const;
@@ -113,15 +118,15 @@ struct GroupState {
   Status Connect();
 };
 
-// Of a LaneScratch with its counts, flags, tags and places, each aligned to kAlignment.
-struct LaneScratchLayout {
+// Of a SetScratch with its counts, flags, tags and places, each aligned to kAlignment.
+struct SetScratchLayout {
   int64_t counts_offset, flags_offset, tags_offset, wire_places_offset, bytes;
-  explicit LaneScratchLayout(const GroupConfig& config);
+  explicit SetScratchLayout(const GroupConfig& config);
 };
 
 // Words for what a device has recorded.
 Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s);
-Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank);
+Status DescribeOverflow(const OverflowRecord& overflow, int32_t rank, const GroupConfig& config);
 
 }  // namespace smfree::cuda
 

@@ -25,7 +25,7 @@ Status CheckNetworkOrder(int32_t device) {
                     " does not keep the order in which a network card writes to it (GPUDirect RDMA "
                     "writes ordering " + std::to_string(order) + ", expected " +
                     std::to_string(cudaGPUDirectRDMAWritesOrderingOwner) +
-                    " or more). Cure: make the group of GPUs that NVLink connects, or use GPUs of "
+                    " or more). Fix: make the group of GPUs that NVLink connects, or use GPUs of "
                     "compute capability 9.0 or newer.");
 }
 
@@ -35,12 +35,12 @@ int64_t SymmetricBytes(const GroupConfig& config) {
   return Layout::Make(config).TotalBytes();
 }
 
-LaneScratchLayout::LaneScratchLayout(const GroupConfig& config) {
+SetScratchLayout::SetScratchLayout(const GroupConfig& config) {
   const Nodes nodes = NodesOf(config);
   const int64_t bins = RouteBins(nodes, config.num_experts);
   const int64_t wire_places =
-      config.hierarchical ? config.max_tokens * std::min(config.top_k, nodes.count()) : 0;
-  counts_offset = AlignUp(sizeof(LaneScratch), kAlignment);
+      config.hierarchical ? config.max_tokens * WirePlacesPerRow(config) : 0;
+  counts_offset = AlignUp(sizeof(SetScratch), kAlignment);
   flags_offset =
       counts_offset + AlignUp(kMaxRouteBlocks * bins * int64_t{sizeof(int32_t)}, kAlignment);
   tags_offset = flags_offset + AlignUp(kMaxRouteBlocks * int64_t{sizeof(uint64_t)}, kAlignment);
@@ -61,15 +61,14 @@ GroupConstants Rank::Constants() const {
   g.num_experts = config.num_experts;
   g.top_k = config.top_k;
   g.places_per_row = PlacesPerRow(config);
-  g.wire_width = std::min(config.top_k, g.nodes.Regions(kWire));
+  g.wire_width = WirePlacesPerRow(config);
   g.relay_width = PlacesPerNode(config);
   g.expert_alignment = config.expert_alignment;
+  g.padded_groups = config.padded_groups;
   g.drop_overflow = config.overflow == Overflow::kDrop;
   g.among_processes = group->nvshmem_memory != nullptr;
   g.puts_on_device = group->put_kernel != nullptr;
   g.timeout_ns = Nanoseconds(config.timeout_s);
-  g.hidden = config.hidden;
-  g.x_row_bytes = config.hidden * ItemBytes(config.dtype);
   g.memory = memory->data();
   g.memories = peer_table.as<char*>();
   g.state = state.as<RankState>();
@@ -77,26 +76,22 @@ GroupConstants Rank::Constants() const {
   g.queue_mask = group->queue_mask;
   g.host = host.as<HostPage>();
   g.group_failed = group->failed.as<uint32_t>();
+  g.announced = group->announcements.on_device();
   return g;
 }
 
-LanePointers Rank::Lane(int32_t lane_index) const {
-  const LaneScratchLayout layout(group->config);
-  char* const lane = scratch.as<char>() + lane_index * layout.bytes;
-  return {lane_index,
-          reinterpret_cast<LaneScratch*>(lane),
-          reinterpret_cast<int32_t*>(lane + layout.wire_places_offset),
-          reinterpret_cast<int32_t*>(lane + layout.counts_offset),
-          reinterpret_cast<uint64_t*>(lane + layout.flags_offset),
-          reinterpret_cast<uint32_t*>(lane + layout.tags_offset)};
+SetsOfRank Rank::Sets() const {
+  const SetScratchLayout layout(group->config);
+  return {NumSets(group->config), scratch.as<char>(),   layout.bytes,
+          layout.counts_offset,   layout.flags_offset, layout.tags_offset,
+          layout.wire_places_offset};
 }
 
-Status GroupState::Prepare() {
+Status GroupState::Prepare(const std::string& name) {
   layout = Layout::Make(config);
-  // Two operations per lane are in the queue at most (PROTOCOL.md, rule 4).
+  // Two operations per set are in the queue at most (PROTOCOL.md, rule 4).
   const int64_t messages = layout.peers[kWire] + layout.peers[kNode];
-  const int64_t most =
-      int64_t{LaneCount(config.num_lanes, config.differentiable)} * 2 * messages * kMaxChunks;
+  const int64_t most = int64_t{NumSets(config)} * 2 * messages * kMaxChunks;
   uint64_t entries = 64;
   while (entries < static_cast<uint64_t>(most)) entries *= 2;
   queue_mask = entries - 1;
@@ -104,11 +99,16 @@ Status GroupState::Prepare() {
   if (!made.ok()) return made.status();
   failed = std::move(made.value());
   sizes.pinned_bytes = static_cast<int64_t>(failed.bytes());
+  if (!layout.HasAreas()) return {};
+  auto mapped = Announcements::Map(static_cast<size_t>(layout.AnnouncementsBytes()), name);
+  if (!mapped.ok()) return mapped.status();
+  announcements = std::move(mapped.value());
+  sizes.pinned_bytes += static_cast<int64_t>(announcements.bytes());
   return {};
 }
 
 Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
-  Status status = Prepare();
+  Status status = Prepare("");
   for (size_t r = 0; status.ok() && r < devices.size(); ++r) {
     auto memory =
         LocalMemory::Map(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
@@ -121,8 +121,10 @@ Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
 
 Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
                                           std::shared_ptr<NvshmemMemory> memory,
-                                          const std::vector<int32_t>& process_of_rank) {
-  Status status = Prepare();
+                                          const std::vector<int32_t>& process_of_rank,
+                                          const std::string& name) {
+  const Nodes nodes = NodesOf(config);
+  Status status = Prepare(name + "-" + std::to_string(nodes.NodeOf(rank)));
   if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
   if (!status.ok()) return status;
   nvshmem_memory = std::move(memory);
@@ -141,7 +143,7 @@ Status GroupState::FindPeers(int32_t rank, int32_t device, const NvshmemMemory& 
       return Status(FaultKind::kInvalidArgument,
                     "rank " + std::to_string(rank) + " does not reach the GPU of rank " +
                         std::to_string(r) + " (process " + std::to_string(process) +
-                        ") of its node over NVLink. Cure: set EpConfig.ranks_per_node to the "
+                        ") of its node over NVLink. Fix: set EpConfig.ranks_per_node to the "
                         "number of GPUs that reach one another (nvidia-smi topo -p2p r), 1 if none "
                         "do.");
     }
@@ -190,9 +192,8 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
                       std::to_string(route_bytes) + " bytes of shared memory, GPU " +
                       std::to_string(rank->device) + " has " +
                       std::to_string(properties.sharedMemPerBlockOptin) +
-                      ". Cure: lower max_tokens, and send larger batches in several operations.");
+                      ". Fix: lower max_tokens, and send larger batches in several operations.");
   }
-  const int64_t lanes = LaneCount(config.num_lanes, config.differentiable);
   const auto on_device = [&](Allocation& allocation, int64_t bytes) {
     auto made = Allocation::OnDevice(rank->device, static_cast<size_t>(bytes));
     if (!made.ok()) return made.status();
@@ -208,7 +209,9 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
   // The signals are zero on all ranks before the first send of any of them.
   status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
   if (status.ok()) status = on_device(rank->state, sizeof(RankState));
-  if (status.ok()) status = on_device(rank->scratch, lanes * LaneScratchLayout(config).bytes);
+  if (status.ok()) {
+    status = on_device(rank->scratch, NumSets(config) * SetScratchLayout(config).bytes);
+  }
   if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
     status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
@@ -231,8 +234,7 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
 }
 
 Status GroupState::Connect() {
-  launch_order = std::make_unique<LaunchOrder>(static_cast<int32_t>(ranks.size()),
-                                               LaneCount(config.num_lanes, config.differentiable));
+  launch_order = std::make_unique<LaunchOrder>(static_cast<int32_t>(ranks.size()));
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
     rank.index = static_cast<int32_t>(i);
@@ -259,12 +261,11 @@ Status GroupState::Connect() {
         put_kernel = std::move(loaded.value());
       }
     }
-    auto mover = Mover::Start({rank->device, rank->rank, config.num_lanes, NodesOf(config), layout,
+    auto mover = Mover::Start({rank->device, rank->rank, config, layout,
+                               announcements.on_host(),
                                memories, std::move(far), rank->queue.as<Descriptor>(), queue_mask,
                                &rank->host.as<HostPage>()->fault,
-                               [this, index = rank->index](int32_t lane_index) {
-                                 launch_order->NotePut(index, lane_index);
-                               },
+                               [this, index = rank->index] { launch_order->NotePut(index); },
                                [this] { launch_order->SwitchOff(); },
                                [this](Status fault) { Fail(std::move(fault)); }});
     if (!mover.ok()) return mover.status();
@@ -307,7 +308,7 @@ Status GroupState::TakeOverflow() {
   for (const auto& rank : ranks) {
     OverflowRecord& overflow = rank->host.as<HostPage>()->overflow;
     if (__atomic_exchange_n(&overflow.ready, 0u, __ATOMIC_ACQ_REL) == 0) continue;
-    if (first.ok()) first = DescribeOverflow(overflow, rank->rank);
+    if (first.ok()) first = DescribeOverflow(overflow, rank->rank, config);
   }
   return first;
 }

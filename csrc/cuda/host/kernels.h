@@ -28,7 +28,6 @@ constexpr int32_t kBlocksPerSm = 2;
 struct LaunchParams {
   cudaStream_t stream;
   int32_t num_sms;
-  DType dtype;
 
   // For a kernel with a warp per item.
   int32_t BlocksFor(int64_t warps) const { return Blocks(warps, kThreads / 32); }
@@ -45,11 +44,6 @@ struct LaunchParams {
                                                     int64_t{num_sms} * kBlocksPerSm));
   }
 };
-
-// The word in which rows are read and written: 16 bytes, or one element.
-inline int32_t WordBytes(const GroupConstants& g) {
-  return g.x_row_bytes % 16 == 0 ? 16 : static_cast<int32_t>(g.x_row_bytes / g.hidden);
-}
 
 // Launches a kernel. Says what went wrong in this very launch: cudaGetLastError would also tell of
 // earlier calls, which may be others'.

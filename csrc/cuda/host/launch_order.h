@@ -33,36 +33,31 @@ namespace smfree::cuda {
 
 class LaunchOrder {
  public:
-  LaunchOrder(int32_t num_ranks, int32_t num_lane_indices)
-      : puts_(static_cast<size_t>(num_lane_indices),
-              std::vector<int64_t>(static_cast<size_t>(num_ranks))),
-        sends_{puts_, puts_} {}
+  explicit LaunchOrder(int32_t num_ranks)
+      : puts_(static_cast<size_t>(num_ranks)), sends_{puts_, puts_} {}
 
   // `rank` has launched a send on that leg.
-  void NoteSend(int32_t rank, int32_t lane_index, Leg leg) { Note(sends_[leg], rank, lane_index); }
+  void NoteSend(int32_t rank, Leg leg) { Note(sends_[leg], rank); }
   // The mover of `rank` has launched the last put of a message.
-  void NotePut(int32_t rank, int32_t lane_index) { Note(puts_, rank, lane_index); }
+  void NotePut(int32_t rank) { Note(puts_, rank); }
 
   // Before `rank` launches what waits for the messages of that leg that belong to its last send
   // there: until all ranks have launched as many sends. False if they have not after `bound`; from
   // then on it returns at once.
-  bool AwaitSends(int32_t rank, int32_t lane_index, Leg leg, std::chrono::nanoseconds bound) {
-    const std::vector<int64_t>& sends = sends_[leg][static_cast<size_t>(lane_index)];
+  bool AwaitSends(int32_t rank, Leg leg, std::chrono::nanoseconds bound) {
+    const Counts& sends = sends_[leg];
     return Await(bound, [&] {
       return *std::min_element(sends.begin(), sends.end()) >= sends[static_cast<size_t>(rank)];
     });
   }
   // The same for the puts of its last send on the wire, `messages` for each send. They are launched
   // when the send has run.
-  bool AwaitPuts(int32_t rank, int32_t lane_index, int32_t messages,
-                 std::chrono::nanoseconds bound) {
-    const int64_t& sends =
-        sends_[kWire][static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
-    const int64_t& puts = puts_[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
-    return Await(bound, [&] { return puts >= sends * messages; });
+  bool AwaitPuts(int32_t rank, int32_t messages, std::chrono::nanoseconds bound) {
+    const auto index = static_cast<size_t>(rank);
+    return Await(bound, [&] { return puts_[index] >= sends_[kWire][index] * messages; });
   }
 
-  // Nobody waits any more: the group is at fault, and sends will not come.
+  // Nobody waits any more: the group has failed, and sends will not come.
   void SwitchOff() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -72,12 +67,12 @@ class LaunchOrder {
   }
 
  private:
-  using Counts = std::vector<std::vector<int64_t>>;  // [lane index][rank]
+  using Counts = std::vector<int64_t>;  // by rank
 
-  void Note(Counts& counts, int32_t rank, int32_t lane_index) {
+  void Note(Counts& counts, int32_t rank) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      ++counts[static_cast<size_t>(lane_index)][static_cast<size_t>(rank)];
+      ++counts[static_cast<size_t>(rank)];
     }
     changed_.notify_all();
   }

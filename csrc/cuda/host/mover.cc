@@ -11,6 +11,7 @@
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/host/mover_context.h"
+#include "csrc/protocol/message.h"
 #include "csrc/protocol/signals.h"
 
 namespace smfree::cuda {
@@ -47,8 +48,29 @@ StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
     if (status.ok()) mover->streams_.push_back(stream);
   }
   if (!status.ok()) return status;
+  const auto sets = static_cast<size_t>(NumSets(mover->wiring_.config));
+  mover->releases_.resize(sets * kLegs);
+  mover->told_.resize(sets);
+  status = mover->ConnectFar();
+  if (!status.ok()) return status;
   mover->thread_ = std::thread([self = mover.get()] { self->Run(); });
   return mover;
+}
+
+Status Mover::ConnectFar() {
+  if (!wiring_.far || wiring_.layout.announced_bytes == 0) return {};
+  const Nodes nodes = NodesOf(wiring_.config);
+  std::vector<int32_t> far_ranks;
+  for (int32_t member = 0; member < nodes.Members(kWire); ++member) {
+    const int32_t rank = nodes.Peer(kWire, wiring_.rank, member);
+    if (wiring_.memories[static_cast<size_t>(rank)] == nullptr) far_ranks.push_back(rank);
+  }
+  auto made = FarAnnouncements::Make(
+      {wiring_.rank, std::move(far_ranks), wiring_.layout,
+       wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()});
+  if (!made.ok()) return made.status();
+  far_announcements_ = std::move(made.value());
+  return {};
 }
 
 Mover::~Mover() {
@@ -76,14 +98,25 @@ void Mover::Run() {
   Clock::time_point last_work = Clock::now();
   for (uint32_t turn = 0;; ++turn) {
     const Descriptor& chunk = wiring_.queue[next & wiring_.queue_mask];
+    bool worked = false, waits = false;
     if (load_acquire_system(&chunk.ticket) == next + 1) {
-      Status status = Move(chunk);
-      if (!status.ok()) return wiring_.on_error(std::move(status));
+      if (wiring_.layout.UsesAreas(chunk.tokens)) {
+        Hold(chunk);
+      } else if (Status status = Move(chunk); !status.ok()) {
+        return wiring_.on_error(std::move(status));
+      }
       ++next;
-      last_work = Clock::now();
-      continue;
+      worked = true;
     }
-    if (turn % 64 != 0) continue;
+    for (Release& release : releases_) {
+      if (!release.waits()) continue;
+      auto moved = MoveReleased(release);
+      if (!moved.ok()) return wiring_.on_error(moved.status());
+      worked = worked || moved.value();
+      waits = waits || !moved.value();
+    }
+    if (worked || waits) last_work = Clock::now();
+    if (worked || turn % 64 != 0) continue;
     const bool stop = stop_.load();  // before what is looked at for the last time then
     told = told || ToldFault();
     if (stop) return;
@@ -95,40 +128,119 @@ void Mover::Run() {
 
 Status Mover::Move(const Descriptor& chunk) {
   const Layout& layout = wiring_.layout;
+  const Nodes nodes = NodesOf(wiring_.config);
   const int64_t number = NumberOf(chunk.signal);
   const int32_t peer = PeerOf(chunk);
-  const int32_t there = wiring_.nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
+  const int32_t there = nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
   const int64_t from =
-      layout.SendRegionOffset(chunk.leg, chunk.lane_index, number, chunk.region) + chunk.begin;
-  const int64_t to =
-      layout.RecvRegionOffset(chunk.leg, chunk.lane_index, number, there) + chunk.begin;
-  const int64_t signal = layout.SignalOffset(chunk.leg, chunk.lane_index, number, there);
+      layout.SendRegionOffset(chunk.leg, chunk.set, number, chunk.region);
+  const int64_t to = layout.RecvRegionOffset(chunk.leg, chunk.set, number, there);
+  const int64_t signal = layout.SignalOffset(chunk.leg, chunk.set, number, there);
+  // The message is contiguous, and chunk 0 begins with its header.
+  const int64_t stride = chunk.stride;
+  const MessageLayout message(chunk.rows, chunk.experts, chunk.slots, stride);
+  const Chunks chunks(chunk.rows, chunk.chunks);
+  const int64_t rows_begin = layout.header_bytes + message.rows_offset;
+  const int64_t begin =
+      chunk.chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk.chunk) * stride;
+  const int64_t bytes = rows_begin + chunks.End(chunk.chunk) * stride - begin;
   if (wiring_.memories[static_cast<size_t>(peer)] != nullptr) {
-    return Copy(chunk, peer, from, to, signal);
+    return Copy(chunk, peer, {{from + begin, to + begin, bytes}}, signal);
   }
-  const bool first = chunk.begin == 0;
-  wiring_.far->Put(peer, {first, from, to, chunk.bytes, signal, chunk.signal});
-  if (AllArrived(chunk.signal, number)) wiring_.on_put(chunk.lane_index);
+  wiring_.far->Put(peer, {begin == 0, from + begin, to + begin, bytes, signal, chunk.signal});
+  if (AllArrived(chunk.signal, number)) wiring_.on_put();
   return {};
 }
 
-Status Mover::Copy(const Descriptor& chunk, int32_t peer, int64_t from, int64_t to,
+void Mover::Hold(const Descriptor& chunk) {
+  const auto set = static_cast<size_t>(chunk.set);
+  releases_[set * kLegs + static_cast<size_t>(chunk.leg)].Add(chunk);
+  const int64_t number = NumberOf(chunk.signal);
+  if (!far_announcements_ || chunk.leg != kWire || told_[set] == number) return;
+  if (wiring_.config.puts_on_device) return;  // the kernel that puts has told them
+  far_announcements_->Tell(chunk.set, number);
+  told_[set] = number;
+}
+
+StatusOr<bool> Mover::MoveReleased(Release& release) {
+  const Layout& layout = wiring_.layout;
+  const std::vector<Descriptor> chunks =
+      release.Take(wiring_.config, layout, wiring_.rank, wiring_.announced);
+  if (chunks.empty() && far_announcements_ && release.first().leg == kWire) {
+    const Descriptor& first = release.first();
+    const Status status = far_announcements_->Look(first.set, NumberOf(first.signal),
+                                                   streams_[static_cast<size_t>(wiring_.rank)]);
+    if (!status.ok()) return status;
+  }
+  const Release::Plan& plan = release.plan();
+  const Nodes nodes = NodesOf(wiring_.config);
+  for (const Descriptor& chunk : chunks) {
+    const int64_t number = NumberOf(chunk.signal);
+    const auto region = static_cast<size_t>(chunk.region);
+    const int32_t peer = PeerOf(chunk);
+    const int32_t there = nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
+    const int64_t header_from =
+        layout.SendRegionOffset(chunk.leg, chunk.set, number, chunk.region);
+    const int64_t header_to = layout.RecvRegionOffset(chunk.leg, chunk.set, number, there);
+    const int64_t signal = layout.SignalOffset(chunk.leg, chunk.set, number, there);
+    // Where ranks run different operations, their headers tell, and no row moves.
+    std::vector<Transfer> transfers;
+    if (plan.agreed) {
+      transfers = TransfersOf(chunk, plan.payload_at[region], plan.kept[region]);
+    }
+    if (wiring_.memories[static_cast<size_t>(peer)] == nullptr) {
+      PutReleased(chunk, header_from, header_to, transfers, signal);
+      continue;
+    }
+    if (chunk.chunk == 0) {
+      transfers.insert(transfers.begin(), {header_from, header_to, layout.header_bytes});
+    }
+    const Status status = Copy(chunk, peer, transfers, signal);
+    if (!status.ok()) return status;
+  }
+  return !chunks.empty();
+}
+
+// A put raises the signal when its own bytes are there. So the last one raises that of the chunk,
+// behind all others, and these raise what was there before.
+void Mover::PutReleased(const Descriptor& chunk, int64_t header_from, int64_t header_to,
+                        const std::vector<Transfer>& payload, int64_t signal) {
+  std::vector<Transfer> transfers = payload;
+  if (chunk.chunk == 0 || payload.empty()) {  // something has to move, to raise the signal
+    transfers.insert(transfers.begin(), {header_from, header_to, wiring_.layout.header_bytes});
+  }
+  const int64_t number = NumberOf(chunk.signal);
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    const bool last = i + 1 == transfers.size();
+    const bool first_of_message = chunk.chunk == 0 && i == 0;
+    wiring_.far->Put(PeerOf(chunk),
+                     {first_of_message, transfers[i].from, transfers[i].to, transfers[i].bytes,
+                      signal, last ? chunk.signal : SignalValue(number, chunk.chunk)});
+  }
+  if (AllArrived(chunk.signal, number)) wiring_.on_put();
+}
+
+Status Mover::Copy(const Descriptor& chunk, int32_t peer, const std::vector<Transfer>& transfers,
                    int64_t signal) {
   char* const here = wiring_.memories[static_cast<size_t>(wiring_.rank)];
   char* const there = wiring_.memories[static_cast<size_t>(peer)];
   const cudaStream_t stream = streams_[static_cast<size_t>(peer)];
+  int64_t bytes = 0;
+  for (const Transfer& transfer : transfers) bytes += transfer.bytes;
   std::unique_lock<std::mutex> tracing(trace_mutex_, std::defer_lock);
   if (tracing_.load(std::memory_order_relaxed)) tracing.lock();
-  const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk) : nullptr;
+  const Timed* const timed = tracing.owns_lock() ? NextTimed(chunk, bytes) : nullptr;
   const auto address = [](const char* p) { return reinterpret_cast<CUdeviceptr>(p); };
   if (timed) (void)cudaEventRecord(timed->begin, stream);
-  Status status = driver_.ToStatus(
-      driver_.memcpy_dtod_async(address(there + to), address(here + from),
-                                static_cast<size_t>(chunk.bytes), stream),
-      "the copy to a peer");
-  if (!status.ok()) return status;
+  for (const Transfer& transfer : transfers) {
+    const Status status = driver_.ToStatus(
+        driver_.memcpy_dtod_async(address(there + transfer.to), address(here + transfer.from),
+                                  static_cast<size_t>(transfer.bytes), stream),
+        "the copy to a peer");
+    if (!status.ok()) return status;
+  }
   if (timed) (void)cudaEventRecord(timed->end, stream);
-  // The default flag orders the store behind the copy, system wide.
+  // The default flag orders the store behind the copies, system wide.
   return driver_.ToStatus(driver_.stream_write_value64(stream, address(there + signal),
                                                        chunk.signal, CU_STREAM_WRITE_VALUE_DEFAULT),
                           "the signal to a peer");
@@ -143,9 +255,9 @@ bool Mover::ToldFault() const {
   return true;
 }
 
-const Mover::Timed* Mover::NextTimed(const Descriptor& chunk) {
+const Mover::Timed* Mover::NextTimed(const Descriptor& chunk, int64_t bytes) {
   if (!tracing_.load() || timed_.size() == kWireRecords) return nullptr;
-  Timed timed{chunk, nullptr, nullptr};
+  Timed timed{chunk, bytes, nullptr, nullptr};
   if (cudaEventCreate(&timed.begin) != cudaSuccess || cudaEventCreate(&timed.end) != cudaSuccess) {
     return nullptr;
   }
@@ -197,11 +309,10 @@ std::vector<WireRecord> Mover::EndTrace() {
     const auto at = [&](float ms) {
       return trace_origin_ns_ + static_cast<int64_t>(static_cast<double>(ms) * 1e6);
     };
-    const int32_t lanes = wiring_.num_lanes;
-    records.push_back(
-        {/*replica=*/0, wiring_.rank, PeerOf(timed.chunk), timed.chunk.lane_index % lanes,
-         static_cast<Side>(timed.chunk.lane_index / lanes), NumberOf(timed.chunk.signal) - 1,
-         at(begin_ms), at(end_ms), timed.chunk.bytes});
+    const Descriptor& chunk = timed.chunk;
+    records.push_back({/*replica=*/0, wiring_.rank, PeerOf(chunk), chunk.lane,
+                       SideOf(chunk.derivation), OperationOfNumber(NumberOf(chunk.signal)),
+                       at(begin_ms), at(end_ms), timed.bytes});
   }
   ForgetTimed();
   return records;

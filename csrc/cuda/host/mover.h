@@ -6,7 +6,8 @@
 // reached in another way: far_peers.h.
 //
 // One stream per peer keeps the chunks of a message in order, and lets the copies to different
-// peers run side by side.
+// peers run side by side. Chunks of large operations wait here until the members of their leg have
+// announced (release.h); those of each set and leg for themselves, so that none holds up another.
 //
 // The thread looks for descriptors all the time while there is work, and ever less often while
 // there is none: kernels that are replayed from a CUDA graph have no other way to wake it. What it
@@ -27,8 +28,10 @@
 #include <vector>
 
 #include "csrc/cuda/driver/driver.h"
-#include "csrc/cuda/network/far_peers.h"
+#include "csrc/cuda/host/release.h"
 #include "csrc/cuda/host/state.h"
+#include "csrc/cuda/network/far_announcements.h"
+#include "csrc/cuda/network/far_peers.h"
 #include "csrc/core/status.h"
 
 namespace smfree::cuda {
@@ -40,16 +43,16 @@ class Mover {
   struct Wiring {
     int32_t device;
     int32_t rank;
-    int32_t num_lanes;
-    Nodes nodes;
+    GroupConfig config;
     Layout layout;
+    uint64_t* announced;  // by all ranks, as AnnouncementTable says
     std::vector<char*> memories;    // of all ranks; nullptr for far ones
     std::unique_ptr<FarPeers> far;  // null if there are none
     const Descriptor* queue;
     uint64_t queue_mask;
     const FaultRecord* fault;  // of this rank
     // From the proxy thread:
-    std::function<void(int32_t lane_index)> on_put;  // the last one of a message to a far peer
+    std::function<void()> on_put;    // the last one of a message to a far peer
     std::function<void()> on_fault;                  // of this rank, which has far peers
     std::function<void(Status)> on_error;            // at most once
   };
@@ -72,25 +75,38 @@ class Mover {
   // A copy with the events around it.
   struct Timed {
     Descriptor chunk;
+    int64_t bytes;
     cudaEvent_t begin, end;
   };
 
+  Status ConnectFar();
   void Run();
+  // A chunk that need not wait: its message stands in its region.
   Status Move(const Descriptor& chunk);
-  Status Copy(const Descriptor& chunk, int32_t peer, int64_t from, int64_t to, int64_t signal);
+  // A chunk that waits for announcements.
+  void Hold(const Descriptor& chunk);
+  // What waits for announcements that are there now. Whether anything did.
+  StatusOr<bool> MoveReleased(Release& release);
+  void PutReleased(const Descriptor& chunk, int64_t header_from, int64_t header_to,
+                   const std::vector<Transfer>& payload, int64_t signal);
+  Status Copy(const Descriptor& chunk, int32_t peer, const std::vector<Transfer>& transfers,
+              int64_t signal);
   int32_t PeerOf(const Descriptor& chunk) const {
-    return wiring_.nodes.Peer(chunk.leg, wiring_.rank, chunk.region);
+    return NodesOf(wiring_.config).Peer(chunk.leg, wiring_.rank, chunk.region);
   }
   // Whether there is nothing to tell the far peers any more.
   bool ToldFault() const;
   // Under trace_mutex_; null if the trace has ended or is full.
-  const Timed* NextTimed(const Descriptor& chunk);
+  const Timed* NextTimed(const Descriptor& chunk, int64_t bytes);
   void ForgetTimed();
 
   Wiring wiring_;
   const Driver& driver_;
   CUcontext context_;
   std::vector<cudaStream_t> streams_;  // by peer
+  std::vector<Release> releases_;      // by set and leg
+  std::vector<int64_t> told_;          // by set: the last operation that far peers were told of
+  std::unique_ptr<FarAnnouncements> far_announcements_;  // null: no far peers
   std::atomic<bool> stop_{false};
   std::atomic<bool> awake_{false};
   std::atomic<bool> tracing_{false};

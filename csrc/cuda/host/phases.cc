@@ -40,6 +40,7 @@ struct Work {
   Phase phase;
   Part part;
   bool has_experts, has_slots;  // of its messages
+  const RowFormat& rows;
 
   Operation operation() const { return OperationOf(phase); }
 };
@@ -52,7 +53,7 @@ struct PartUnderWay {
 };
 
 // Holds a part back until what it waits for is launched.
-void Await(Rank& rank, const Work& work, int32_t lane_index) {
+void Await(Rank& rank, const Work& work) {
   GroupState& group = *rank.group;
   {
     const std::shared_lock<std::shared_mutex> open(group.open_mutex, std::try_to_lock);
@@ -65,11 +66,10 @@ void Await(Rank& rank, const Work& work, int32_t lane_index) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(s));
   };
   const double timeout_s = group.config.timeout_s;
-  group.launch_order->AwaitSends(rank.index, lane_index, leg,
-                                 seconds(std::min(kMostHeldBackS, timeout_s / 2)));
+  group.launch_order->AwaitSends(rank.index, leg, seconds(std::min(kMostHeldBackS, timeout_s / 2)));
   if (leg != kWire) return;
   // Whatever the send stands behind on the device ends by its deadline.
-  group.launch_order->AwaitPuts(rank.index, lane_index, group.FarMessages(), seconds(timeout_s));
+  group.launch_order->AwaitPuts(rank.index, group.FarMessages(), seconds(timeout_s));
 }
 
 StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cudaStream_t stream) {
@@ -86,13 +86,12 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   const Side side = SideOf(call.derivation);
   if (side != Side::kForward && !config.differentiable) {
     return InvalidArgument(here,
-                           "the group has no buffers for the backward pass. Cure: "
+                           "the group has no buffers for the backward pass. Fix: "
                            "EpConfig(differentiable=True).");
   }
   const Status sizes = CheckSizes(config, here, call.tokens, call.lane);
   if (!sizes.ok()) return sizes;
-  const int32_t lane_index = LaneIndex(call.lane, side, config.num_lanes);
-  if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what, lane_index);
+  if (what.part != Part::kSend && !IsCaptured(stream)) Await(rank, what);
 
   PartUnderWay work{{group.open_mutex, std::try_to_lock}, KernelParams{}, LaunchParams{}};
   if (!work.open.owns_lock() || group.closed) {
@@ -107,7 +106,7 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   GroupConstants& g = work.params.g;
   OperationParams& op = work.params.op;
   g = rank.Constants();
-  work.params.lane = rank.Lane(lane_index);
+  work.params.sets = rank.Sets();
   op.phase = phase;
   op.operation = operation;
   op.lane = call.lane;
@@ -116,22 +115,26 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   op.tokens = static_cast<int32_t>(call.tokens);
   op.experts = what.has_experts ? config.top_k : 0;
   op.slots = what.has_slots ? config.top_k : 0;
-  const int64_t message_bytes = call.tokens * g.layout.row_bytes;
-  op.push = message_bytes <= config.sm_push_bytes;
+  op.row_bytes = what.rows.bytes();
+  op.stride = what.rows.stride;
+  const int64_t message_bytes = call.tokens * op.stride;
+  op.in_areas = g.layout.UsesAreas(call.tokens);
+  op.push = !op.in_areas && message_bytes <= config.sm_push_bytes;
+  op.wire_rows = static_cast<int32_t>(WireRows(config, call.tokens));
   // No leg has more messages than there are ranks.
   const int64_t most_chunks = std::min(kMaxChunks, kMaxChunksOfLeg / config.num_ranks);
   op.chunks = op.push ? 1
                       : static_cast<int32_t>(std::clamp<int64_t>(
                             (message_bytes + kChunkBytes - 1) / kChunkBytes, 1, most_chunks));
   op.pieces = 1;
-  while (op.pieces < kBlockWarps && g.x_row_bytes >= int64_t{512} * 2 * op.pieces &&
+  while (op.pieces < kBlockWarps && op.row_bytes >= int64_t{512} * 2 * op.pieces &&
          call.tokens * op.pieces < kTilesPerBlock * kBlockWarps * rank.num_sms * kBlocksPerSm) {
     op.pieces *= 2;
   }
   op.position = call.position;
   op.token = call.token;
   op.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms, config.dtype};
+  work.launch = {stream, rank.num_sms};
   if (rank.mover) rank.mover->Wake();
   return work;
 }
@@ -145,7 +148,7 @@ Status End(Rank& rank, const PartUnderWay& work, const Work& what, cudaError_t e
     const Nodes nodes = NodesOf(rank.group->config);
     const Leg leg = what.part == Part::kSend ? nodes.FirstLeg(what.operation())
                                              : nodes.LastLeg(what.operation());
-    rank.group->launch_order->NoteSend(rank.index, work.params.lane.index, leg);
+    rank.group->launch_order->NoteSend(rank.index, leg);
   }
   return status;
 }
@@ -176,20 +179,20 @@ bool IsHierarchical(const Rank& rank) { return rank.group->config.hierarchical; 
 
 Status DispatchSend(Rank& rank, const Call& call, const DispatchSendArrays& arrays,
                     cudaStream_t stream) {
-  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, true, true}, arrays, stream,
-             LaunchDispatchSend);
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, true, true, arrays.x.format}, arrays,
+             stream, LaunchDispatchSend);
 }
 
 Status DispatchSendCached(Rank& rank, const Call& call, const DispatchSendCachedArrays& arrays,
                           cudaStream_t stream) {
   const bool has_slots = arrays.slots != nullptr;
-  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, false, has_slots}, arrays, stream,
-             LaunchDispatchSendCached);
+  return Run(rank, call, {Phase::kDispatchSend, Part::kSend, false, has_slots, arrays.x.format},
+             arrays, stream, LaunchDispatchSendCached);
 }
 
 Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arrays,
                     cudaStream_t stream) {
-  Work work{Phase::kDispatchRecv, Part::kRelay, true, true};
+  Work work{Phase::kDispatchRecv, Part::kRelay, true, true, arrays.x.format};
   if (IsHierarchical(rank)) {
     const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelay);
     if (!status.ok()) return status;
@@ -201,7 +204,7 @@ Status DispatchRecv(Rank& rank, const Call& call, const DispatchRecvArrays& arra
 Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCachedArrays& arrays,
                           cudaStream_t stream) {
   const bool has_slots = arrays.values != nullptr && arrays.w == nullptr;
-  Work work{Phase::kDispatchRecv, Part::kRelay, false, has_slots};
+  Work work{Phase::kDispatchRecv, Part::kRelay, false, has_slots, arrays.x.format};
   if (IsHierarchical(rank)) {
     const Status status = Run(rank, call, work, arrays, stream, LaunchDispatchRelayCached);
     if (!status.ok()) return status;
@@ -212,7 +215,7 @@ Status DispatchRecvCached(Rank& rank, const Call& call, const DispatchRecvCached
 
 Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays,
                    cudaStream_t stream) {
-  Work work{Phase::kCombineSend, Part::kSend, false, arrays.values != nullptr};
+  Work work{Phase::kCombineSend, Part::kSend, false, arrays.values != nullptr, arrays.y.format};
   const Status status = Run(rank, call, work, arrays, stream, LaunchCombineSend);
   if (!status.ok() || !IsHierarchical(rank)) return status;
   work.part = Part::kRelay;
@@ -221,8 +224,9 @@ Status CombineSend(Rank& rank, const Call& call, const CombineSendArrays& arrays
 
 Status CombineRecv(Rank& rank, const Call& call, const CombineRecvArrays& arrays,
                    cudaStream_t stream) {
-  return Run(rank, call, {Phase::kCombineRecv, Part::kRecv, false, arrays.slots != nullptr}, arrays,
-             stream, LaunchCombineRecv);
+  const bool has_slots = arrays.slots != nullptr;
+  return Run(rank, call, {Phase::kCombineRecv, Part::kRecv, false, has_slots, arrays.out.format},
+             arrays, stream, LaunchCombineRecv);
 }
 
 }  // namespace smfree::cuda

@@ -49,14 +49,13 @@ auto ReadWhileOpen(std::shared_ptr<GroupState> state, Read read) -> decltype(rea
   if (result) return std::move(*result);
   return Status(FaultKind::kDeadline,
                 "a GPU has not let its counters be read for " + std::to_string(kRead.count()) +
-                    " s. Cure: see what runs there and does not end.");
+                    " s. Fix: see what runs there and does not end.");
 }
 
 }  // namespace
 
 StatusOr<GroupStats> GroupState::Count() const {
   GroupStats stats;
-  const int64_t row_bytes = config.hidden * ItemBytes(config.dtype);
   for (const auto& rank : ranks) {
     auto read = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1);
     if (!read.ok()) return read.status();
@@ -72,7 +71,7 @@ StatusOr<GroupStats> GroupState::Count() const {
     for (int32_t phase = 0; phase < kPhases; ++phase) {
       stats.phases[phase].calls += static_cast<int64_t>(state.calls[phase]);
       stats.phases[phase].rows += static_cast<int64_t>(state.rows[phase]);
-      stats.phases[phase].bytes += static_cast<int64_t>(state.rows[phase]) * row_bytes;
+      stats.phases[phase].bytes += static_cast<int64_t>(state.bytes[phase]);
       stats.phases[phase].wait_ns += static_cast<int64_t>(state.wait_ns[phase]);
     }
   }
@@ -81,20 +80,19 @@ StatusOr<GroupStats> GroupState::Count() const {
 
 StatusOr<std::vector<PhaseRecord>> GroupState::ReadTrace() const {
   std::vector<PhaseRecord> records;
-  const LaneScratchLayout scratch_layout(config);
+  const SetScratchLayout scratch_layout(config);
   for (const auto& rank : ranks) {
-    for (int32_t lane = 0; lane < LaneCount(config.num_lanes, config.differentiable); ++lane) {
-      const char* const scratch = rank->scratch.as<char>() + lane * scratch_layout.bytes;
-      auto entries = ReadDevice<TraceEntry>(rank->device, scratch + offsetof(LaneScratch, trace),
+    for (int32_t set = 0; set < NumSets(config); ++set) {
+      const char* const scratch = rank->scratch.as<char>() + set * scratch_layout.bytes;
+      auto entries = ReadDevice<TraceEntry>(rank->device, scratch + offsetof(SetScratch, trace),
                                             size_t{kTracedOperations} * kPhases);
       if (!entries.ok()) return entries.status();
       for (size_t i = 0; i < entries.value().size(); ++i) {
         const TraceEntry& entry = entries.value()[i];
         if (entry.number == kNoOperation) continue;
-        records.push_back({replica, rank->rank, lane % config.num_lanes,
-                           static_cast<Side>(lane / config.num_lanes),
-                           static_cast<Phase>(i % kPhases), OrdinalOf(entry.number), entry.begin_ns,
-                           entry.end_ns, entry.bytes_read, entry.bytes_written});
+        records.push_back({replica, rank->rank, entry.lane, SideOf(entry.derivation),
+                           static_cast<Phase>(i % kPhases), OperationOfNumber(entry.number),
+                           entry.begin_ns, entry.end_ns, entry.bytes_read, entry.bytes_written});
       }
     }
   }

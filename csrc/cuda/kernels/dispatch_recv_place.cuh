@@ -7,44 +7,126 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/kernels/messages.cuh"
+#include "csrc/cuda/kernels/arrivals.cuh"
+#include "csrc/cuda/kernels/packing.cuh"
 
 namespace smfree::cuda {
 namespace {
 
-__device__ void WriteSources(const GroupConstants& g, const LanePointers& lane,
-                             const int32_t* rows) {
-  if (blockIdx.x != 0) return;
-  for (int32_t source = threadIdx.x; source < g.num_ranks; source += blockDim.x) {
-    lane.scratch->source_rows[source] = rows[source];
+// What a block knows of the messages that it receives, in shared memory.
+struct Received {
+  int32_t sent[kMaxRanks];       // rows of each
+  int32_t by_source[kMaxRanks];  // of which it is what a relay has handed on; else the same
+  int32_t rows[kMaxRanks];       // and how many of them are kept: wire_rows of all
+  int32_t first_row[kMaxRanks];  // of those kept: how many the messages before have
+  int64_t payload_at[kMaxRanks];
+  bool is_cut;  // not all that the sources have sent are kept
+
+  // From `sent`; by all threads of a block, which have met. The first block notes it for the
+  // kernels to come.
+  __device__ void Plan(const Messages& m) {
+    const GroupConstants& g = m.g;
+    if (threadIdx.x < kWarp) {
+      const auto warp_lane = static_cast<int32_t>(threadIdx.x);
+      bool lacks = false;
+      const auto is_own = [&](int32_t source) { return m.IsOwn(source); };
+      for (int32_t source = warp_lane; source < g.num_ranks; source += kWarp) {
+        rows[source] = sent[source];
+        by_source[source] = g.nodes.hierarchical ? HeaderOf(m, source).sent : sent[source];
+        lacks = lacks || by_source[source] != sent[source];
+      }
+      __syncwarp();
+      const int64_t all = LayOutMessages(m, rows, first_row, payload_at, is_own).rows;
+      lacks = __any_sync(~0u, lacks || all > m.op.wire_rows);
+      if (warp_lane == 0) is_cut = lacks;
+      if (all > m.op.wire_rows) {
+        __syncwarp();
+        for (int32_t source = warp_lane; source < g.num_ranks; source += kWarp) {
+          rows[source] = KeptRows(first_row[source], sent[source], m.op.wire_rows);
+        }
+        __syncwarp();
+        (void)LayOutMessages(m, rows, first_row, payload_at, is_own);
+      }
+    }
+    __syncthreads();
+    if (blockIdx.x != 0) return;
+    SetScratch& scratch = *m.set.scratch;
+    for (int32_t source = threadIdx.x; source < g.num_ranks; source += blockDim.x) {
+      scratch.source_sent[source] = sent[source];
+      scratch.source_rows[source] = rows[source];
+      scratch.source_first[source] = first_row[source];
+      scratch.received_at[m.leg][source] = payload_at[source];
+    }
   }
-}
+};
 
 // The rows of each local expert, as they are laid out in the expert-grouped array.
 struct ExpertRows {
   int32_t start;
   int32_t end;      // of its place, filled up to the alignment, or cut at the capacity
-  int32_t dropped;  // copies that did not fit
+  int32_t rows;     // copies there
+  int32_t dropped;  // and those that did not fit
 };
 
-// Groups, and in first[s * El + e] the row of the first copy from source s for expert e. By all
-// threads of a block.
-__device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* groups,
-                             int32_t* first) {
+// Copies that a message has for a local expert, as its header says.
+__device__ int32_t SentCopies(const Messages& m, int32_t source, int32_t expert) {
+  const char* const header = m.HeaderFrom(source) + kHeaderIdentityBytes;
+  return __ldcg(reinterpret_cast<const int32_t*>(header) + expert);
+}
+
+// Copies of the kept rows of each message for each local expert, where not all rows are kept: the
+// headers count all. By all threads of a block, into shared memory. Returns, to all of them, how
+// many copies are not kept.
+__device__ int32_t CountCopies(const Messages& m, const Received& received, int32_t* copies) {
+  const GroupConstants& g = m.g;
+  __shared__ int32_t cut;
+  const int32_t local_experts = g.local_experts();
+  if (threadIdx.x == 0) cut = 0;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < g.num_experts; i += blockDim.x) {
+    const int32_t source = i / local_experts;
+    const bool whole = received.rows[source] == received.by_source[source];
+    const int32_t sent = SentCopies(m, source, i % local_experts);
+    copies[i] = whole ? sent : 0;
+    if (!whole) atomicAdd(&cut, sent);
+  }
+  __syncthreads();
+  for (int32_t source = 0; source < g.num_ranks; ++source) {
+    const int32_t rows = received.rows[source];
+    if (rows == received.by_source[source]) continue;
+    const auto* const codes = reinterpret_cast<const int32_t*>(m.PayloadFrom(source));
+    for (int32_t slot = threadIdx.x; slot < rows * g.top_k; slot += blockDim.x) {
+      const int32_t code = __ldcg(codes + slot);
+      if (code < 0 || g.code.Expert(code) >= local_experts) continue;
+      atomicAdd(copies + source * local_experts + g.code.Expert(code), 1);
+      atomicSub(&cut, 1);
+    }
+  }
+  __syncthreads();
+  return cut;
+}
+
+// Groups, and in first[s * El + e] the row of the first copy from source s for expert e; where rows
+// were cut, CountCopies has filled it in. Of the array, or of each part of `part_rows` where groups
+// are padded, `capacity` rows are filled. By all threads of a block.
+__device__ void LayOutGroups(const Messages& m, bool is_cut, int32_t part_rows, int32_t capacity,
+                             ExpertRows* groups, int32_t* first) {
   const GroupConstants& g = m.g;
   const int32_t local_experts = g.local_experts();
   for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
     int32_t count = 0;
 #pragma unroll 4
     for (int32_t source = 0; source < g.num_ranks; ++source) {
-      const char* const header = m.From(source) + kHeaderIdentityBytes;
-      first[source * local_experts + e] = count;
-      count += __ldcg(reinterpret_cast<const int32_t*>(header) + e);
+      int32_t& of_source = first[source * local_experts + e];
+      const int32_t copies = is_cut ? of_source : SentCopies(m, source, e);
+      of_source = count;
+      count += copies;
     }
     groups[e].dropped = count;  // for now
   }
   __syncthreads();
-  if (threadIdx.x < kWarp) {  // an exclusive sum of the aligned counts, cut at the capacity
+  // An exclusive sum of the aligned counts, or equal parts; cut at the capacity.
+  if (threadIdx.x < kWarp) {
     const int32_t warp_lane = static_cast<int32_t>(threadIdx.x);
     int64_t start = 0;
     for (int32_t base = 0; base < local_experts; base += kWarp) {
@@ -54,9 +136,12 @@ __device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* gr
           (count + g.expert_alignment - 1) / g.expert_alignment * g.expert_alignment;
       const auto up_to = SumUpToLane<int64_t>(aligned);
       if (e < local_experts) {
-        const auto begin = static_cast<int32_t>(min(start + up_to - aligned, int64_t{capacity}));
-        const auto end = static_cast<int32_t>(min(start + up_to, int64_t{capacity}));
-        groups[e] = {begin, end, max(0, count - (end - begin))};
+        const int64_t part = g.padded_groups ? int64_t{e} * part_rows : 0;
+        const int64_t at = g.padded_groups ? part : start + up_to - aligned;
+        const auto begin = static_cast<int32_t>(min(at, part + capacity));
+        const auto end = static_cast<int32_t>(min(at + aligned, part + capacity));
+        const int32_t rows = min(count, end - begin);
+        groups[e] = {begin, end, rows, count - rows};
       }
       start += __shfl_sync(~0u, up_to, kWarp - 1);
     }
@@ -68,9 +153,26 @@ __device__ void LayOutGroups(const Messages& m, int32_t capacity, ExpertRows* gr
   __syncthreads();
 }
 
+// Which expert has got the most copies. By one thread.
+__device__ void NoteBusiest(const GroupConstants& g, const ExpertRows* groups,
+                            volatile OverflowRecord& overflow) {
+  int32_t busiest = 0, most = 0;
+  for (int32_t e = 0; e < g.local_experts(); ++e) {
+    const int32_t copies = groups[e].rows + groups[e].dropped;
+    if (copies > most) {
+      busiest = e;
+      most = copies;
+    }
+  }
+  overflow.busiest_expert = g.rank * g.local_experts() + busiest;
+  overflow.its_copies = most;
+}
+
 struct PlaceArrays {
-  int32_t capacity;  // N
+  int32_t rows_capacity;    // N
+  const int32_t* capacity;  // how many of them, or of each padded group's, may be filled
   int32_t* group_sizes;
+  int32_t* num_rows;
   int32_t* num_dropped;
   int32_t* rows;
   int32_t* recv_counts;
@@ -79,67 +181,86 @@ struct PlaceArrays {
 
 __global__ void __launch_bounds__(kThreads) Place(const KernelParams params, const PlaceArrays a) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   extern __shared__ int32_t shared[];
-  __shared__ int32_t source_rows[kMaxRanks];
+  __shared__ Received received;
   __shared__ Arrivals arrivals;
   const int32_t local_experts = g.local_experts();
   auto* const groups = reinterpret_cast<ExpertRows*>(shared);
   auto* const first = reinterpret_cast<int32_t*>(groups + local_experts);
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots = int64_t{g.num_ranks} * op.tokens * g.top_k;
+  const int64_t slots = int64_t{op.wire_rows} * g.top_k;
 
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
   if (a.relay) {
     if (thread == 0) *a.relay = -1;
-    NoteBegin(lane);
+    NoteBegin(set);
   }
-  const Begun begun = BeginRecvPhase(g, lane, op);
-  const Messages messages{g, lane, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};
-  if (!begun.ok || !OpenMessages(messages, nullptr, source_rows, arrivals)) {
+  const Leg leg = g.nodes.LastLeg(Operation::kDispatch);
+  const Messages messages{
+      g, set, op, leg, begun.number, set.scratch->packed_at[leg], received.payload_at};
+  if (!begun.ok || !OpenMessages(messages, nullptr, received.sent, arrivals)) {
     for (int64_t i = thread; i < slots; i += threads) a.rows[i] = -1;
-    for (int64_t i = thread; i < local_experts; i += threads) a.group_sizes[i] = 0;
+    for (int64_t i = thread; i < local_experts; i += threads) {
+      a.group_sizes[i] = 0;
+      a.num_rows[i] = 0;
+    }
     for (int64_t i = thread; i < g.num_ranks; i += threads) a.recv_counts[i] = 0;
     if (thread == 0) *a.num_dropped = 0;
     return;
   }
-  LayOutGroups(messages, a.capacity, groups, first);
-  WriteSources(g, lane, source_rows);
+  received.Plan(messages);
+  const int32_t cut = received.is_cut ? CountCopies(messages, received, first) : 0;
+  const int32_t part_rows = g.padded_groups ? a.rows_capacity / local_experts : a.rows_capacity;
+  const int32_t capacity = min(max(*a.capacity, 0) / g.expert_alignment * g.expert_alignment,
+                               part_rows);
+  LayOutGroups(messages, received.is_cut, part_rows, capacity, groups, first);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
       a.group_sizes[e] = groups[e].end - groups[e].start;
+      a.num_rows[e] = groups[e].rows;
     }
     for (int32_t s = threadIdx.x; s < g.num_ranks; s += blockDim.x) {
-      a.recv_counts[s] = source_rows[s];
+      a.recv_counts[s] = received.rows[s];
     }
   }
   int32_t dropped = 0;
   for (int32_t e = threadIdx.x % kWarp; e < local_experts; e += kWarp) dropped += groups[e].dropped;
-  dropped = __reduce_add_sync(~0u, dropped);
+  dropped = __reduce_add_sync(~0u, dropped) + cut;
   if (thread == 0) {
     *a.num_dropped = dropped;
     atomicAdd(&g.state->rows_dropped, static_cast<unsigned long long>(dropped));
-    lane.scratch->overflowed = dropped > 0 && !g.drop_overflow;
-    if (lane.scratch->overflowed) {
+    set.scratch->overflowed = dropped > 0 && !g.drop_overflow;
+    if (set.scratch->overflowed) {
+      int64_t sent = 0;
+      for (int32_t s = 0; s < g.num_ranks; ++s) sent += received.by_source[s];
       volatile OverflowRecord& overflow = g.host->overflow;
+      overflow.on_wire = sent > op.wire_rows;
+      overflow.at_relay = received.is_cut;
       overflow.lane = op.lane;
       overflow.derivation = op.derivation;
       overflow.call_site = op.call_site;
       overflow.number = begun.number;
       overflow.dropped = dropped;
-      overflow.capacity = a.capacity;
+      overflow.received = sent;
+      overflow.capacity = overflow.on_wire ? op.wire_rows : capacity;
+      NoteBusiest(g, groups, overflow);
       __threadfence_system();  // pairs with the host's acquire in Check
       overflow.ready = 1;
     }
   }
+  const int32_t last = g.num_ranks - 1;
+  const int32_t num_rows = received.first_row[last] + received.rows[last];
   for (int64_t at = thread; at < slots; at += threads) {
-    const auto source = static_cast<int32_t>(at / (int64_t{op.tokens} * g.top_k));
-    const int64_t slot = at % (int64_t{op.tokens} * g.top_k);  // of that source
+    const auto row = static_cast<int32_t>(at / g.top_k);
     int32_t n = -1;
-    if (slot / g.top_k < source_rows[source]) {
-      const char* const message = messages.From(source) + g.layout.header_bytes;
-      const int32_t code = __ldcg(reinterpret_cast<const int32_t*>(message) + slot);
+    if (row < num_rows) {
+      const int32_t source = MessageOf(received.first_row, g.num_ranks, row);
+      const int64_t slot = at - int64_t{received.first_row[source]} * g.top_k;
+      const auto* const codes = reinterpret_cast<const int32_t*>(messages.PayloadFrom(source));
+      const int32_t code = __ldcg(codes + slot);
       if (code >= 0 && g.code.Expert(code) < local_experts) {
         const int32_t expert = g.code.Expert(code);
         n = first[source * local_experts + expert] + g.code.Index(code);
@@ -147,35 +268,41 @@ __global__ void __launch_bounds__(kThreads) Place(const KernelParams params, con
       }
     }
     a.rows[at] = n;
-    if (n >= 0) lane.row_tags[n] = static_cast<uint32_t>(begun.number);
+    if (n >= 0) set.row_tags[n] = static_cast<uint32_t>(begun.number);
   }
 }
 
 __global__ void __launch_bounds__(kThreads) Mark(const KernelParams params, const int32_t capacity,
                                                  const int32_t* rows, const int32_t* recv_counts) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
-  __shared__ int32_t source_rows[kMaxRanks];
+  __shared__ Received received;
   __shared__ Arrivals arrivals;
-  if (!g.nodes.hierarchical) NoteBegin(lane);
-  if (NothingWasSent(op)) return;
-  const Begun begun = BeginRecvPhase(g, lane, op);
-  const Messages messages{g, lane, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};
-  if (!begun.ok || !OpenMessages(messages, recv_counts, source_rows, arrivals)) return;
-  WriteSources(g, lane, source_rows);
-  if (blockIdx.x == 0 && threadIdx.x == 0) lane.scratch->overflowed = 0;
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  if (!g.nodes.hierarchical) NoteBegin(set);
+  const Messages messages{g, set, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};
+  if (!begun.ok || !OpenMessages(messages, nullptr, received.sent, arrivals)) return;
+  received.Plan(messages);
+  for (int32_t source = threadIdx.x; source < g.num_ranks; source += blockDim.x) {
+    const int32_t rows_here = received.rows[source];
+    if (rows_here == recv_counts[source]) continue;
+    Report(g, op, FaultKind::kScheduleMismatch, begun.number,
+           {source, -1, recv_counts[source], rows_here, HeaderOf(messages, source)});
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) set.scratch->overflowed = 0;
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots_per_source = int64_t{op.tokens} * g.top_k;
-  for (int64_t at = thread; at < g.num_ranks * slots_per_source; at += threads) {
-    const auto source = static_cast<int32_t>(at / slots_per_source);
-    if (at % slots_per_source / g.top_k >= source_rows[source]) continue;
+  const int32_t last = g.num_ranks - 1;
+  const int32_t num_rows = received.first_row[last] + received.rows[last];
+  for (int64_t at = thread; at < int64_t{num_rows} * g.top_k; at += threads) {
     const int32_t n = rows[at];
     if (n < -1 || n >= capacity) {
+      const auto row = static_cast<int32_t>(at / g.top_k);
+      const int32_t source = MessageOf(received.first_row, g.num_ranks, row);
       Report(g, op, FaultKind::kInvalidArgument, begun.number, {source, -1, capacity - 1, n});
     } else if (n >= 0) {
-      lane.row_tags[n] = static_cast<uint32_t>(begun.number);
+      set.row_tags[n] = static_cast<uint32_t>(begun.number);
     }
   }
 }

@@ -7,10 +7,11 @@
 //   message n * L + j inside the node, row p = row i, with its CopyCodes and slots
 //   relay[n,i,q] = j * T + p         p counts the rows to j in the order of i
 //
-// These are the messages of direct mode, but for the source that their headers name.
+// These are the messages of direct mode, but for the source that their headers name. Of all of them
+// the first wire_rows rows are handed on, and the others have places in relay alone.
 //
-// Place    R1, R2  waits for the first chunk of each message; writes relay, headers, codes and
-//                  slots. Where the routing is known, relay is read.
+// Place    R1, R2  waits for the first chunk of all messages; writes relay, headers, codes and
+//                  slots, and announces. Where the routing is known, relay is read.
 // Forward  R1, R2  chunk by chunk as they arrive, a warp per piece of a row: reads it once, writes
 //                  it once per rank.
 //
@@ -20,9 +21,9 @@
 //
 // Byte floor: the rows of the wire messages read, those of the messages inside the node written.
 #include "csrc/cuda/host/kernels.h"
-#include "csrc/cuda/kernels/relay.cuh"
+#include "csrc/cuda/kernels/relay_plan.cuh"
 #include "csrc/cuda/kernels/row_order.cuh"
-#include "csrc/cuda/kernels/rows.cuh"
+#include "csrc/cuda/kernels/row_kinds.cuh"
 #include "csrc/cuda/kernels/tiles.cuh"
 
 namespace smfree::cuda {
@@ -30,68 +31,77 @@ namespace {
 
 // What stands before the rows of message `region`: the counts of its experts come from those of the
 // node, `of_node`.
-__device__ void WriteFront(const Messages& m, int32_t region, int32_t rows, const char* of_node) {
+__device__ void WriteFront(const Messages& m, int32_t region, int32_t rows, int32_t sent,
+                           const char* of_node) {
   const GroupConstants& g = m.g;
   const OperationParams& op = m.op;
   const int32_t experts = op.experts ? g.local_experts() : 0;
   const auto* const from = reinterpret_cast<const int32_t*>(of_node + kHeaderIdentityBytes) +
                            g.nodes.IndexOf(region) * experts;
-  auto* const to = reinterpret_cast<int32_t*>(m.To(region) + kHeaderIdentityBytes);
+  auto* const to = reinterpret_cast<int32_t*>(m.HeaderTo(region) + kHeaderIdentityBytes);
   for (int32_t e = threadIdx.x; e < experts; e += blockDim.x) to[e] = __ldcg(from + e);
-  if (threadIdx.x == 0) WriteHeader(m, region, rows);
+  if (threadIdx.x == 0) WriteHeader(m, region, rows, sent);
 }
 
 // Shared memory of a block that places rows.
 struct Placed {
   Lists lists;
   Arrivals arrivals;
-  int32_t rows;  // of the message on the wire
+  DispatchPlan plan;
 };
 
-template <bool kRouted>
-__device__ void PlaceTile(const Messages& wire, const Messages& node, bool begun,
-                          const RelayTile& tile, const int32_t* known, int32_t* relay,
-                          Placed& shared) {
-  const GroupConstants& g = wire.g;
-  const LanePointers& lane = wire.lane;
-  const OperationParams& op = wire.op;
-  Lists& lists = shared.lists;
-  if (!kRouted && begun) CountRelay(g, op, wire.number, known, tile, lists);
-  shared.arrivals.Clear(/*asks_others=*/tile.first_row == 0);
-  __syncthreads();
-  bool ok = begun;
-  if (ok && threadIdx.x == 0) {
-    ok = OpenMessage(wire, tile.node, kRouted ? -1 : lists.num_rows, shared.rows, shared.arrivals);
+// Whether the lists of a tile are as long as the source says in its header, the same in all threads
+// of a block.
+__device__ bool AsHeaderSays(const Messages& wire, const RelayTile& tile, const Placed& shared) {
+  const DispatchPlan& plan = shared.plan;
+  const Lists& lists = shared.lists;
+  const int32_t rows = plan.wire_rows[tile.node];
+  const bool taken = rows == plan.wire_sent[tile.node];
+  bool ok = true;
+  for (int32_t i = threadIdx.x; i <= wire.g.nodes.ranks_per_node; i += blockDim.x) {
+    const bool of_all = i == wire.g.nodes.ranks_per_node;
+    const int32_t listed = of_all ? lists.num_rows : lists.total[i];
+    const int32_t said = of_all ? rows : taken ? plan.sent[tile.first_region + i] : 0;
+    if (listed == said) continue;
+    ok = false;
+    Report(wire.g, wire.op, FaultKind::kScheduleMismatch, wire.number,
+           {wire.Peer(tile.node), -1, listed, said, HeaderOf(wire, tile.node)});
   }
-  if (!__syncthreads_and(ok)) {
-    for (int32_t at = threadIdx.x; kRouted && at < tile.num_rows; at += blockDim.x) {
-      Placing(relay, tile.node * op.tokens + tile.first_row + at, g.relay_width).End();
-    }
-    return;
-  }
+  return __syncthreads_and(ok);
+}
 
-  const int32_t rows = shared.rows;
+// Nothing of what a tile has is known.
+__device__ void PlaceNothing(const GroupConstants& g, const OperationParams& op,
+                             const RelayTile& tile, int32_t* relay) {
+  for (int32_t at = threadIdx.x; at < tile.num_rows; at += blockDim.x) {
+    Placing(relay, tile.node * op.tokens + tile.first_row + at, g.relay_width).End();
+  }
+}
+
+// A tile whose lists are counted.
+template <bool kRouted>
+__device__ void PlaceTile(const Messages& wire, const Messages& node, const RelayTile& tile,
+                          int32_t* relay, const Placed& shared) {
+  const GroupConstants& g = wire.g;
+  const SetPointers& set = wire.set;
+  const OperationParams& op = wire.op;
+  const Lists& lists = shared.lists;
+  const DispatchPlan& plan = shared.plan;
+  const int32_t rows = plan.wire_rows[tile.node];
   const int32_t per_node = g.nodes.ranks_per_node;
   const int32_t local_experts = g.local_experts();
-  const char* const message = wire.From(tile.node);
-  const char* const front = message + g.layout.header_bytes;
-  const auto* const codes = reinterpret_cast<const int32_t*>(front);
+  const char* const payload = wire.PayloadFrom(tile.node);
+  const auto* const codes = reinterpret_cast<const int32_t*>(payload);
   const auto* const slots =
-      reinterpret_cast<const float*>(front + LayoutOf(g, op, rows).slots_offset);
-  if (kRouted) {
-    lists.Count(op.tokens, per_node, tile.first_row, [&](int32_t row) {
-      uint64_t indices = 0;
-      for (int32_t k = 0; row < rows && k < g.top_k; ++k) {
-        const int32_t code = __ldcg(codes + int64_t{row} * g.top_k + k);
-        if (code >= 0) indices |= uint64_t{1} << (g.code.Expert(code) / local_experts);
-      }
-      return indices;
-    });
-  }
+      reinterpret_cast<const float*>(payload + LayoutOf(op, rows).slots_offset);
   if (tile.first_row == 0) {
-    WriteRelayRows(g, lane, tile, lists);
+    WriteRelayRows(g, set, tile, plan.rows, rows);
     for (int32_t index = 0; index < per_node; ++index) {
-      WriteFront(node, tile.first_region + index, lists.total[index], message);
+      const int32_t region = tile.first_region + index;
+      WriteFront(node, region, plan.rows[region], plan.sent[region], wire.HeaderFrom(tile.node));
+      if (!op.in_areas || threadIdx.x != 0) continue;
+      set.scratch->packed_at[kNode][region] = plan.node_at[region];
+      Announce(node, region, plan.rows[region], /*rows_in_node=*/0);
     }
   }
 
@@ -108,14 +118,16 @@ __device__ void PlaceTile(const Messages& wire, const Messages& node, bool begun
     for (int32_t index = 0; row < rows && index < per_node; ++index) {
       if (!lists.Has(index, at)) continue;
       const int32_t position = lists.Position(index, at);
-      char* const to = node.To(tile.first_region + index) + g.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(g, op, lists.total[index]);
+      if (kRouted && k == 0) places.Add(index * op.tokens + position);
+      const int32_t region = tile.first_region + index;
+      if (position >= plan.rows[region]) continue;  // not handed on
+      char* const to = node.PayloadTo(region);
+      const MessageLayout layout = LayoutOf(op, plan.rows[region]);
       const int64_t there = int64_t{position} * g.top_k + k;
       if (kRouted) {
         const bool home = expert >= 0 && expert / local_experts == index;
         reinterpret_cast<int32_t*>(to + layout.experts_offset)[there] =
             home ? g.code.Encode(expert % local_experts, g.code.Index(code)) : -1;
-        if (k == 0) places.Add(index * op.tokens + position);
       }
       if (op.slots) reinterpret_cast<float*>(to + layout.slots_offset)[there] = value;
     }
@@ -127,65 +139,93 @@ template <bool kRouted>
 __global__ void __launch_bounds__(kThreads)
     Place(const KernelParams params, const int32_t* known, int32_t* relay) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   __shared__ Placed shared;
-  NoteBegin(lane);
-  if (!kRouted && NothingWasSent(op)) return;
-  const Begun begun = BeginRecvPhase(g, lane, op);
-  const Messages wire{g, lane, op, kWire, begun.number}, node{g, lane, op, kNode, begun.number};
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  NoteBegin(set);
+  if (!kRouted && !begun.ok) return;
+  Lists& lists = shared.lists;
+  DispatchPlan& plan = shared.plan;
+  const Messages wire{
+      g, set, op, kWire, begun.number, set.scratch->packed_at[kWire], plan.wire_at};
+  const Messages node{g, set, op, kNode, begun.number, plan.node_at};
+  bool ok = begun.ok, planned = false;
   ForEachRelayTile(g, op, [&](const RelayTile& tile) {
-    PlaceTile<kRouted>(wire, node, begun.ok, tile, known, relay, shared);
+    if (!kRouted && ok) CountRelay(g, op, begun.number, known, tile, lists);
+    if (ok && !planned) ok = planned = plan.Make(wire, node, shared.arrivals);
+    if (kRouted && ok) {
+      const auto* const codes = reinterpret_cast<const int32_t*>(wire.PayloadFrom(tile.node));
+      lists.Count(op.tokens, g.nodes.ranks_per_node, tile.first_row, [&](int32_t row) {
+        uint64_t indices = 0;
+        for (int32_t k = 0; row < plan.wire_rows[tile.node] && k < g.top_k; ++k) {
+          const int32_t code = __ldcg(codes + int64_t{row} * g.top_k + k);
+          if (code >= 0) indices |= uint64_t{1} << (g.code.Expert(code) / g.local_experts());
+        }
+        return indices;
+      });
+    }
+    if (ok && AsHeaderSays(wire, tile, shared)) {
+      PlaceTile<kRouted>(wire, node, tile, relay, shared);
+    } else if (kRouted) {
+      PlaceNothing(g, op, tile, relay);
+    }
   });
 }
 
-template <typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     Forward(const KernelParams params, const int32_t* relay) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   __shared__ RowOrder order;
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ Arrivals arrivals;
   __shared__ char* targets[kWarps][kMaxTopK];
   __shared__ Rounds rounds;
-  if (NothingWasSent(op)) return;
-  const Begun begun = BeginRecvPhase(g, lane, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
   // A recv that runs again has forwarded before, and nobody waits for what it would send.
-  if (!begun.ok || lane.scratch->state.received == begun.number) return;
-  const Messages wire{g, lane, op, kWire, begun.number}, node{g, lane, op, kNode, begun.number};
+  if (!begun.ok || g.state->sets[begun.set].received == begun.number) return;
+  SetScratch& scratch = *set.scratch;
+  const Messages wire{g,
+                      set,
+                      op,
+                      kWire,
+                      begun.number,
+                      scratch.packed_at[kWire],
+                      scratch.received_at[kWire]};
+  const Messages node{g, set, op, kNode, begun.number, scratch.packed_at[kNode]};
   for (int32_t region = threadIdx.x; region < node.count(); region += blockDim.x) {
-    outgoing[region] = OutgoingTo(node, region, lane.scratch->relay_node_rows[region]);
+    outgoing[region] = OutgoingTo(node, region, set.scratch->relay_node_rows[region]);
   }
   rounds.Clear();
   arrivals.Clear();
   if (threadIdx.x < kWarp) {
-    order.Build(wire, lane.scratch->relay_wire_rows, /*own_first=*/true);
+    order.Build(wire, set.scratch->relay_wire_rows, /*own_first=*/true);
   }
   __syncthreads();
   HandOverEmpty(node, outgoing);
 
   const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   char** const to = targets[threadIdx.x / kWarp];
-  ArrivingRows arriving{wire, order, lane.scratch->relay_wire_rows, arrivals};
+  ArrivingRows arriving{wire, order, set.scratch->relay_wire_rows, arrivals};
   int32_t tile_at = 0;  // the tile's chunk in the order
   const auto pack = [&](int32_t unit, int32_t piece) {
     const int32_t row = arriving.GoTo(unit);
     const int32_t from_node = arriving.region;
-    const int32_t rows = lane.scratch->relay_wire_rows[from_node];
+    const int32_t rows = set.scratch->relay_wire_rows[from_node];
     const int32_t place =
         warp_lane < g.relay_width ? RelayOf(g, op, relay, from_node, row)[warp_lane] : -1;
-    if (place >= 0) {
-      const int32_t region = from_node * g.nodes.ranks_per_node + place / op.tokens;
-      to[warp_lane] = outgoing[region].first_row + place % op.tokens * g.layout.row_bytes;
-    }
-    const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
+    const int32_t region = from_node * g.nodes.ranks_per_node + max(place, 0) / op.tokens;
+    // What is not handed on comes last, since destinations ascend.
+    const bool handed = place >= 0 && place % op.tokens < outgoing[region].chunks.rows;
+    if (handed) to[warp_lane] = outgoing[region].first_row + place % op.tokens * op.stride;
+    const int32_t count = __popc(__ballot_sync(~0u, handed));
     __syncwarp();
     if (!arriving.here) return;
-    const char* const from = wire.From(from_node) + g.layout.header_bytes +
-                             LayoutOf(g, op, rows).rows_offset + row * g.layout.row_bytes;
-    CopyRow<Word>(Words(g.x_row_bytes, sizeof(Word), piece, op.pieces), from, to, count);
+    const char* const from = wire.PayloadFrom(from_node) + LayoutOf(op, rows).rows_offset +
+                             row * op.stride;
+    CopyMessageRow(op, piece, from, to, count);
   };
   ForEachTile(op, rounds, order.num_rows, pack, [&](int32_t first, int32_t rows) {
     if (Faulted(g)) return;  // the tile may not be complete
@@ -197,16 +237,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       const int32_t place = RelayOf(g, op, relay, chunk.region, row)[i % g.relay_width];
       if (place < 0) continue;
       const int32_t region = chunk.region * g.nodes.ranks_per_node + place / op.tokens;
-      CountRow(node, region, outgoing[region].chunks, place % op.tokens);
+      if (place % op.tokens >= outgoing[region].chunks.rows) continue;
+      CountRow(node, region, outgoing[region], place % op.tokens);
     }
   });
 }
 
 cudaError_t LaunchForward(const KernelParams& k, const int32_t* relay, const LaunchParams& launch) {
-  const auto forward = WordBytes(k.g) == 16  ? Forward<uint4>
-                       : WordBytes(k.g) == 4 ? Forward<uint32_t>
-                                             : Forward<uint16_t>;
-  return LaunchKernel(forward,
+  return LaunchKernel(Forward,
                       launch.BlocksFor(int64_t{k.g.nodes.count()} * k.op.tokens * k.op.pieces),
                       kThreads, 0, launch.stream, k, relay);
 }
@@ -214,8 +252,7 @@ cudaError_t LaunchForward(const KernelParams& k, const int32_t* relay, const Lau
 }  // namespace
 
 cudaError_t LoadDispatchRelay() {
-  return LoadKernels({Kernel(Place<true>), Kernel(Place<false>), Kernel(Forward<uint4>),
-                      Kernel(Forward<uint32_t>), Kernel(Forward<uint16_t>)});
+  return LoadKernels({Kernel(Place<true>), Kernel(Place<false>), Kernel(Forward)});
 }
 
 cudaError_t LaunchDispatchRelay(const KernelParams& k, const DispatchRecvArrays& arrays,

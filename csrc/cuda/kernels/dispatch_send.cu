@@ -14,20 +14,21 @@
 //                  send_counts, headers, codes and slots.
 // LayOut   S1, S2  in place of Route where the routing is known: headers and slots.
 //                  In hierarchical mode after PlaceOnWire.
-// Pack     S3, S4  a warp per piece of a row: reads it once, writes it once per destination. A
-//                  block takes a tile of rows, one piece per warp, and counts the tile when it is
-//                  written.
+// Pack     S3, S4  a warp per piece of a row: reads it once, quantises it where the wire asks for
+//                  that, writes it once per destination. A block takes a tile of rows, one piece
+//                  per warp, and counts the tile when it is written.
 //
 // Launch: Route as RouteShape says: kRouteThreads threads, a block per rows_per_block rows, all of
 // them resident. PlaceOnWire: kThreads, a block per kPlacedRows rows. LayOut: kThreads, any number
-// of blocks. Pack: kThreads, no more than kBlocksPerSm blocks per SM (BlocksFor), so that all are
-// resident: a block waits until another has handed over the chunk before its own.
+// of blocks, PackingBytes of shared memory. Pack: kThreads, no more than kBlocksPerSm blocks per SM
+// (BlocksFor), so that all are resident: a block waits until another has handed over the chunk
+// before its own.
 //
-// Byte floor: T * row_bytes read, sum(send_counts) * row_bytes written.
+// Byte floor: T rows of the program read, sum(send_counts) rows of messages written.
 #include "csrc/cuda/kernels/dispatch_send_route.cuh"
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/kernels/places.cuh"
-#include "csrc/cuda/kernels/rows.cuh"
+#include "csrc/cuda/kernels/row_kinds.cuh"
 #include "csrc/cuda/kernels/tiles.cuh"
 
 namespace smfree::cuda {
@@ -43,17 +44,26 @@ __device__ bool IsBroken(const GroupConstants& g, const OperationParams& op, int
          place % op.tokens >= wire.counts[place / op.tokens];
 }
 
-__global__ void LayOut(const KernelParams params, const float* slots, const WirePlaces wire) {
+__global__ void LayOut(const KernelParams params, const float* slots, const HandlePlaces handle) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
-  if (!g.nodes.hierarchical) NoteBegin(lane);
-  const Begun begun = BeginSendPhase(g, lane, op);
+  const Begun begun = BeginSendPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  const WirePlaces wire(g, set, handle.places, handle.send_counts);
+  if (!g.nodes.hierarchical) NoteBegin(set);
   if (!begun.ok) return;
-  const Messages messages{g, lane, op, kWire, begun.number};
+  extern __shared__ Packing packing[];  // one, or none
+  const Messages messages{g, set, op, kWire, begun.number, packing->payload_at};
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  if (!PlanPacking(messages, wire.counts, handle.send_counts, int64_t{op.tokens} * g.wire_width,
+                   *packing)) {
+    return;
+  }
   WriteHeaders(messages, wire.counts);
+  for (int64_t rank = thread; g.nodes.hierarchical && rank < g.num_ranks; rank += threads) {
+    WriteRowsToRank(messages, static_cast<int32_t>(rank), handle.send_counts[rank]);
+  }
   for (int64_t at = thread; at < int64_t{op.tokens} * g.wire_width; at += threads) {
     const int32_t place = wire.places[at];
     if (place == -1) continue;
@@ -64,26 +74,26 @@ __global__ void LayOut(const KernelParams params, const float* slots, const Wire
     }
     if (!op.slots) continue;
     const int32_t region = place / op.tokens;
-    char* const message = messages.To(region) + g.layout.header_bytes;
-    auto* const to =
-        reinterpret_cast<float*>(message + LayoutOf(g, op, wire.counts[region]).slots_offset);
+    auto* const to = reinterpret_cast<float*>(messages.PayloadTo(region) +
+                                              LayoutOf(op, wire.counts[region]).slots_offset);
     for (int32_t k = 0; k < g.top_k; ++k) {
       to[int64_t{place % op.tokens} * g.top_k + k] = slots[at / g.wire_width * g.top_k + k];
     }
   }
 }
 
-template <typename Word>
+template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const KernelParams params, const char* x, const WirePlaces wire) {
+    Pack(const KernelParams params, const RowsIn x, const HandlePlaces handle) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   __shared__ Outgoing outgoing[kMaxRanks];
   __shared__ char* targets[kWarps][kMaxTopK];
   __shared__ Rounds rounds;
-  const Begun begun = BeginSendPhase(g, lane, op);
-  const Messages messages{g, lane, op, kWire, begun.number};
+  const Begun begun = BeginSendPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  const WirePlaces wire(g, set, handle.places, handle.send_counts);
+  const Messages messages{g, set, op, kWire, begun.number, set.scratch->packed_at[kWire]};
   if (begun.ok) {
     for (int32_t region = threadIdx.x; region < messages.count(); region += blockDim.x) {
       outgoing[region] = OutgoingTo(messages, region, wire.counts[region]);
@@ -108,38 +118,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       next = place_of(t + stride);  // far away: early
       if (place >= 0) {
         to[warp_lane] =
-            outgoing[place / op.tokens].first_row + place % op.tokens * g.layout.row_bytes;
+            outgoing[place / op.tokens].first_row + place % op.tokens * op.stride;
       }
       const int32_t count = __popc(__ballot_sync(~0u, place >= 0));
       __syncwarp();
-      CopyRow<Word>(Words(g.x_row_bytes, sizeof(Word), piece, op.pieces), x + t * g.x_row_bytes, to,
-                    count);
+      Rows::Pack(op, piece, x, t, to, count);
     };
     ForEachTile(op, rounds, op.tokens, pack, [&](int32_t first_row, int32_t rows) {
       for (int32_t at = warp_lane; at < rows * g.wire_width; at += kWarp) {
         const int32_t place = wire.places[int64_t{first_row} * g.wire_width + at];
         if (place < 0) continue;
         const int32_t region = place / op.tokens;
-        CountRow(messages, region, outgoing[region].chunks, place % op.tokens);
+        CountRow(messages, region, outgoing[region], place % op.tokens);
       }
     });
   }
-  if (!IsLastBlock(lane) || threadIdx.x != 0) return;
+  if (!IsLastBlock(set) || threadIdx.x != 0) return;
   int64_t wire_rows = 0;
   for (int32_t region = 0; region < messages.count(); ++region) wire_rows += wire.counts[region];
   const bool ok = begun.ok && !Faulted(g);
   if (ok) NoteInternode(messages, wire.counts);
-  EndPhase(g, lane, op, begun, ok, wire_rows, op.tokens * g.x_row_bytes, wire_rows * g.x_row_bytes);
+  EndPhase(g, set, op, begun, ok, wire_rows, op.tokens * op.row_bytes, wire_rows * op.stride);
 }
 
-cudaError_t LaunchPack(const KernelParams& k, const void* x, const WirePlaces& wire,
+constexpr auto kPack = [](auto rows) { return Pack<decltype(rows)>; };
+
+cudaError_t LaunchPack(const KernelParams& k, const RowsIn& x, const HandlePlaces& handle,
                        const LaunchParams& launch) {
-  const auto* const bytes = static_cast<const char*>(x);
-  const auto pack = WordBytes(k.g) == 16  ? Pack<uint4>
-                    : WordBytes(k.g) == 4 ? Pack<uint32_t>
-                                          : Pack<uint16_t>;
-  return LaunchKernel(pack, launch.BlocksFor(k.op.tokens * k.op.pieces), kThreads, 0, launch.stream,
-                      k, bytes, wire);
+  return LaunchKernel(CopyKernelFor(x.format, kPack),
+                      launch.BlocksFor(k.op.tokens * k.op.pieces), kThreads, 0, launch.stream, k, x,
+                      handle);
 }
 
 }  // namespace
@@ -149,8 +157,9 @@ size_t RouteSharedBytes(int64_t tokens, int32_t bins, int32_t num_sms) {
 }
 
 cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
-  return LoadKernels({Kernel(Route, route_shared_bytes), Kernel(PlaceOnWire), Kernel(LayOut),
-                      Kernel(Pack<uint4>), Kernel(Pack<uint32_t>), Kernel(Pack<uint16_t>)});
+  const cudaError_t error =
+      LoadKernels({Kernel(Route, route_shared_bytes), Kernel(PlaceOnWire), Kernel(LayOut)});
+  return error == cudaSuccess ? LoadCopyKernelsFor(kPack) : error;
 }
 
 cudaError_t LaunchDispatchSend(const KernelParams& k, const DispatchSendArrays& arrays,
@@ -159,12 +168,12 @@ cudaError_t LaunchDispatchSend(const KernelParams& k, const DispatchSendArrays& 
   const cudaError_t error = LaunchKernel(Route, shape.blocks, kRouteThreads, shape.shared_bytes,
                                          launch.stream, k, arrays, shape.rows_per_block);
   if (error != cudaSuccess) return error;
-  return LaunchPack(k, arrays.x, {k.g, k.lane, arrays.places, arrays.send_counts}, launch);
+  return LaunchPack(k, arrays.x, {arrays.places, arrays.send_counts}, launch);
 }
 
 cudaError_t LaunchDispatchSendCached(const KernelParams& k, const DispatchSendCachedArrays& arrays,
                                      const LaunchParams& launch) {
-  const WirePlaces wire(k.g, k.lane, arrays.places, arrays.send_counts);
+  const HandlePlaces handle{arrays.places, arrays.send_counts};
   if (k.g.nodes.hierarchical) {
     const cudaError_t error = LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens),
                                            kThreads, 0, launch.stream, k, arrays.places);
@@ -172,9 +181,9 @@ cudaError_t LaunchDispatchSendCached(const KernelParams& k, const DispatchSendCa
   }
   const cudaError_t error =
       LaunchKernel(LayOut, launch.BlocksForItems(int64_t{k.op.tokens} * k.g.wire_width), kThreads,
-                   0, launch.stream, k, arrays.slots, wire);
+                   PackingBytes(k.op), launch.stream, k, arrays.slots, handle);
   if (error != cudaSuccess) return error;
-  return LaunchPack(k, arrays.x, wire, launch);
+  return LaunchPack(k, arrays.x, handle, launch);
 }
 
 }  // namespace smfree::cuda

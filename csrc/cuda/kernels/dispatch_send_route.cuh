@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "csrc/cuda/host/kernels.h"
+#include "csrc/cuda/kernels/packing.cuh"
 #include "csrc/cuda/kernels/places.cuh"
 
 namespace smfree::cuda {
@@ -47,13 +48,13 @@ struct RowBits {
 
 // Waits for one block to publish its counts of this operation; false if it does not. Blocks that do
 // not fit onto the device beside those that wait start when something else there has ended, which
-// may be never. A flag of a later epoch is of a send that runs on this lane at the same time.
-__device__ bool WaitForBlock(const GroupConstants& g, const LanePointers& lane,
+// may be never. A flag of a later epoch is of a send that runs on this set at the same time.
+__device__ bool WaitForBlock(const GroupConstants& g, const SetPointers& set,
                              const OperationParams& op, int64_t number, uint64_t epoch,
                              int32_t block) {
   int64_t begin = 0;
   for (int32_t turn = 1;; ++turn) {
-    const uint64_t seen = load_acquire_gpu(lane.route_flags + block);
+    const uint64_t seen = load_acquire_gpu(set.route_flags + block);
     if (seen == epoch) return true;
     if (seen > epoch) {
       Report(g, op, FaultKind::kTwoInFlight, number, {-1, -1, number, number});
@@ -75,26 +76,26 @@ __device__ bool WaitForBlock(const GroupConstants& g, const LanePointers& lane,
 }
 
 // The barrier of the blocks of one launch, with the same result in all threads of a block.
-__device__ bool WaitForAllBlocks(const GroupConstants& g, const LanePointers& lane,
+__device__ bool WaitForAllBlocks(const GroupConstants& g, const SetPointers& set,
                                  const OperationParams& op, int64_t number, uint64_t epoch) {
   bool ok = true;
   for (uint32_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-    ok = WaitForBlock(g, lane, op, number, epoch, static_cast<int32_t>(block)) && ok;
+    ok = WaitForBlock(g, set, op, number, epoch, static_cast<int32_t>(block)) && ok;
   }
   return __syncthreads_and(ok);
 }
 
 // What a send without a routing says: nothing goes anywhere.
-__device__ void RouteNothing(const GroupConstants& g, const LanePointers& lane,
+__device__ void RouteNothing(const GroupConstants& g, const SetPointers& set,
                              const DispatchSendArrays& a, int32_t first_row, int32_t num_rows) {
   for (int32_t row = threadIdx.x; row < num_rows; row += kRouteThreads) {
     Placing(a.places, first_row + row, g.places_per_row).End();
-    if (g.nodes.hierarchical) Placing(lane.wire_places, first_row + row, g.wire_width).End();
+    if (g.nodes.hierarchical) Placing(set.wire_places, first_row + row, g.wire_width).End();
   }
   if (blockIdx.x != 0) return;
   for (int32_t rank = threadIdx.x; rank < g.num_ranks; rank += kRouteThreads) {
     a.send_counts[rank] = 0;
-    if (g.nodes.hierarchical) lane.scratch->wire_rows[rank] = 0;
+    if (g.nodes.hierarchical) set.scratch->wire_rows[rank] = 0;
   }
 }
 
@@ -102,7 +103,6 @@ __device__ void RouteNothing(const GroupConstants& g, const LanePointers& lane,
 __global__ void __launch_bounds__(kRouteThreads)
     Route(const KernelParams params, const DispatchSendArrays a, const int32_t rows_per_block) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   extern __shared__ uint32_t shared[];
   // First the experts, then the ranks, then the nodes. A message of the wire is for a rank, or for
@@ -123,10 +123,12 @@ __global__ void __launch_bounds__(kRouteThreads)
   const float* const weights = a.topk_weights + int64_t{first_row} * g.top_k;
   const auto thread = static_cast<int32_t>(threadIdx.x);
 
-  NoteBegin(lane);
-  const Begun begun = BeginSendPhase(g, lane, op);
-  const Messages wire{g, lane, op, kWire, begun.number};
-  const uint64_t epoch = lane.scratch->epoch + 1;
+  const Begun begun = BeginSendPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  NoteBegin(set);
+  __shared__ Packing packing;
+  const Messages wire{g, set, op, kWire, begun.number, packing.payload_at};
+  const uint64_t epoch = set.scratch->epoch + 1;
   for (int32_t i = thread; i < num_words; i += kRouteThreads) shared[i] = 0;
   __syncthreads();
   for (int32_t slot = thread; slot < num_slots; slot += kRouteThreads) {
@@ -145,15 +147,15 @@ __global__ void __launch_bounds__(kRouteThreads)
   }
   __syncthreads();
 
-  int32_t* const counts = lane.route_counts + int64_t{blockIdx.x} * bins;
+  int32_t* const counts = set.route_counts + int64_t{blockIdx.x} * bins;
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = bits.Count(bin);
   __syncthreads();
   if (thread == 0) {
     __threadfence();
-    store_release_gpu(lane.route_flags + blockIdx.x, epoch);
+    store_release_gpu(set.route_flags + blockIdx.x, epoch);
   }
-  if (!WaitForAllBlocks(g, lane, op, begun.number, epoch)) {
-    return RouteNothing(g, lane, a, first_row, num_rows);
+  if (!WaitForAllBlocks(g, set, op, begun.number, epoch)) {
+    return RouteNothing(g, set, a, first_row, num_rows);
   }
 
   // `before`: in earlier blocks. wire_rows: in all.
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kRouteThreads)
     int32_t earlier = 0, all = 0;
 #pragma unroll 16
     for (int32_t block = 0; block < static_cast<int32_t>(gridDim.x); ++block) {
-      const int32_t count = __ldcg(lane.route_counts + int64_t{block} * bins + bin);
+      const int32_t count = __ldcg(set.route_counts + int64_t{block} * bins + bin);
       all += count;
       if (block < static_cast<int32_t>(blockIdx.x)) earlier += count;
     }
@@ -169,15 +171,19 @@ __global__ void __launch_bounds__(kRouteThreads)
     if (bin >= wire_bin) wire_rows[bin - wire_bin] = all;
     if (blockIdx.x != 0) continue;
     if (bin >= g.num_experts + g.num_ranks) {
-      lane.scratch->wire_rows[bin - wire_bin] = all;
+      set.scratch->wire_rows[bin - wire_bin] = all;
     } else if (bin >= g.num_experts) {
       a.send_counts[bin - g.num_experts] = all;
+      if (by_node && begun.ok) WriteRowsToRank(wire, bin - g.num_experts, all);
     } else if (begun.ok) {
-      char* const message = wire.To(bin / wire_experts);
-      reinterpret_cast<int32_t*>(message + kHeaderIdentityBytes)[bin % wire_experts] = all;
+      char* const header = wire.HeaderTo(bin / wire_experts);
+      reinterpret_cast<int32_t*>(header + kHeaderIdentityBytes)[bin % wire_experts] = all;
     }
   }
   __syncthreads();
+  if (begun.ok && op.in_areas) {
+    (void)PlanPacking(wire, wire_rows, a.send_counts, int64_t{op.tokens} * g.wire_width, packing);
+  }
   if (blockIdx.x == 0 && begun.ok) {
     for (int32_t region = thread; region < wire.count(); region += kRouteThreads) {
       WriteHeader(wire, region, wire_rows[region]);
@@ -203,15 +209,15 @@ __global__ void __launch_bounds__(kRouteThreads)
         visit(list, before[bin] + bits.CountBelow(bin, row));
       }
     };
-    Placing on_wire(by_node ? lane.wire_places : a.places, first_row + row, g.wire_width);
+    Placing on_wire(by_node ? set.wire_places : a.places, first_row + row, g.wire_width);
     for_each_list(wire_bin, wire.count(), [&](int32_t region, int32_t i) {
       if (k == 0) on_wire.Add(region * op.tokens + i);
       if (!begun.ok) return;
-      char* const message = wire.To(region) + g.layout.header_bytes;
-      const MessageLayout layout = LayoutOf(g, op, wire_rows[region]);
+      char* const payload = wire.PayloadTo(region);
+      const MessageLayout layout = LayoutOf(op, wire_rows[region]);
       const int64_t at = int64_t{i} * g.top_k + k;
-      reinterpret_cast<int32_t*>(message + layout.experts_offset)[at] = region == home ? code : -1;
-      reinterpret_cast<float*>(message + layout.slots_offset)[at] = weight;
+      reinterpret_cast<int32_t*>(payload + layout.experts_offset)[at] = region == home ? code : -1;
+      reinterpret_cast<float*>(payload + layout.slots_offset)[at] = weight;
     });
     if (k != 0) continue;
     on_wire.End();

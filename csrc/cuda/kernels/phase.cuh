@@ -9,6 +9,7 @@
 
 #include "csrc/cuda/host/kernels.h"
 #include "csrc/cuda/host/state.h"
+#include "csrc/protocol/sets.h"
 #include "csrc/protocol/signals.h"
 #include "csrc/protocol/token.h"
 
@@ -56,6 +57,10 @@ __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   return value;
 }
 
+__device__ inline void store_relaxed_system(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 // The sum of `value` over the threads of a warp up to this one, by all of them.
 template <typename T>
 __device__ T SumUpToLane(T value) {
@@ -100,6 +105,8 @@ __device__ inline void Report(const GroupConstants& g, const OperationParams& op
   fault.seen_operation = detail.header.operation;
   fault.seen_derivation = detail.header.derivation;
   fault.seen_number = detail.header.number;
+  fault.stride = op.stride;
+  fault.seen_stride = detail.header.stride;
   fault.time_ns = NowNs();
   __threadfence_system();  // before `ready`; pairs with the host's acquire of it in Check
   fault.ready = 1;
@@ -117,49 +124,65 @@ __device__ inline void Report(const GroupConstants& g, const OperationParams& op
 struct Begun {
   bool ok;         // else the phase does nothing but to poison its outputs
   int64_t number;  // k
+  int32_t set;     // one of the rank's, also if not ok
 };
 
-// S1, the same in every block of every kernel of a send phase: `sent` changes at the very end. By all
-// threads of a block, and the same for all of them: a fault may be told at any moment.
-__device__ inline Begun BeginSendPhase(const GroupConstants& g, const LanePointers& lane,
-                                       const OperationParams& op) {
+// The state of a set, the same in all threads of a warp: each has read that of one set, so that
+// knowing which one is asked for costs no further load.
+__device__ inline LaneState StateOf(const LaneState& mine, int32_t set) {
+  return {__shfl_sync(~0u, mine.sent, set), __shfl_sync(~0u, mine.received, set)};
+}
+__device__ inline LaneState LoadSetOfThread(const GroupConstants& g, const SetsOfRank& sets) {
+  const auto warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  return warp_lane < sets.count ? g.state->sets[warp_lane] : LaneState{};
+}
+
+// S1, the same in every block of every kernel of a send phase: what it depends on changes at the
+// very end. By all threads of a block, and the same for all of them: a fault may be told at any
+// moment.
+__device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationParams& op,
+                                       const SetsOfRank& sets) {
   // All loads at once: they are far apart.
-  LaneState state = lane.scratch->state;
+  const LaneState mine = LoadSetOfThread(g, sets);
+  const uint32_t in_flight = g.state->in_flight;
+  const int64_t sends = g.state->sends;
   const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
   const int32_t position = op.position[0];
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  Begun begun{false, state.sent + 1};
+  const int32_t set = FirstFreeSet(in_flight, sets.count);
+  const LaneState state = StateOf(mine, set % kMaxSets);
+  Begun begun{false, NumberInSet(sends, state.sent), set < sets.count ? set : 0};
   if (faulted) {
     // It takes no further part.
   } else if (!token.used_once()) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {});
   } else if (position != g.rank) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {-1, -1, g.rank, position});
-  } else if (state.sent != state.received) {
-    if (first) {
-      Report(g, op, FaultKind::kTwoInFlight, begun.number, {-1, -1, state.sent, state.received});
-    }
+  } else if (set == sets.count) {
+    if (first) Report(g, op, FaultKind::kNoFreeSet, begun.number, {-1, -1, sets.count, 0});
   } else {
-    begun.ok = BeginSend(state, begun.number) == FaultKind::kNone;
+    begun.ok = true;
   }
   begun.ok = __syncthreads_and(begun.ok);
   return begun;
 }
 
-// The same for a recv phase. A zero token is not looked at here.
-__device__ inline Begun BeginRecvPhase(const GroupConstants& g, const LanePointers& lane,
-                                       const OperationParams& op) {
-  const LaneState state = lane.scratch->state;
+// The same for a recv phase.
+__device__ inline Begun BeginRecvPhase(const GroupConstants& g, const OperationParams& op,
+                                       const SetsOfRank& sets) {
+  const LaneState mine = LoadSetOfThread(g, sets);
   const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  Begun begun{false, token.number};
-  if (faulted) {
-    // It takes no further part.
+  const bool known = !token.zero() && token.set() >= 0 && token.set() < sets.count;
+  Begun begun{false, token.zero() ? kNoOperation : token.number, known ? token.set() : 0};
+  const LaneState state = StateOf(mine, begun.set);
+  if (faulted || token.zero()) {
+    // It takes no further part; or nothing was sent, see NothingWasSent.
   } else if (!token.used_once()) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, token.number, {});
-  } else if (!MayReceive(state, token.number)) {
+  } else if (!known || !MayReceive(state, token.number)) {
     if (first) {
       Report(g, op, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, state.sent});
     }
@@ -176,33 +199,33 @@ __device__ inline bool NothingWasSent(const OperationParams& op) {
 }
 
 // Called by the first kernel of a phase.
-__device__ inline void NoteBegin(const LanePointers& lane) {
+__device__ inline void NoteBegin(const SetPointers& set) {
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  lane.scratch->begin_ns = NowNs();
-  atomicAdd(&lane.scratch->phases_begun, 1u);  // nobody waits for what it returns
+  set.scratch->begin_ns = NowNs();
+  atomicAdd(&set.scratch->phases_begun, 1u);  // nobody waits for what it returns
 }
 
 // Whether this is the last block of the grid to get here, the same in all of its threads. What the
 // others did before is visible to it.
-__device__ inline bool IsLastBlock(const LanePointers& lane) {
+__device__ inline bool IsLastBlock(const SetPointers& set) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = add_acq_rel_gpu(&lane.scratch->blocks_done, 1) + 1 == gridDim.x;
-    if (last) lane.scratch->blocks_done = 0;
+    last = add_acq_rel_gpu(&set.scratch->blocks_done, 1) + 1 == gridDim.x;
+    if (last) set.scratch->blocks_done = 0;
   }
   __syncthreads();
   return last;
 }
 
 // S10, or the end of a send phase: by one thread of the last block. Counters are added to without
-// being read: each read would cost a microsecond. S1 sees an operation that has been sent; one that
-// is being sent at the same time (a CUDA graph may run side by side what no data orders) is seen
-// here.
-__device__ inline void EndPhase(const GroupConstants& g, const LanePointers& lane,
+// being read: each read would cost a microsecond. S1 takes no set whose operation has been sent;
+// one that is being sent at the same time (a CUDA graph may run side by side what no data orders)
+// is seen here, since it takes the same set.
+__device__ inline void EndPhase(const GroupConstants& g, const SetPointers& set,
                                 const OperationParams& op, const Begun& begun, bool ok,
                                 int64_t wire_rows, int64_t bytes_read, int64_t bytes_written) {
-  LaneScratch& scratch = *lane.scratch;
+  SetScratch& scratch = *set.scratch;
   const int64_t begin_ns = scratch.begin_ns;
   const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
   const uint32_t phases_begun = scratch.phases_begun;
@@ -214,19 +237,28 @@ __device__ inline void EndPhase(const GroupConstants& g, const LanePointers& lan
   const bool send = IsSend(op.phase);
   const auto phase = static_cast<int32_t>(op.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
-  if (ok && send) scratch.state.sent = begun.number;
-  if (ok && !send) FinishRecv(scratch.state, begun.number);
-  Token{1.0f, begun.number}.Write(op.token_out);
+  RankState& rank = *g.state;
+  if (ok && send) {
+    rank.sets[begun.set].sent = begun.number;
+    atomicOr(&rank.in_flight, 1u << begun.set);  // a phase of another set may run beside this one
+    ++rank.sends;
+  } else if (ok) {
+    FinishRecv(rank.sets[begun.set], begun.number);
+    atomicAnd(&rank.in_flight, ~(1u << begun.set));
+  }
+  Token::InSet(begun.number, begun.set).Write(op.token_out);
   scratch.last_arrival_ns = 0;
   scratch.copies = 0;
   if (!ok) return;
   atomicAdd(&g.state->calls[phase], 1ull);
   atomicAdd(&g.state->rows[phase], static_cast<unsigned long long>(wire_rows));
+  atomicAdd(&g.state->bytes[phase], static_cast<unsigned long long>(wire_rows * op.stride));
   if (arrival_ns > begin_ns) {
     atomicAdd(&g.state->wait_ns[phase], static_cast<unsigned long long>(arrival_ns - begin_ns));
   }
-  scratch.trace[begun.number % kTracedOperations][phase] = {begun.number, begin_ns, NowNs(),
-                                                            bytes_read, bytes_written};
+  const int64_t operation = OperationOfNumber(begun.number);
+  scratch.trace[operation % kTracedOperations][phase] = {
+      op.lane, op.derivation, begun.number, begin_ns, NowNs(), bytes_read, bytes_written};
 }
 
 }  // namespace smfree::cuda

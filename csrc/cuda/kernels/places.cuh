@@ -16,15 +16,21 @@
 namespace smfree::cuda {
 namespace {
 
+// Of a handle, by rank.
+struct HandlePlaces {
+  const int32_t* places;  // [T, g.places_per_row]
+  const int32_t* send_counts;
+};
+
 // Of the messages on the wire: as in a handle, or as PlaceOnWire says in hierarchical mode.
 struct WirePlaces {
   const int32_t* places;  // [T, g.wire_width]
   const int32_t* counts;  // by region
 
-  __host__ __device__ WirePlaces(const GroupConstants& g, const LanePointers& lane,
+  __device__ WirePlaces(const GroupConstants& g, const SetPointers& set,
                                  const int32_t* handle_places, const int32_t* send_counts)
-      : places(g.nodes.hierarchical ? lane.wire_places : handle_places),
-        counts(g.nodes.hierarchical ? lane.scratch->wire_rows : send_counts) {}
+      : places(g.nodes.hierarchical ? set.wire_places : handle_places),
+        counts(g.nodes.hierarchical ? set.scratch->wire_rows : send_counts) {}
 };
 
 // Fills in the places of a row.
@@ -113,12 +119,12 @@ __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t
 __global__ void __launch_bounds__(kThreads)
     PlaceOnWire(const KernelParams params, const int32_t* places) {
   const GroupConstants& g = params.g;
-  const LanePointers& lane = params.lane;
   const OperationParams& op = params.op;
   __shared__ Lists lists;
-  NoteBegin(lane);
-  if (!IsSend(op.phase) && NothingWasSent(op)) return;
-  const Begun begun = IsSend(op.phase) ? BeginSendPhase(g, lane, op) : BeginRecvPhase(g, lane, op);
+  const Begun begun = IsSend(op.phase) ? BeginSendPhase(g, op, params.sets)
+                                       : BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  NoteBegin(set);
   if (!begun.ok) return;
   const auto first_row = static_cast<int32_t>(blockIdx.x) * kPlacedRows;
   const int32_t num_nodes = g.nodes.count();
@@ -132,10 +138,10 @@ __global__ void __launch_bounds__(kThreads)
     return nodes;
   });
   if (blockIdx.x == 0 && threadIdx.x < num_nodes) {
-    lane.scratch->wire_rows[threadIdx.x] = lists.total[threadIdx.x];
+    set.scratch->wire_rows[threadIdx.x] = lists.total[threadIdx.x];
   }
   for (int32_t at = threadIdx.x; at < min(kPlacedRows, op.tokens - first_row); at += blockDim.x) {
-    Placing to(lane.wire_places, first_row + at, g.wire_width);
+    Placing to(set.wire_places, first_row + at, g.wire_width);
     for (int32_t node = 0; node < num_nodes; ++node) {
       if (lists.Has(node, at)) to.Add(node * op.tokens + lists.Position(node, at));
     }

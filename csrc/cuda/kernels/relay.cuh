@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "csrc/cuda/kernels/arrivals.cuh"
 #include "csrc/cuda/kernels/places.cuh"
 
 namespace smfree::cuda {
@@ -86,13 +87,16 @@ __device__ inline void CountRelay(const GroupConstants& g, const OperationParams
   }
 }
 
-// How many rows the messages have that this relay gets and sends on. For one tile of each node.
-__device__ inline void WriteRelayRows(const GroupConstants& g, const LanePointers& lane,
-                                      const RelayTile& tile, const Lists& lists) {
+// How many rows the messages have that this relay gets and sends on, of `node_rows` by region. For
+// one tile of each node.
+__device__ inline void WriteRelayRows(const GroupConstants& g, const SetPointers& set,
+                                      const RelayTile& tile, const int32_t* node_rows,
+                                      int32_t wire_rows) {
   for (int32_t i = threadIdx.x; i < g.nodes.ranks_per_node; i += blockDim.x) {
-    lane.scratch->relay_node_rows[tile.first_region + i] = lists.total[i];
+    const int32_t region = tile.first_region + i;
+    set.scratch->relay_node_rows[region] = node_rows[region];
   }
-  if (threadIdx.x == 0) lane.scratch->relay_wire_rows[tile.node] = lists.num_rows;
+  if (threadIdx.x == 0) set.scratch->relay_wire_rows[tile.node] = wire_rows;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/kernels/messages.cuh"
+#include "csrc/cuda/kernels/arrivals.cuh"
 
 namespace smfree::cuda {
 
@@ -26,8 +26,7 @@ struct RowOrder {
   int32_t num_rows;  // of all of them
   ChunkRows chunks[kMaxChunksOfLeg];
 
-  // By the first warp. rows_of: the rows of each message. Every message was cut into op.chunks
-  // chunks. Of `period` regions that follow one another, one is a message of the rank to itself.
+  // By the first warp. rows_of: the rows of each message. Of `period` regions that follow one another, one is a message of the rank to itself.
   __device__ void Build(const Messages& m, const int32_t* rows_of, bool own_first) {
     const GroupConstants& g = m.g;
     const OperationParams& op = m.op;
@@ -51,7 +50,7 @@ struct RowOrder {
         const int32_t message = other % num_others;
         mine.region = message / (period - 1) * period + (own + 1 + message % (period - 1)) % period;
         mine.chunk = other / num_others;
-        const Chunks cut(rows_of[mine.region], op.chunks);
+        const Chunks cut = m.ChunksFrom(mine.region, rows_of[mine.region]);
         if (mine.chunk < cut.count) {
           mine.row = cut.Begin(mine.chunk);
           size = cut.RowsIn(mine.chunk);
@@ -84,7 +83,7 @@ struct ArrivingRows {
 
   int32_t at = 0;  // in order.chunks
   int32_t region = -1, chunk = -1;
-  bool here = true;  // else the rank is at fault
+  bool here = true;  // else the rank has failed
 
   // Goes on to row `row` of the order, and waits for it; its number in message `region`. By all
   // threads of the warp.
@@ -94,7 +93,7 @@ struct ArrivingRows {
     if (rows.region != region || rows.chunk != chunk) {
       region = rows.region;
       chunk = rows.chunk;
-      const int32_t wanted = ChunksThrough(chunk, Chunks(rows_of[region], m.op.chunks).count);
+      const int32_t wanted = ChunksThrough(chunk, m.ChunksFrom(region, rows_of[region]).count);
       if (threadIdx.x % kWarp == 0) here = WaitForChunks(m, region, wanted, arrivals);
       here = __shfl_sync(~0u, here, 0);
     }

@@ -6,8 +6,9 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/kernels/packing.cuh"
 #include "csrc/cuda/kernels/row_order.cuh"
-#include "csrc/cuda/kernels/rows.cuh"
+#include "csrc/cuda/kernels/row_kinds.cuh"
 #include "csrc/cuda/kernels/tiles.cuh"
 
 namespace smfree::cuda {
@@ -16,15 +17,17 @@ namespace smfree::cuda {
 struct Sums {
   RowOrder order;
   Outgoing outgoing[kMaxRanks];
-  int32_t num_rows[kMaxRanks];
+  int32_t num_rows[kMaxRanks], first_row[kMaxRanks];  // of each message, and of those before it
   Term terms[kWarps][kMaxTopK];
   Rounds rounds;
 
   // Packs the messages with counts[region] rows and hands them over, by all threads of all blocks.
-  // `terms_of(region, row, piece, terms)`, by a warp, fills in the terms of a row and returns their
-  // number, the same in all threads; or -1 if the rank is at fault.
-  template <typename T, typename Word, typename TermsOf>
-  __device__ void Pack(const Messages& m, const int32_t* counts, const TermsOf& terms_of) {
+  // By a warp: `terms_of(region, row, piece, terms)` fills in the terms of a row and returns their
+  // number, the same in all threads: 0 for a row that is lost, -1 if the rank has failed; then
+  // `sum(piece, terms, number, row)` writes the row.
+  template <typename TermsOf, typename Sum>
+  __device__ void Pack(const Messages& m, const int32_t* counts, const TermsOf& terms_of,
+                       const Sum& sum) {
     const GroupConstants& g = m.g;
     const OperationParams& op = m.op;
     for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
@@ -33,7 +36,11 @@ struct Sums {
     }
     rounds.Clear();
     __syncthreads();
-    if (threadIdx.x < kWarp) order.Build(m, num_rows, /*own_first=*/false);
+    if (threadIdx.x < kWarp) {
+      order.Build(m, num_rows, /*own_first=*/false);
+    } else if (threadIdx.x < 2 * kWarp) {
+      CountRowsBefore(m.count(), num_rows, first_row);
+    }
     HandOverEmpty(m, outgoing);
     __syncthreads();
 
@@ -47,15 +54,16 @@ struct Sums {
       const int32_t count = terms_of(chunk.region, row, piece, of_warp);
       __syncwarp();
       if (count < 0) return;
-      SumRows<T, Word>(Words(g.x_row_bytes, sizeof(Word), piece, op.pieces),
-                       outgoing[chunk.region].first_row + row * g.layout.row_bytes, of_warp, count);
+      char* const out = outgoing[chunk.region].first_row + row * op.stride;
+      if (count == 0) return FillMessageRow(op, piece, out, g.drop_overflow ? kZeros : kNaNs);
+      sum(piece, of_warp, count, out);
     };
     ForEachTile(op, rounds, order.num_rows, pack, [&](int32_t first, int32_t rows) {
       if (g.nodes.hierarchical && Faulted(g)) return;  // a relay's tile may not be complete
       tile_at = order.Find(first, tile_at);
       if (warp_lane >= rows) return;
       const ChunkRows& chunk = order.chunks[order.Find(first + warp_lane, tile_at)];
-      CountRow(m, chunk.region, outgoing[chunk.region].chunks,
+      CountRow(m, chunk.region, outgoing[chunk.region],
                chunk.row + first + warp_lane - chunk.first);
     });
   }

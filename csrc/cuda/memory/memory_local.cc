@@ -22,7 +22,7 @@ Status CheckReach(int32_t device, const std::vector<int32_t>& devices) {
       return Status(FaultKind::kInvalidArgument,
                     "GPU " + std::to_string(peer) + " cannot reach the memory of GPU " +
                         std::to_string(device) +
-                        " (no NVLink or PCIe peer access between them). Cure: make the group of "
+                        " (no NVLink or PCIe peer access between them). Fix: make the group of "
                         "GPUs that can (nvidia-smi topo -p2p r shows it).");
     }
   }

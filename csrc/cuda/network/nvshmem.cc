@@ -71,7 +71,7 @@ constexpr char kSoname[] = "libnvshmem_host.so.3";
 Status NoLibrary(const std::string& why) {
   return Status(FaultKind::kSystem,
                 "NVSHMEM, which connects GPUs of several processes, cannot be used: " + why +
-                    ". Cure: pip install nvidia-nvshmem-cu13 (or -cu12, as JAX's CUDA), version " +
+                    ". Fix: pip install nvidia-nvshmem-cu13 (or -cu12, as JAX's CUDA), version " +
                     std::to_string(kMajorVersion) +
                     "; or one process for all GPUs of a host.");
 }
@@ -155,7 +155,7 @@ Status Nvshmem::Join(const std::string& unique_id, int32_t me, int32_t processes
                   "NVSHMEM had been initialised before, with this process as " +
                       std::to_string(pe) + " of " + std::to_string(pes) + ", expected " +
                       std::to_string(me) + " of " + std::to_string(processes) +
-                      ". Cure: leave xla_gpu_experimental_enable_nvshmem off, or let its world be "
+                      ". Fix: leave xla_gpu_experimental_enable_nvshmem off, or let its world be "
                       "that of jax.distributed");
   }
   return {};
@@ -174,7 +174,7 @@ Status Nvshmem::InitModule(CUmodule module) const {
                 "NVSHMEM " + std::to_string(major) + "." + std::to_string(minor) + "." +
                     std::to_string(patch) +
                     " does not take kernels that were built with the device library of " +
-                    SMFREE_NVSHMEM_VERSION + ". Cure: build with the installed version, or "
+                    SMFREE_NVSHMEM_VERSION + ". Fix: build with the installed version, or "
                     "EpConfig(puts='host')");
 }
 

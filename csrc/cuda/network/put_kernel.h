@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernel of put_messages.cu: messages to other nodes that the GPU itself puts, in place of the
+// The kernels of put_messages.cu: messages to other nodes that the GPU itself puts, in place of the
 // mover. With IBGDA it rings the network card without a detour over the host.
 #ifndef SMFREE_CSRC_CUDA_NETWORK_PUT_KERNEL_H_
 #define SMFREE_CSRC_CUDA_NETWORK_PUT_KERNEL_H_
@@ -33,15 +33,20 @@ class PutKernel {
   static StatusOr<std::unique_ptr<PutKernel>> Load(const Nvshmem& nvshmem, int32_t device,
                                                    const std::vector<int32_t>& process_of_rank);
 
-  // Puts what the kernel before it on the stream has packed for far peers on the wire.
+  // Puts what the kernel before it on the stream has packed for far peers on the wire; and of a
+  // large operation, first what it has announced.
   cudaError_t Launch(const KernelParams& params, cudaStream_t stream) const;
 
+  struct Functions {
+    CUfunction announcements, messages;
+  };
+
  private:
-  PutKernel(const Driver& driver, CUfunction function, const ProcessOfRank& process)
-      : driver_(driver), function_(function), process_(process) {}
+  PutKernel(const Driver& driver, const Functions& functions, const ProcessOfRank& process)
+      : driver_(driver), functions_(functions), process_(process) {}
 
   const Driver& driver_;
-  const CUfunction function_;
+  const Functions functions_;
   const ProcessOfRank process_;
 };
 
