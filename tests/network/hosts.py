@@ -20,6 +20,7 @@ from pathlib import Path
 from jax_smfree.testing.environment import visible_gpus
 from network.cable import Cable, Quality
 
+_ABORTS_WITHIN_S = 10
 _COORDINATOR_PORT = 12345  # of the first host, where nobody else is
 _NAMESPACES = ("--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child")
 # The name of the host stands in its own /etc/hosts: gloo looks it up. UCX looks up in /sys which
@@ -73,10 +74,13 @@ class Process:
     nsenter: bool = True
 
     def wait(self, timeout_s: float) -> Ended:
-        """Raises `AssertionError` with what it wrote, if it does not end in time."""
+        """Raises `AssertionError` if it does not end in time, with what it wrote and where it is."""
         try:
             self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.signal(signal.SIGABRT)  # it writes where its threads are, and ends
+                self.popen.wait(_ABORTS_WITHIN_S)
             raise AssertionError(
                 f"still runs after {timeout_s} s:\n{self.log.read_text()}"
             ) from None

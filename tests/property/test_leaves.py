@@ -72,7 +72,7 @@ KINDS = [
         None,
     ),
     Kind(
-        Shape(4, 8, 3, 6, 64, "float32", alignment=2, capacity=20, layout="padded"),
+        Shape(4, 8, 3, 6, 64, "float32", alignment=2, capacity=24, layout="padded"),
         (("x", (5,), "float32"), ("id", (), "int32"), ("mask", (3, 1), "bool")),
         (("y", (2, 3), "bfloat16"), ("z", (), "float32")),
     ),

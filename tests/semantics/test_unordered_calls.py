@@ -13,6 +13,7 @@ from jax_smfree._src import reference
 from support import (
     as_many,
     assert_trees_close,
+    backend,
     block,
     chaos_on_cpu,
     ep_mesh,
@@ -68,14 +69,18 @@ def test_programs(groups, program):
     ids=["calls", "gradients"],
 )
 def test_bits_of_ordered_calls(groups, eight, one, at_most):
-    """Eight calls in one program, and one after the other in programs of their own."""
+    """Eight calls in one program, and one after the other in programs of their own.
+
+    For GPUs XLA compiles the same arithmetic differently in another program.
+    """
     group = groups(ep_mesh(as_many(at_most, at_least=2)), **CONFIG)
     problem = make_problem(group.mesh)
     together, alone = (program_of(p, smfree, group.token, problem) for p in (eight, one))
     x, *others = problem.arrays
     expected = [np.asarray(alone(factor * x, *others)) for factor in range(1, 9)]
+    same = assert_same if backend() == "cpu" else assert_trees_close
     for _ in range(10):
-        assert_same(together(*problem.arrays), expected)
+        same(together(*problem.arrays), expected)
 
 
 def test_a_kept_token(groups):
@@ -154,5 +159,5 @@ def test_endurance(groups):
         with chaos_on_cpu(group, seed=seed, max_delay_us=100, stall_probability=1e-4, stall_ms=2):
             assert_same(run(*problem.arrays), expected)
     stats = group.stats()
-    assert stats["dispatch_recv_calls"] == stats["dispatch_send_calls"] > 20_000
+    assert stats["dispatch_recv_calls"] == stats["dispatch_send_calls"] > 5_000 * group.num_ranks
     group.check()

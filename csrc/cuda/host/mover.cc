@@ -67,7 +67,8 @@ Status Mover::ConnectFar() {
   }
   auto made = FarAnnouncements::Make(
       {wiring_.rank, std::move(far_ranks), wiring_.layout,
-       wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()});
+       wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()},
+      NumSets(wiring_.config));
   if (!made.ok()) return made.status();
   far_announcements_ = std::move(made.value());
   return {};
@@ -83,6 +84,7 @@ Mover::~Mover() {
     (void)cudaStreamSynchronize(stream);
     (void)cudaStreamDestroy(stream);
   }
+  far_announcements_.reset();  // whose events are of this context
 }
 
 void Mover::Run() {

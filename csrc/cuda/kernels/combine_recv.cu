@@ -53,7 +53,7 @@ __device__ bool AtMost(const Messages& m, const int32_t* counts, const int32_t* 
 
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Gather(const KernelParams params, const GatherArrays a) {
+    Gather(const __grid_constant__ KernelParams params, const __grid_constant__ GatherArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ int32_t num_rows[kMaxRanks];

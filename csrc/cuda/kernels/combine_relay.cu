@@ -97,7 +97,7 @@ __device__ void LayOutTile(const Messages& wire, const Messages& node, const Rel
 }
 
 __global__ void __launch_bounds__(kThreads)
-    LayOut(const KernelParams params, const int32_t* relay) {
+    LayOut(const __grid_constant__ KernelParams params, const int32_t* relay) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ LaidOut shared;
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Reduce(const KernelParams params, const RowFormat format, const int32_t* relay,
+    Reduce(const __grid_constant__ KernelParams params,
+           const __grid_constant__ RowFormat format, const int32_t* relay,
            const int32_t* recv_counts) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;

@@ -24,7 +24,8 @@
 namespace smfree::cuda {
 namespace {
 
-__global__ void LayOut(const KernelParams params, const CombineSendArrays a) {
+__global__ void LayOut(const __grid_constant__ KernelParams params,
+                       const __grid_constant__ CombineSendArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   const Begun begun = BeginSendPhase(g, op, params.sets);
@@ -64,7 +65,7 @@ __global__ void LayOut(const KernelParams params, const CombineSendArrays a) {
 
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const KernelParams params, const CombineSendArrays a) {
+    Pack(const __grid_constant__ KernelParams params, const __grid_constant__ CombineSendArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Sums sums;

@@ -78,7 +78,7 @@ __device__ int32_t CopiesOf(int32_t n, int32_t* copies, int32_t* slots) {
 
 template <typename Rows, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Scatter(const KernelParams params, const ScatterArrays a) {
+    Scatter(const __grid_constant__ KernelParams params, const __grid_constant__ ScatterArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ RowOrder order;

@@ -179,7 +179,8 @@ struct PlaceArrays {
   int32_t* relay;  // null in hierarchical mode, where the relay has filled it in
 };
 
-__global__ void __launch_bounds__(kThreads) Place(const KernelParams params, const PlaceArrays a) {
+__global__ void __launch_bounds__(kThreads)
+    Place(const __grid_constant__ KernelParams params, const __grid_constant__ PlaceArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   extern __shared__ int32_t shared[];
@@ -272,7 +273,8 @@ __global__ void __launch_bounds__(kThreads) Place(const KernelParams params, con
   }
 }
 
-__global__ void __launch_bounds__(kThreads) Mark(const KernelParams params, const int32_t capacity,
+__global__ void __launch_bounds__(kThreads)
+    Mark(const __grid_constant__ KernelParams params, const int32_t capacity,
                                                  const int32_t* rows, const int32_t* recv_counts) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;

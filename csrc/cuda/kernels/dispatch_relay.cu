@@ -137,7 +137,7 @@ __device__ void PlaceTile(const Messages& wire, const Messages& node, const Rela
 
 template <bool kRouted>
 __global__ void __launch_bounds__(kThreads)
-    Place(const KernelParams params, const int32_t* known, int32_t* relay) {
+    Place(const __grid_constant__ KernelParams params, const int32_t* known, int32_t* relay) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Placed shared;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Forward(const KernelParams params, const int32_t* relay) {
+    Forward(const __grid_constant__ KernelParams params, const int32_t* relay) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ RowOrder order;

@@ -44,7 +44,8 @@ __device__ bool IsBroken(const GroupConstants& g, const OperationParams& op, int
          place % op.tokens >= wire.counts[place / op.tokens];
 }
 
-__global__ void LayOut(const KernelParams params, const float* slots, const HandlePlaces handle) {
+__global__ void LayOut(const __grid_constant__ KernelParams params, const float* slots,
+                       const HandlePlaces handle) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   const Begun begun = BeginSendPhase(g, op, params.sets);
@@ -84,7 +85,8 @@ __global__ void LayOut(const KernelParams params, const float* slots, const Hand
 
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Pack(const KernelParams params, const RowsIn x, const HandlePlaces handle) {
+    Pack(const __grid_constant__ KernelParams params, const __grid_constant__ RowsIn x,
+         const HandlePlaces handle) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Outgoing outgoing[kMaxRanks];

@@ -101,7 +101,8 @@ __device__ void RouteNothing(const GroupConstants& g, const SetPointers& set,
 
 // Every block takes part in the barrier, whatever is wrong with the rows.
 __global__ void __launch_bounds__(kRouteThreads)
-    Route(const KernelParams params, const DispatchSendArrays a, const int32_t rows_per_block) {
+    Route(const __grid_constant__ KernelParams params,
+          const __grid_constant__ DispatchSendArrays a, const int32_t rows_per_block) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   extern __shared__ uint32_t shared[];

@@ -86,9 +86,11 @@ struct FaultDetail {
   RegionHeader header = {};  // kScheduleMismatch: of the message that was seen
 };
 
-// Records the rank's first fault and tells the host and the other ranks.
-__device__ inline void Report(const GroupConstants& g, const OperationParams& op, FaultKind kind,
-                              int64_t number, const FaultDetail& detail) {
+// Records the rank's first fault and tells the host and the other ranks. Out of line: it is rare, and
+// in line it takes registers and room in the instruction cache from what is not.
+__device__ __noinline__ inline void Report(const GroupConstants& g, const OperationParams& op,
+                                           FaultKind kind, int64_t number,
+                                           const FaultDetail& detail) {
   if (atomicCAS(&g.state->faulted, 0u, 1u) != 0u) return;
   volatile FaultRecord& fault = g.host->fault;
   fault.kind = kind;

@@ -117,7 +117,7 @@ __device__ inline uint64_t ListsOf(const int32_t* places, int32_t width, int32_t
 // In hierarchical mode, before a phase that sends or receives on the wire by a handle: from the
 // places by rank those by node, and how many rows go to each. A thread per row.
 __global__ void __launch_bounds__(kThreads)
-    PlaceOnWire(const KernelParams params, const int32_t* places) {
+    PlaceOnWire(const __grid_constant__ KernelParams params, const int32_t* places) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Lists lists;

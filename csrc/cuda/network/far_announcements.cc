@@ -5,14 +5,29 @@
 
 namespace smfree::cuda {
 
-StatusOr<std::unique_ptr<FarAnnouncements>> FarAnnouncements::Make(Wiring wiring) {
+StatusOr<std::unique_ptr<FarAnnouncements>> FarAnnouncements::Make(Wiring wiring,
+                                                                   int32_t num_sets) {
   const AnnouncementTable table = wiring.layout.Announcements(kWire);
-  const int64_t words = int64_t{table.num_ranks} * table.words;
-  auto copy = Allocation::OnHost(static_cast<size_t>(words) * sizeof(uint64_t));
-  if (!copy.ok()) return copy.status();
+  const size_t bytes = static_cast<size_t>(table.num_ranks) * static_cast<size_t>(table.words) *
+                       sizeof(uint64_t);
   std::unique_ptr<FarAnnouncements> made(new FarAnnouncements(std::move(wiring)));
-  made->copy_ = std::move(copy.value());
+  made->copies_.resize(static_cast<size_t>(num_sets));
+  for (Copy& copy : made->copies_) {
+    auto words = Allocation::OnHost(bytes);
+    if (!words.ok()) return words.status();
+    copy.words = std::move(words.value());
+    const cudaError_t error = cudaEventCreateWithFlags(&copy.done, cudaEventDisableTiming);
+    if (error != cudaSuccess) return CudaStatus(error, "cudaEventCreateWithFlags");
+  }
   return made;
+}
+
+FarAnnouncements::~FarAnnouncements() {
+  for (const Copy& copy : copies_) {
+    if (copy.done == nullptr) continue;
+    (void)cudaEventSynchronize(copy.done);
+    (void)cudaEventDestroy(copy.done);
+  }
 }
 
 void FarAnnouncements::Tell(int32_t set, int64_t number) const {
@@ -30,28 +45,27 @@ void FarAnnouncements::Tell(int32_t set, int64_t number) const {
 }
 
 Status FarAnnouncements::Look(int32_t set, int64_t number, cudaStream_t stream) {
-  if (copying_) {
-    const cudaError_t error = cudaStreamQuery(stream);
+  Copy& copy = copies_[static_cast<size_t>(set)];
+  if (copy.number != kNoOperation) {
+    const cudaError_t error = cudaEventQuery(copy.done);
     if (error == cudaErrorNotReady) return {};
     if (error != cudaSuccess) return CudaStatus(error, "a copy of what other nodes announce");
-    copying_ = false;
-    WriteDown(set, number);
+    if (std::exchange(copy.number, kNoOperation) == number) WriteDown(set, number);
   }
   const char* const from =
       wiring_.memory + wiring_.layout.AnnouncedOffset() +
       table_.At(set, number, 0, 0) * static_cast<int64_t>(sizeof(uint64_t));
-  const Status status =
-      CudaStatus(cudaMemcpyAsync(copy_.as<void>(), from, copy_.bytes(), cudaMemcpyDeviceToHost,
-                                 stream),
-                 "a copy of what other nodes announce");
-  copying_ = status.ok();
-  return status;
+  cudaError_t error = cudaMemcpyAsync(copy.words.as<void>(), from, copy.words.bytes(),
+                                      cudaMemcpyDeviceToHost, stream);
+  if (error == cudaSuccess) error = cudaEventRecord(copy.done, stream);
+  if (error == cudaSuccess) copy.number = number;
+  return CudaStatus(error, "a copy of what other nodes announce");
 }
 
-// Each word vouches for itself. What was copied for an earlier operation, or another set, is left
-// out: this rank has gone on since, and so may others have.
+// Each word vouches for itself. While this rank waits, nobody has gone on to the operation that
+// takes the same words next.
 void FarAnnouncements::WriteDown(int32_t set, int64_t number) const {
-  const auto* const words = copy_.as<uint64_t>();
+  const auto* const words = copies_[static_cast<size_t>(set)].words.as<uint64_t>();
   for (const int32_t rank : wiring_.far_ranks) {
     for (int32_t i = 0; i < table_.words; ++i) {
       const uint64_t word = words[int64_t{rank} * table_.words + i];

@@ -18,6 +18,7 @@
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/network/far_peers.h"
 #include "csrc/protocol/announcement.h"
+#include "csrc/protocol/lanes.h"
 #include "csrc/protocol/layout.h"
 
 namespace smfree::cuda {
@@ -32,24 +33,31 @@ class FarAnnouncements {
     uint64_t* announced;  // the table in host memory
     const FarPeers* far;
   };
-  static StatusOr<std::unique_ptr<FarAnnouncements>> Make(Wiring wiring);
+  static StatusOr<std::unique_ptr<FarAnnouncements>> Make(Wiring wiring, int32_t num_sets);
+  ~FarAnnouncements();
 
   // Tells the far peers what this rank has announced for an operation, which its kernels have
   // written into the table and into its memory.
   void Tell(int32_t set, int64_t number) const;
-  // Looks for what the far peers have announced for it. Returns at once: what has come is there when
-  // it was called again a little later.
+  // Looks for what the far peers have announced for it, which this rank waits for. Returns at once:
+  // what has come is in the table when it was called again a little later.
   Status Look(int32_t set, int64_t number, cudaStream_t stream);
 
  private:
   explicit FarAnnouncements(Wiring wiring)
       : wiring_(std::move(wiring)), table_(wiring_.layout.Announcements(kWire)) {}
+  // Of the words of one slot of a set. Each set has its own: operations of several may wait, and
+  // none of them may take away what another one has asked for.
+  struct Copy {
+    Allocation words;  // pinned
+    cudaEvent_t done = nullptr;
+    int64_t number = kNoOperation;  // of the operation that it is for, while it is under way
+  };
   void WriteDown(int32_t set, int64_t number) const;
 
   const Wiring wiring_;
   const AnnouncementTable table_;
-  Allocation copy_;  // pinned: the words of one slot of one set
-  bool copying_ = false;
+  std::vector<Copy> copies_;  // by set
 };
 
 }  // namespace smfree::cuda

@@ -173,7 +173,8 @@ __device__ void PutLarge(const Packed& p, const Put& put, int32_t region, int32_
 
 // Tells a far peer what this rank has announced.
 extern "C" __global__ void __launch_bounds__(kPutThreads)
-    smfree_put_announcements(const KernelParams params, const ProcessOfRank process) {
+    smfree_put_announcements(const __grid_constant__ KernelParams params,
+                             const ProcessOfRank process) {
   const GroupConstants& g = params.g;
   if (Faulted(g)) return;
   const Packed p(params);
@@ -189,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kPutThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kPutThreads)
-    smfree_put_messages(const KernelParams params, const ProcessOfRank process) {
+    smfree_put_messages(const __grid_constant__ KernelParams params, const ProcessOfRank process) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Planned planned;
