@@ -34,6 +34,8 @@
 namespace smfree::cuda {
 
 struct GroupStats : Stats {
+  int64_t sets_added = 0;         // since the group was made, for programs that need them
+  int64_t sends_without_set = 0;  // that found none free, which is a fault
   bool faulted = false;  // a rank of this process takes no further part
 };
 
@@ -115,14 +117,24 @@ class Group {
 
  private:
   friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
+  friend Status CompileSend(int64_t group_id);
   explicit Group(std::shared_ptr<GroupState> state);
   static StatusOr<std::shared_ptr<Group>> Make(std::shared_ptr<GroupState> state,
                                                std::function<Status()> allocate);
   static StatusOr<std::shared_ptr<Group>> Register(std::shared_ptr<GroupState> state);
   std::shared_ptr<Group> Unregister();
+  // So many sets, unless the group is closed.
+  Status MakeSets(int32_t count);
   std::mutex close_mutex_;
   const std::shared_ptr<GroupState> state_;  // with whoever waits for the devices
 };
+
+// XLA creates the call of a send, or of a recv, of a program that it compiles, in the order of the
+// program's schedule. The groups of that id, if they are open or as soon as they are, get the sets
+// that the program takes (in_flight.h), in one process; a send that finds none is a fault.
+void CompilationBegins();
+Status CompileSend(int64_t group_id);
+Status CompileRecv(int64_t group_id);
 
 // The rank of that group on `device`, or nullptr. It lives while the group does: hold the pointer.
 std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);

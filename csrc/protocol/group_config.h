@@ -116,16 +116,23 @@ struct Taking {
 
 constexpr int32_t kMaxSets = 32;  // bits of a word, threads of a warp
 
-// How many operations of a GPU group may be in flight together. By default each lane has one for
-// what the program wrote, one for gradients, and one for what is computed again; and calls that no
-// data order have one or two more, because XLA begins them early; not in hierarchical mode, where a
-// set is large, with areas for both legs (layout.h).
+// How many sets a GPU group among processes has, which are as many operations as may be in flight
+// together; others have what their programs need. By default each lane has one for what the program
+// wrote, one for gradients, and one for what is computed again; and calls that no data order have
+// one or two more, because XLA begins them early; not in hierarchical mode, where a set is large,
+// with areas for both legs (layout.h).
 constexpr int32_t NumSets(const GroupConfig& config) {
   if (config.num_sets > 0) return config.num_sets;
   const int32_t for_lanes = config.num_lanes * (config.differentiable ? 3 : 1);
   const int32_t more =
       config.hierarchical ? 0 : config.differentiable ? 2 : 1;
   return for_lanes + more < kMaxSets ? for_lanes + more : kMaxSets;
+}
+
+// How many a group in one process begins with: by default one for each lane.
+constexpr int32_t FirstSets(const GroupConfig& config) {
+  const int32_t sets = config.num_sets > 0 ? config.num_sets : config.num_lanes;
+  return sets < kMaxSets ? sets : kMaxSets;
 }
 
 // Places of a row: the most ranks that one row goes to.

@@ -7,20 +7,21 @@
 //
 //   offset            bytes                                 content
 //   0                 SignalsBytes()                        arrived signals, zero at the start:
-//                     set_count * signals_bytes[kWire]        [set, parity, source on wire]
-//                     set_count * signals_bytes[kNode]        [set, parity, source in node]
+//                     half_sets * signals_bytes[kWire]        [set, parity, source on wire]
+//                     half_sets * signals_bytes[kNode]        [set, parity, source in node]
 //                     kAlignment                              fault word: 1 + the rank of a peer in
 //                                                             another process that has failed
-//   regions_offset    set_count * 2 * peers[kWire] regions  [set, parity, send | recv, peer]
-//   …                 set_count * 2 * peers[kNode] regions  [set, parity, send | recv, peer]
-//   areas_offset      set_count * area_bytes[kWire]         [set, parity]
-//   …                 set_count * area_bytes[kNode]         [set, parity]
-//   announced_offset  announced_bytes                       what ranks of other nodes announce of
+//   SignalsBytes()    announced_bytes                       what ranks of other nodes announce of
 //                                                           the wire, and this rank; where there
 //                                                           are any
+//   sets_offset       num_sets * set_bytes                  [set], and of each:
+//                     2 * 2 * peers[kWire] regions            [parity, send | recv, peer]
+//                     2 * 2 * peers[kNode] regions            [parity, send | recv, peer]
+//                     2 * area_bytes[kWire]                   [parity]
+//                     2 * area_bytes[kNode]                   [parity]
 //
-// Buffers belong to one set (sets.h) and parity, which together count as one in here:
-// set_count = NumSets * kParities.
+// Buffers belong to one set (sets.h) and parity. What is large stands at the end, set by set, so
+// that the memory of a set may come later than that of those before it: BytesOfSets.
 // A region holds the header of one message, and the rest of it where it has at most region_rows
 // rows:
 //
@@ -96,25 +97,29 @@ struct Layout {
   int64_t header_bytes;
   int64_t region_rows;           // the most that a message has whose rows stand in its region
   int64_t region_bytes;
-  int64_t regions_offset;
   int64_t area_rows[kLegs];      // 0: no operation needs areas
   int64_t area_bytes[kLegs];
-  int64_t areas_offset;
   int64_t announced_bytes;
+  int64_t sets_offset;
+  int64_t set_bytes;
   int64_t signals_bytes[kLegs];  // of one set and parity
   int32_t peers[kLegs];          // regions per direction of one set and parity; 0: no such leg
-  int32_t set_count;             // sets times parities
+  int32_t num_sets;              // that there is room for
   int32_t num_nodes;
   int32_t top_k;
 
   // The caller has checked the config: sizes are positive, num_experts is a multiple of num_ranks,
   // num_ranks a multiple of ranks_per_node.
   static constexpr Layout Make(const GroupConfig& config) {
+    return Make(config, NumSets(config));
+  }
+  // With room for so many sets.
+  static constexpr Layout Make(const GroupConfig& config, int32_t num_sets) {
     Layout layout{};
     const Nodes nodes = NodesOf(config);
     layout.num_nodes = nodes.count();
     layout.top_k = config.top_k;
-    layout.set_count = NumSets(config) * kParities;
+    layout.num_sets = num_sets;
     layout.peers[kWire] = nodes.Regions(kWire);
     layout.peers[kNode] = nodes.Regions(kNode);
 
@@ -138,16 +143,15 @@ struct Layout {
           kAlignment);
     }
 
-    for (int leg = 0; leg < kLegs; ++leg) {
+    for (const Leg leg : {kWire, kNode}) {
       layout.signals_bytes[leg] = AlignUp(layout.peers[leg] * kSignalBytes, kAlignment);
+      layout.set_bytes += layout.SetBytes(leg);
     }
-    layout.regions_offset = layout.SignalsBytes();
-    layout.areas_offset = layout.regions_offset + layout.RegionsBytes(kWire) +
-                          layout.RegionsBytes(kNode);
     if (layout.HasAreas() && layout.num_nodes > 1) {
       layout.announced_bytes =
-          AlignUp(layout.Announcements(kWire).End(NumSets(config)) * kSignalBytes, kAlignment);
+          AlignUp(layout.Announcements(kWire).End(num_sets) * kSignalBytes, kAlignment);
     }
+    layout.sets_offset = layout.SignalsBytes() + layout.announced_bytes;
     return layout;
   }
 
@@ -162,46 +166,47 @@ struct Layout {
     const int32_t num_ranks = hierarchical ? peers[kNode] : peers[kWire];
     const AnnouncementTable wire{0, num_ranks, hierarchical ? 2 * peers[kWire] : peers[kWire]};
     if (leg == kWire) return wire;
-    return {wire.End(set_count / kParities), num_ranks, peers[kNode]};
+    return {wire.End(num_sets), num_ranks, peers[kNode]};
   }
   constexpr int64_t AnnouncementsBytes() const {
-    return Announcements(kNode).End(set_count / kParities) * kSignalBytes;
+    return Announcements(kNode).End(num_sets) * kSignalBytes;
   }
 
   // From the start of a rank's memory. `number` is the operation's.
   SMFREE_HD constexpr int64_t SignalOffset(Leg leg, int32_t set, int64_t number,
                                            int32_t source) const {
-    const int64_t before = leg == kWire ? 0 : set_count * signals_bytes[kWire];
-    return before + SetIndex(set, number) * signals_bytes[leg] + source * kSignalBytes;
+    const int64_t before = leg == kWire ? 0 : half_sets() * signals_bytes[kWire];
+    return before + (int64_t{set} * kParities + ParityOf(number)) * signals_bytes[leg] +
+           source * kSignalBytes;
   }
   SMFREE_HD constexpr int64_t SendRegionOffset(Leg leg, int32_t set, int64_t number,
                                                int32_t destination) const {
-    return RegionOffset(leg, SetIndex(set, number) * 2, destination);
+    return RegionOffset(leg, set, ParityOf(number) * 2, destination);
   }
   SMFREE_HD constexpr int64_t RecvRegionOffset(Leg leg, int32_t set, int64_t number,
                                                int32_t source) const {
-    return RegionOffset(leg, SetIndex(set, number) * 2 + 1, source);
+    return RegionOffset(leg, set, ParityOf(number) * 2 + 1, source);
   }
 
   // The area of a leg that operation `number` packs, and the one that it receives in.
   SMFREE_HD constexpr int64_t SendAreaOffset(Leg leg, int32_t set, int64_t number) const {
-    const int64_t before = leg == kWire ? 0 : set_count * area_bytes[kWire];
-    return areas_offset + before + SetIndex(set, number) * area_bytes[leg];
+    const int64_t before = leg == kWire ? 0 : kParities * area_bytes[kWire];
+    return SetOffset(set) + RegionsBytes(kWire) + RegionsBytes(kNode) + before +
+           ParityOf(number) * area_bytes[leg];
   }
   SMFREE_HD constexpr int64_t RecvAreaOffset(Leg leg, int32_t set, int64_t number) const {
     return SendAreaOffset(leg, set, number + 1);
   }
 
-  SMFREE_HD constexpr int64_t AnnouncedOffset() const {
-    return areas_offset + set_count * (area_bytes[kWire] + area_bytes[kNode]);
-  }
-
+  SMFREE_HD constexpr int64_t AnnouncedOffset() const { return SignalsBytes(); }
   SMFREE_HD constexpr int64_t FaultWordOffset() const {
-    return set_count * (signals_bytes[kWire] + signals_bytes[kNode]);
+    return half_sets() * (signals_bytes[kWire] + signals_bytes[kNode]);
   }
-  // The only part that has to be zero before the first operation.
   SMFREE_HD constexpr int64_t SignalsBytes() const { return FaultWordOffset() + kAlignment; }
-  SMFREE_HD constexpr int64_t TotalBytes() const { return RdmaBytes() + NvlBytes(); }
+
+  // Of the memory if it has the first `sets` sets.
+  SMFREE_HD constexpr int64_t BytesOfSets(int32_t sets) const { return SetOffset(sets); }
+  SMFREE_HD constexpr int64_t TotalBytes() const { return BytesOfSets(num_sets); }
 
   // By the link that serves them. A leg that leaves the node counts as a whole, since all of it is
   // registered with the network: in hierarchical mode, where nothing is ever cut, two areas of
@@ -212,20 +217,22 @@ struct Layout {
   }
 
  private:
-  SMFREE_HD constexpr int64_t SetIndex(int32_t set, int64_t number) const {
-    return int64_t{set} * kParities + ParityOf(number);
+  SMFREE_HD constexpr int64_t half_sets() const { return int64_t{num_sets} * kParities; }
+  SMFREE_HD constexpr int64_t SetOffset(int32_t set) const { return sets_offset + set * set_bytes; }
+  SMFREE_HD constexpr int64_t RegionOffset(Leg leg, int32_t set, int32_t half, int32_t peer) const {
+    const int64_t before = leg == kWire ? 0 : RegionsBytes(kWire);
+    return SetOffset(set) + before + (half * peers[leg] + peer) * region_bytes;
   }
-  SMFREE_HD constexpr int64_t RegionOffset(Leg leg, int64_t half_set, int32_t peer) const {
-    const int64_t regions_before = leg == kWire ? 0 : int64_t{set_count} * 2 * peers[kWire];
-    return regions_offset + (regions_before + half_set * peers[leg] + peer) * region_bytes;
+  // Of one set.
+  SMFREE_HD constexpr int64_t RegionsBytes(Leg leg) const {
+    return int64_t{kParities} * 2 * peers[leg] * region_bytes;
+  }
+  SMFREE_HD constexpr int64_t SetBytes(Leg leg) const {
+    return RegionsBytes(leg) + kParities * area_bytes[leg];
   }
   SMFREE_HD constexpr int64_t LegBytes(Leg leg) const {
-    const int64_t fault_word = leg == kWire ? kAlignment : 0;
-    return fault_word + set_count * (signals_bytes[leg] + area_bytes[leg]) + RegionsBytes(leg) +
-           (leg == kWire ? announced_bytes : 0);
-  }
-  SMFREE_HD constexpr int64_t RegionsBytes(Leg leg) const {
-    return int64_t{set_count} * 2 * peers[leg] * region_bytes;
+    const int64_t shared = leg == kWire ? kAlignment + announced_bytes : 0;
+    return shared + half_sets() * signals_bytes[leg] + num_sets * SetBytes(leg);
   }
   static constexpr int64_t WireAreaRows(const GroupConfig& config) {
     const int64_t packed = config.max_tokens * WirePlacesPerRow(config);
@@ -242,7 +249,7 @@ struct Layout {
 static_assert(sizeof(Layout) == 128 && alignof(Layout) == 8);
 static_assert(std::is_trivially_copyable_v<Layout>);
 
-// Bytes that a rank's group will take, by link, before it is made.
+// Bytes that NumSets sets of a rank's group take, by link.
 constexpr int64_t RdmaSizeHint(const GroupConfig& config) {
   return Layout::Make(config).RdmaBytes();
 }

@@ -13,10 +13,18 @@
 namespace smfree {
 namespace {
 
-// The handler that runs `phase` on the arrays of `operands_of`. It only launches kernels, the same
-// ones each time: XLA may capture them into a CUDA graph and replay it.
-template <auto phase, auto operands_of>
-nb::capsule HandlerOf() {
+// The stage at which XLA creates the call, in the order of the program's schedule.
+template <auto compile>
+nb::capsule Creating() {
+  constexpr auto create = [](Attributes attributes) { return ToError(compile(attributes.group)); };
+  XLA_FFI_DEFINE_HANDLER(handler, create, ffi::Ffi::BindInstantiate().Attrs<Attributes>());
+  return Handler(handler);
+}
+
+// The handler, by stage, that runs `phase` on the arrays of `operands_of`. It only launches kernels,
+// the same ones each time: XLA may capture them into a CUDA graph and replay it.
+template <auto compile, auto phase, auto operands_of>
+nb::dict HandlerOf() {
   constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
                              auto... buffers) {
@@ -47,25 +55,37 @@ nb::capsule HandlerOf() {
                                           .Attrs<Attributes>(),
                                       operands_of),
                          {ffi::Traits::kCmdBufferCompatible});
-  return Handler(handler);
+  nb::dict stages;
+  stages["instantiate"] = Creating<compile>();
+  stages["execute"] = Handler(handler);
+  return stages;
+}
+
+template <auto phase, auto operands_of>
+nb::dict Sending() {
+  return HandlerOf<cuda::CompileSend, phase, operands_of>();
+}
+template <auto phase, auto operands_of>
+nb::dict Receiving() {
+  return HandlerOf<cuda::CompileRecv, phase, operands_of>();
 }
 
 }  // namespace
 
 nb::dict CudaTargets() {
   nb::dict targets;
-  targets["smfree_dispatch_send"] = HandlerOf<cuda::DispatchSend, DispatchSendOperands>();
+  targets["smfree_dispatch_send"] = Sending<cuda::DispatchSend, DispatchSendOperands>();
   targets["smfree_dispatch_send_cached"] =
-      HandlerOf<cuda::DispatchSendCached, DispatchSendCachedOperands>();
-  targets["smfree_dispatch_recv"] = HandlerOf<cuda::DispatchRecv, DispatchRecvOperands>();
-  targets["smfree_dispatch_recv_cached"] =
-      HandlerOf<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
-  targets["smfree_dispatch_recv_weighted"] =
-      HandlerOf<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
-  targets["smfree_combine_send"] = HandlerOf<cuda::CombineSend, CombineSendOperands>();
+      Sending<cuda::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_combine_send"] = Sending<cuda::CombineSend, CombineSendOperands>();
   targets["smfree_combine_send_weighted"] =
-      HandlerOf<cuda::CombineSend, CombineSendWeightedOperands>();
-  targets["smfree_combine_recv"] = HandlerOf<cuda::CombineRecv, CombineRecvOperands>();
+      Sending<cuda::CombineSend, CombineSendWeightedOperands>();
+  targets["smfree_dispatch_recv"] = Receiving<cuda::DispatchRecv, DispatchRecvOperands>();
+  targets["smfree_dispatch_recv_cached"] =
+      Receiving<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
+  targets["smfree_dispatch_recv_weighted"] =
+      Receiving<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
+  targets["smfree_combine_recv"] = Receiving<cuda::CombineRecv, CombineRecvOperands>();
   return targets;
 }
 

@@ -103,7 +103,11 @@ void Close(Group& group) {
 }
 
 Counters StatsOf(const Group& group) {
-  return CountersOf(ValueOf([&] { return group.stats(); }));
+  const cuda::GroupStats stats = ValueOf([&] { return group.stats(); });
+  Counters counters = CountersOf(stats);
+  counters["sets_added"] = stats.sets_added;
+  counters["sends_without_set"] = stats.sends_without_set;
+  return counters;
 }
 
 Counters MemoryOf(const Group& group) {
@@ -166,6 +170,7 @@ void BindCuda(nb::module_& m) {
         nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
   m.def("gpu_bus_id", &BusIdOf, nb::arg("device"));
   m.def("sees_gpu", &cuda::IsVisible, nb::arg("bus_id"));
+  m.def("cuda_compilation_begins", &cuda::CompilationBegins);
   m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),

@@ -33,9 +33,13 @@ GroupConfig FourRanks() {
 }
 
 // Checks that all signals, regions and areas are aligned, disjoint, and fill the memory exactly but
-// for the padding of the signal blocks.
+// for the padding of the signal blocks; and that those of each set stand behind those of the set
+// before, which alone may be there.
 void CheckMemory(const GroupConfig& config) {
   const Layout layout = Layout::Make(config);
+  const auto in_set = [&](int64_t begin, int64_t bytes, int32_t set) {
+    return begin >= layout.BytesOfSets(set) && begin + bytes <= layout.BytesOfSets(set + 1);
+  };
   std::vector<std::pair<int64_t, int64_t>> ranges;  // [begin, end)
   ranges.push_back({layout.FaultWordOffset(), layout.FaultWordOffset() + kAlignment});
   for (Leg leg : {kWire, kNode}) {
@@ -49,7 +53,7 @@ void CheckMemory(const GroupConfig& config) {
           for (int64_t region : {layout.SendRegionOffset(leg, lane, number, peer),
                                  layout.RecvRegionOffset(leg, lane, number, peer)}) {
             CHECK_EQ(region % kAlignment, 0);
-            CHECK(region >= layout.regions_offset);
+            CHECK(in_set(region, layout.region_bytes, lane));
             ranges.push_back({region, region + layout.region_bytes});
           }
           CHECK_EQ(signal, layout.SignalOffset(leg, lane, number + kParities, peer));
@@ -64,7 +68,7 @@ void CheckMemory(const GroupConfig& config) {
       for (int64_t number : {1, 2}) {  // what one of them packs, the other one receives in
         const int64_t area = layout.SendAreaOffset(leg, lane, number);
         CHECK_EQ(area % kAlignment, 0);
-        CHECK(area >= layout.areas_offset);
+        CHECK(in_set(area, layout.area_bytes[leg], lane));
         CHECK_EQ(area, layout.RecvAreaOffset(leg, lane, number + 1));
         CHECK_EQ(area, layout.SendAreaOffset(leg, lane, number + kParities));
         const int64_t bytes = layout.area_bytes[leg];
@@ -78,14 +82,14 @@ void CheckMemory(const GroupConfig& config) {
     ranges.push_back({announced, announced + layout.announced_bytes});
   }
   std::sort(ranges.begin(), ranges.end());
-  int64_t regions_bytes = 0;
+  int64_t sets_bytes = 0;
   for (size_t i = 0; i < ranges.size(); ++i) {
     const auto [begin, end] = ranges[i];
     if (i > 0) CHECK(ranges[i - 1].second <= begin);
-    if (begin >= layout.regions_offset) regions_bytes += end - begin;
+    if (begin >= layout.BytesOfSets(0)) sets_bytes += end - begin;
   }
   CHECK_EQ(ranges.back().second, layout.TotalBytes());
-  CHECK_EQ(layout.regions_offset + regions_bytes, layout.TotalBytes());
+  CHECK_EQ(layout.BytesOfSets(0) + sets_bytes, layout.TotalBytes());
   CHECK_EQ(RdmaSizeHint(config) + NvlSizeHint(config), layout.TotalBytes());
 }
 

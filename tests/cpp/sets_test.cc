@@ -55,8 +55,10 @@ TEST(TheDefaultHasASetForEveryLaneAndKind) {
   CHECK_EQ(NumSets(config), 6);
   config.num_lanes = 24;
   CHECK_EQ(NumSets(config), 32);
+  CHECK_EQ(FirstSets(config), 24);
   config.num_sets = 5;
   CHECK_EQ(NumSets(config), 5);
+  CHECK_EQ(FirstSets(config), 5);
 }
 
 TEST_MAIN()

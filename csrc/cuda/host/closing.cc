@@ -56,7 +56,7 @@ Status Group::Close() {
   }
   return Status(FaultKind::kDeadline,
                 "the group is closed, but what runs on GPU " + devices +
-                    " has not ended; its memory (" + std::to_string(state.sizes.device_bytes) +
+                    " has not ended; its memory (" + std::to_string(memory().device_bytes) +
                     " bytes on the GPUs of this process) is given back when that ends, or with "
                     "the process. Fix: see what waits there, such as a collective that another "
                     "rank never joined.");
@@ -96,7 +96,8 @@ void GroupState::Release() {
   for (const auto& rank : ranks) {
     rank->memory.reset();
     rank->state = {};
-    rank->scratch = {};
+    rank->growing.reset();
+    rank->scratch.reset();
     rank->peer_table = {};
     rank->queue = {};
     rank->host = {};

@@ -12,6 +12,7 @@
 #include "csrc/core/errors.h"
 #include "csrc/core/registry.h"
 #include "csrc/cuda/host/background.h"
+#include "csrc/cuda/host/in_flight.h"
 
 namespace smfree::cuda {
 namespace {
@@ -48,6 +49,15 @@ Status CheckLimits(const GroupConfig& config) {
             std::to_string(kMaxAnnouncedRows) + " on GPUs";
   }
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
+}
+
+Status TookTooLong(std::chrono::nanoseconds waited) {
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(waited);
+  return Status(FaultKind::kDeadline,
+                "the group has waited " + std::to_string(seconds.count()) +
+                    " s for its memory and kernels: a GPU runs something that does not end. Fix: "
+                    "see what waits there, such as a collective that another rank never joined, "
+                    "and start the process again.");
 }
 
 }  // namespace
@@ -93,21 +103,45 @@ StatusOr<std::shared_ptr<Group>> Group::Make(std::shared_ptr<GroupState> state,
     (void)gone.EndsWithin(bound);
     return *status;
   }
-  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(bound);
-  return Status(FaultKind::kDeadline,
-                "the group has waited " + std::to_string(seconds.count()) +
-                    " s for its memory and kernels: a GPU runs something that does not end. Fix: "
-                    "see what waits there, such as a collective that another rank never joined, "
-                    "and start the process again.");
+  return TookTooLong(bound);
 }
 
 StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> state) {
   const int64_t group_id = state->group_id;
   const int32_t replica = state->replica;
   std::shared_ptr<Group> group(new Group(std::move(state)));
-  const Status status = Groups::Get().Add(group_id, replica, group);
+  Status status = Groups::Get().Add(group_id, replica, group);
   if (!status.ok()) return status;
-  return group;
+  status = group->MakeSets(InFlight::Get().Most(group_id));  // of programs compiled before
+  if (status.ok()) return group;
+  (void)group->Close();
+  return status;
+}
+
+Status Group::MakeSets(int32_t count) {
+  if (count <= state_->num_sets) return {};
+  const auto made = ResultWithin(state_->Timeout() + kMake, [state = state_, count] {
+    const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
+    return open.owns_lock() && !state->closed ? state->MakeSets(count) : Status();
+  });
+  return made ? *made : TookTooLong(state_->Timeout() + kMake);
+}
+
+void CompilationBegins() { InFlight::Get().CompilationBegins(); }
+
+Status CompileSend(int64_t group_id) {
+  InFlight& in_flight = InFlight::Get();
+  in_flight.AddSend(group_id);
+  for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(group_id)) {
+    const Status status = group->MakeSets(in_flight.Most(group_id));
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+Status CompileRecv(int64_t group_id) {
+  InFlight::Get().AddRecv(group_id);
+  return {};
 }
 
 std::shared_ptr<Group> Group::Unregister() {

@@ -21,6 +21,7 @@
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/memory/announcements.h"
 #include "csrc/cuda/memory/memory.h"
+#include "csrc/cuda/memory/memory_local.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
 #include "csrc/cuda/network/put_kernel.h"
 
@@ -35,8 +36,9 @@ class Rank {
   GroupState* group = nullptr;
 
   std::shared_ptr<SymmetricMemory> memory;
+  std::shared_ptr<LocalMemory> growing;  // the same; null among processes, where it has all sets
+  std::shared_ptr<LocalMemory> scratch;  // [set], see SetScratchLayout
   Allocation state;         // RankState
-  Allocation scratch;       // [set], see SetScratchLayout
   Allocation peer_table;    // [R] pointers to the memories
   Allocation queue;         // pinned
   Allocation host;          // pinned HostPage
@@ -69,8 +71,13 @@ struct GroupState {
   std::vector<int32_t> far_processes;        // of far ranks; FarPeers::kNear for near ones
   std::shared_ptr<NvshmemMemory> nvshmem_memory;  // of NVSHMEM's heap; null if all ranks are here
   std::unique_ptr<PutKernel> put_kernel;     // null: the mover puts, or there are no far peers
-  Memory sizes;                              // of all this
   Runs runs;
+
+  std::mutex sets_mutex;               // of whoever makes sets, which may take long
+  std::atomic<int32_t> num_sets{0};    // that all ranks of this process have; only ever more
+  int32_t first_sets = 0;              // when the group was made
+  mutable std::mutex sizes_mutex;
+  Memory sizes;  // of all this
 
   // Held shared while a phase is launched or device memory is read, exclusively while all is
   // released. Nobody waits for it but Release: who does not get it finds the group closed.
@@ -100,6 +107,10 @@ struct GroupState {
   // Ends the movers and gives all memory back, when nothing uses it any more. The group is closed.
   void Release();
 
+  // From now on there are at least `count` sets, or all that there is room for. Waits for the
+  // devices to set them to zero.
+  Status MakeSets(int32_t count);
+
   // All ranks, on devices of this process.
   Status AllocateHere(const std::vector<int32_t>& devices);
   // The rank of this process; that of rank r is in process `process_of_rank[r]`.
@@ -107,8 +118,8 @@ struct GroupState {
                                 std::shared_ptr<NvshmemMemory> memory,
                                 const std::vector<int32_t>& process_of_rank,
                                 const std::string& name);
-  // `name`: see Announcements.
-  Status Prepare(const std::string& name);
+  // Room for so many sets. `name`: see Announcements.
+  Status Prepare(const std::string& name, int32_t most_sets);
   Status FindPeers(int32_t rank, int32_t device, const NvshmemMemory& memory,
                    const std::vector<int32_t>& process_of_rank);
   bool HasFarPeers() const;

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "csrc/cuda/host/group.h"
-#include "csrc/cuda/memory/memory_local.h"
 
 namespace smfree::cuda {
 namespace {
@@ -82,16 +81,16 @@ GroupConstants Rank::Constants() const {
 
 SetsOfRank Rank::Sets() const {
   const SetScratchLayout layout(group->config);
-  return {NumSets(group->config), scratch.as<char>(),   layout.bytes,
-          layout.counts_offset,   layout.flags_offset, layout.tags_offset,
+  return {group->num_sets,      scratch->data(),     layout.bytes,
+          layout.counts_offset, layout.flags_offset, layout.tags_offset,
           layout.wire_places_offset};
 }
 
-Status GroupState::Prepare(const std::string& name) {
-  layout = Layout::Make(config);
+Status GroupState::Prepare(const std::string& name, int32_t most_sets) {
+  layout = Layout::Make(config, most_sets);
   // Two operations per set are in the queue at most (PROTOCOL.md, rule 4).
   const int64_t messages = layout.peers[kWire] + layout.peers[kNode];
-  const int64_t most = int64_t{NumSets(config)} * 2 * messages * kMaxChunks;
+  const int64_t most = int64_t{most_sets} * 2 * messages * kMaxChunks;
   uint64_t entries = 64;
   while (entries < static_cast<uint64_t>(most)) entries *= 2;
   queue_mask = entries - 1;
@@ -108,15 +107,41 @@ Status GroupState::Prepare(const std::string& name) {
 }
 
 Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
-  Status status = Prepare("");
+  Status status = Prepare("", kMaxSets);
   for (size_t r = 0; status.ok() && r < devices.size(); ++r) {
     auto memory =
-        LocalMemory::Map(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
+        LocalMemory::Reserve(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
     if (!memory.ok()) return memory.status();
     memories.push_back(memory.value()->data());
-    status = AllocateRank(static_cast<int32_t>(r), devices[r], std::move(memory.value()));
+    status = AllocateRank(static_cast<int32_t>(r), devices[r], memory.value());
+    ranks.back()->growing = std::move(memory.value());
   }
+  if (status.ok()) status = MakeSets(FirstSets(config));
   return status.ok() ? Connect() : status;
+}
+
+Status GroupState::MakeSets(int32_t count) {
+  count = std::min(count, layout.num_sets);
+  const std::lock_guard<std::mutex> lock(sets_mutex);
+  if (count <= num_sets) return {};
+  const int64_t scratch_bytes = SetScratchLayout(config).bytes;
+  Memory now;
+  for (const auto& rank : ranks) {
+    Status status = rank->scratch->Grow(static_cast<size_t>(count * scratch_bytes));
+    if (status.ok() && rank->growing) {
+      status = rank->growing->Grow(static_cast<size_t>(layout.BytesOfSets(count)));
+    }
+    if (!status.ok()) return status;
+    now.device_bytes += static_cast<int64_t>(rank->memory->bytes());
+    now.scratch_bytes += static_cast<int64_t>(rank->scratch->bytes() + rank->state.bytes() +
+                                              rank->peer_table.bytes());
+  }
+  if (num_sets == 0) first_sets = count;
+  num_sets = count;
+  const std::lock_guard<std::mutex> reading(sizes_mutex);
+  now.pinned_bytes = sizes.pinned_bytes;
+  sizes = now;
+  return {};
 }
 
 Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
@@ -124,11 +149,12 @@ Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
                                           const std::vector<int32_t>& process_of_rank,
                                           const std::string& name) {
   const Nodes nodes = NodesOf(config);
-  Status status = Prepare(name + "-" + std::to_string(nodes.NodeOf(rank)));
+  Status status = Prepare(name + "-" + std::to_string(nodes.NodeOf(rank)), NumSets(config));
   if (status.ok()) status = FindPeers(rank, device, *memory, process_of_rank);
   if (!status.ok()) return status;
   nvshmem_memory = std::move(memory);
   status = AllocateRank(rank, device, nvshmem_memory);
+  if (status.ok()) status = MakeSets(layout.num_sets);
   return status.ok() ? Connect() : status;
 }
 
@@ -206,12 +232,14 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
     allocation = std::move(made.value());
     return Status();
   };
-  // The signals are zero on all ranks before the first send of any of them.
+  auto scratch = LocalMemory::Reserve(
+      device, {device}, static_cast<size_t>(layout.num_sets * SetScratchLayout(config).bytes));
+  if (!scratch.ok()) return scratch.status();
+  rank->scratch = std::move(scratch.value());
+  // The signals are zero on all ranks before the first send of any of them: what memory has now,
+  // and what it gets later.
   status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
   if (status.ok()) status = on_device(rank->state, sizeof(RankState));
-  if (status.ok()) {
-    status = on_device(rank->scratch, NumSets(config) * SetScratchLayout(config).bytes);
-  }
   if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
     status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
@@ -226,9 +254,6 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
     if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
   }
   if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
-  sizes.device_bytes += static_cast<int64_t>(rank->memory->bytes());
-  sizes.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
-                                              rank->peer_table.bytes());
   sizes.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
   return status;
 }

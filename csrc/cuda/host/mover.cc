@@ -48,7 +48,7 @@ StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
     if (status.ok()) mover->streams_.push_back(stream);
   }
   if (!status.ok()) return status;
-  const auto sets = static_cast<size_t>(NumSets(mover->wiring_.config));
+  const auto sets = static_cast<size_t>(mover->wiring_.layout.num_sets);
   mover->releases_.resize(sets * kLegs);
   mover->told_.resize(sets);
   status = mover->ConnectFar();

@@ -56,7 +56,12 @@ auto ReadWhileOpen(std::shared_ptr<GroupState> state, Read read) -> decltype(rea
 
 StatusOr<GroupStats> GroupState::Count() const {
   GroupStats stats;
+  stats.sets_added = num_sets - first_sets;
   for (const auto& rank : ranks) {
+    const FaultRecord& fault = rank->host.as<HostPage>()->fault;
+    if (__atomic_load_n(&fault.ready, __ATOMIC_ACQUIRE) != 0) {
+      stats.sends_without_set += fault.kind == FaultKind::kNoFreeSet;
+    }
     auto read = ReadDevice<RankState>(rank->device, rank->state.as<void>(), 1);
     if (!read.ok()) return read.status();
     const RankState& state = read.value()[0];
@@ -82,8 +87,8 @@ StatusOr<std::vector<PhaseRecord>> GroupState::ReadTrace() const {
   std::vector<PhaseRecord> records;
   const SetScratchLayout scratch_layout(config);
   for (const auto& rank : ranks) {
-    for (int32_t set = 0; set < NumSets(config); ++set) {
-      const char* const scratch = rank->scratch.as<char>() + set * scratch_layout.bytes;
+    for (int32_t set = 0; set < num_sets; ++set) {
+      const char* const scratch = rank->scratch->data() + set * scratch_layout.bytes;
       auto entries = ReadDevice<TraceEntry>(rank->device, scratch + offsetof(SetScratch, trace),
                                             size_t{kTracedOperations} * kPhases);
       if (!entries.ok()) return entries.status();
@@ -126,7 +131,11 @@ StatusOr<GroupStats> Group::stats() const {
   return state_->last_stats;
 }
 
-Memory Group::memory() const { return state_->released ? Memory{} : state_->sizes; }
+Memory Group::memory() const {
+  if (state_->released) return {};
+  const std::lock_guard<std::mutex> reading(state_->sizes_mutex);
+  return state_->sizes;
+}
 
 StatusOr<std::vector<PhaseRecord>> Group::Trace() const {
   return ReadWhileOpen(state_, [](const GroupState& state) { return state.ReadTrace(); });

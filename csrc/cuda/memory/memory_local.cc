@@ -36,61 +36,93 @@ CUmemLocation LocationOf(int32_t device) {
   return location;
 }
 
+CUmemAllocationProp PagesOn(int32_t device) {
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location = LocationOf(device);
+  return properties;
+}
+
+// Without waiting for kernels of other streams.
+Status SetZero(int32_t device, char* begin, size_t bytes) {
+  const DeviceScope scope(device);
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(begin, 0, bytes, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+  }
+  return CudaStatus(error, "setting new memory to zero");
+}
+
 }  // namespace
 
-StatusOr<std::shared_ptr<LocalMemory>> LocalMemory::Map(int32_t device,
-                                                        const std::vector<int32_t>& devices,
-                                                        size_t bytes) {
+StatusOr<std::shared_ptr<LocalMemory>> LocalMemory::Reserve(int32_t device,
+                                                            const std::vector<int32_t>& devices,
+                                                            size_t most_bytes) {
   Status status = CheckReach(device, devices);
   if (!status.ok()) return status;
   auto driver = Driver::Get();
   if (!driver.ok()) return driver.status();
-  std::shared_ptr<LocalMemory> memory(new LocalMemory(*driver.value()));
-  memory->bytes_ = bytes;
-  status = memory->MapPages(device, devices);
+  std::shared_ptr<LocalMemory> memory(new LocalMemory(*driver.value(), device, devices));
+  status = memory->ReserveAddresses(most_bytes);
   if (!status.ok()) return status;
   return memory;
 }
 
-Status LocalMemory::MapPages(int32_t device, const std::vector<int32_t>& devices) {
-  CUmemAllocationProp properties{};
-  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.location = LocationOf(device);
-  size_t page = 0;
+Status LocalMemory::ReserveAddresses(size_t most_bytes) {
+  const CUmemAllocationProp properties = PagesOn(device_);
   Status status = driver_.ToStatus(
-      driver_.mem_get_allocation_granularity(&page, &properties,
+      driver_.mem_get_allocation_granularity(&page_, &properties,
                                              CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
       "cuMemGetAllocationGranularity");
   if (!status.ok()) return status;
-  bytes_ = (bytes_ + page - 1) / page * page;
-
-  CUmemGenericAllocationHandle pages{};
-  const CUresult created = driver_.mem_create(&pages, bytes_, &properties, 0);
-  if (created == CUDA_ERROR_OUT_OF_MEMORY) return OutOfMemory(device, bytes_);
-  status = driver_.ToStatus(created, "cuMemCreate");
-  if (!status.ok()) return status;
+  reserved_ = (most_bytes + page_ - 1) / page_ * page_;
   CUdeviceptr reserved = 0;
-  status = driver_.ToStatus(driver_.mem_address_reserve(&reserved, bytes_, 0, 0, 0),
-                            "cuMemAddressReserve");
-  if (status.ok()) {
-    data_ = reinterpret_cast<char*>(reserved);
-    status = driver_.ToStatus(driver_.mem_map(reserved, bytes_, 0, pages, 0), "cuMemMap");
-    mapped_ = status.ok();
-  }
+  const CUresult result = driver_.mem_address_reserve(&reserved, reserved_, 0, 0, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) return OutOfMemory(device_, reserved_);
+  status = driver_.ToStatus(result, "cuMemAddressReserve");
+  if (status.ok()) data_ = reinterpret_cast<char*>(reserved);
+  return status;
+}
+
+Status LocalMemory::Grow(size_t bytes) {
+  if (bytes <= bytes_) return {};
+  const size_t added = (bytes - bytes_ + page_ - 1) / page_ * page_;
+  const CUdeviceptr begin = address() + bytes_;
+  const CUmemAllocationProp properties = PagesOn(device_);
+  CUmemGenericAllocationHandle pages{};
+  const CUresult created = driver_.mem_create(&pages, added, &properties, 0);
+  if (created == CUDA_ERROR_OUT_OF_MEMORY) return OutOfMemory(device_, added);
+  Status status = driver_.ToStatus(created, "cuMemCreate");
+  if (!status.ok()) return status;
+  status = driver_.ToStatus(driver_.mem_map(begin, added, 0, pages, 0), "cuMemMap");
   (void)driver_.mem_release(pages);  // the mapping keeps them
   if (!status.ok()) return status;
-
   std::vector<CUmemAccessDesc> access;
-  for (const int32_t peer : devices) {
+  for (const int32_t peer : devices_) {
     access.push_back({LocationOf(peer), CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
   }
-  return driver_.ToStatus(
-      driver_.mem_set_access(address(), bytes_, access.data(), access.size()), "cuMemSetAccess");
+  status = driver_.ToStatus(
+      driver_.mem_set_access(begin, added, access.data(), access.size()), "cuMemSetAccess");
+  if (status.ok()) status = SetZero(device_, data_ + bytes_, added);
+  if (!status.ok()) {
+    (void)driver_.mem_unmap(begin, added);
+    return status;
+  }
+  mappings_.push_back(added);
+  bytes_ += added;
+  return {};
 }
 
 LocalMemory::~LocalMemory() {
-  if (mapped_) (void)driver_.mem_unmap(address(), bytes_);
-  if (data_ != nullptr) (void)driver_.mem_address_free(address(), bytes_);
+  CUdeviceptr at = address();
+  for (const size_t bytes : mappings_) {
+    (void)driver_.mem_unmap(at, bytes);
+    at += bytes;
+  }
+  if (data_ != nullptr) (void)driver_.mem_address_free(address(), reserved_);
 }
 
 }  // namespace smfree::cuda

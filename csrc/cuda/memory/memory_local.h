@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The symmetric memory of a rank whose peers are GPUs of the same process: kernels and copy engines
-// of all of them read and write it.
+// Memory of a GPU that grows in place: addresses are reserved for all that it may become, and pages
+// come behind those that are there. Kernels and copy engines of the GPUs of one process read and
+// write it; it is the symmetric memory of a rank whose peers are such GPUs.
 //
 // It is mapped, not taken from cudaMalloc, because what is mapped belongs to no context: the movers
 // have one of their own (mover_context.h).
@@ -23,19 +24,29 @@ namespace smfree::cuda {
 
 class LocalMemory : public SymmetricMemory {
  public:
-  // At least `bytes` on `device`, in whole pages, within reach of all `devices`. Freed at the end.
-  static StatusOr<std::shared_ptr<LocalMemory>> Map(int32_t device,
-                                                    const std::vector<int32_t>& devices,
-                                                    size_t bytes);
+  // Addresses for `most_bytes` on `device`, within reach of all `devices`; no memory yet. Freed at
+  // the end.
+  static StatusOr<std::shared_ptr<LocalMemory>> Reserve(int32_t device,
+                                                        const std::vector<int32_t>& devices,
+                                                        size_t most_bytes);
   ~LocalMemory() override;
 
+  // From now on there are at least `bytes`, in whole pages; what is added is zero. What fails
+  // changes nothing.
+  Status Grow(size_t bytes);
+
  private:
-  explicit LocalMemory(const Driver& driver) : driver_(driver) {}
-  Status MapPages(int32_t device, const std::vector<int32_t>& devices);
+  LocalMemory(const Driver& driver, int32_t device, const std::vector<int32_t>& devices)
+      : driver_(driver), device_(device), devices_(devices) {}
+  Status ReserveAddresses(size_t most_bytes);
   CUdeviceptr address() const { return reinterpret_cast<CUdeviceptr>(data_); }
 
   const Driver& driver_;
-  bool mapped_ = false;
+  const int32_t device_;
+  const std::vector<int32_t> devices_;
+  size_t page_ = 0;
+  size_t reserved_ = 0;
+  std::vector<size_t> mappings_;  // their bytes, one behind the other
 };
 
 }  // namespace smfree::cuda
