@@ -25,6 +25,7 @@
 
 #include "csrc/core/stats.h"
 #include "csrc/core/status.h"
+#include "csrc/cuda/host/in_flight.h"
 #include "csrc/protocol/arrays.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/identity.h"
@@ -117,24 +118,26 @@ class Group {
 
  private:
   friend std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);
-  friend Status CompileSend(int64_t group_id);
+  friend void CompilationEnds();
+  friend Status CompileSend(const CompiledOperation& operation);
   explicit Group(std::shared_ptr<GroupState> state);
   static StatusOr<std::shared_ptr<Group>> Make(std::shared_ptr<GroupState> state,
                                                std::function<Status()> allocate);
   static StatusOr<std::shared_ptr<Group>> Register(std::shared_ptr<GroupState> state);
   std::shared_ptr<Group> Unregister();
-  // So many sets, unless the group is closed.
-  Status MakeSets(int32_t count);
+  // The sets that programs take, unless the group is closed.
+  Status MakeSets(const InFlight::Need& need);
   std::mutex close_mutex_;
   const std::shared_ptr<GroupState> state_;  // with whoever waits for the devices
 };
 
-// XLA creates the call of a send, or of a recv, of a program that it compiles, in the order of the
-// program's schedule. The groups of that id, if they are open or as soon as they are, get the sets
-// that the program takes (in_flight.h), in one process; a send that finds none is a fault.
+// A compilation, on the thread that waits for it. During it, XLA creates the calls of sends and
+// recvs, in the order of the program's schedule. The groups of their id, if they are open or as soon
+// as they are, get the sets that the program takes (in_flight.h); it is an error if they cannot.
 void CompilationBegins();
-Status CompileSend(int64_t group_id);
-Status CompileRecv(int64_t group_id);
+void CompilationEnds();
+Status CompileSend(const CompiledOperation& operation);
+Status CompileRecv(const CompiledOperation& operation);
 
 // The rank of that group on `device`, or nullptr. It lives while the group does: hold the pointer.
 std::shared_ptr<Rank> FindRank(int64_t group_id, int32_t device);

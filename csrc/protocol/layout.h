@@ -14,7 +14,7 @@
 //   SignalsBytes()    announced_bytes                       what ranks of other nodes announce of
 //                                                           the wire, and this rank; where there
 //                                                           are any
-//   sets_offset       num_sets * set_bytes                  [set], and of each:
+//   BytesOfSets(0)    num_sets * set_bytes                  [set], and of each:
 //                     2 * 2 * peers[kWire] regions            [parity, send | recv, peer]
 //                     2 * 2 * peers[kNode] regions            [parity, send | recv, peer]
 //                     2 * area_bytes[kWire]                   [parity]
@@ -100,8 +100,9 @@ struct Layout {
   int64_t area_rows[kLegs];      // 0: no operation needs areas
   int64_t area_bytes[kLegs];
   int64_t announced_bytes;
-  int64_t sets_offset;
   int64_t set_bytes;
+  int64_t regions_offset[kLegs];  // of the first set
+  int64_t areas_offset[kLegs];    // of the first set
   int64_t signals_bytes[kLegs];  // of one set and parity
   int32_t peers[kLegs];          // regions per direction of one set and parity; 0: no such leg
   int32_t num_sets;              // that there is room for
@@ -143,15 +144,19 @@ struct Layout {
           kAlignment);
     }
 
-    for (const Leg leg : {kWire, kNode}) {
+    for (int leg = 0; leg < kLegs; ++leg) {
       layout.signals_bytes[leg] = AlignUp(layout.peers[leg] * kSignalBytes, kAlignment);
-      layout.set_bytes += layout.SetBytes(leg);
     }
     if (layout.HasAreas() && layout.num_nodes > 1) {
       layout.announced_bytes =
           AlignUp(layout.Announcements(kWire).End(num_sets) * kSignalBytes, kAlignment);
     }
-    layout.sets_offset = layout.SignalsBytes() + layout.announced_bytes;
+    const int64_t first_set = layout.SignalsBytes() + layout.announced_bytes;
+    layout.regions_offset[kWire] = first_set;
+    layout.regions_offset[kNode] = first_set + layout.RegionsBytes(kWire);
+    layout.areas_offset[kWire] = layout.regions_offset[kNode] + layout.RegionsBytes(kNode);
+    layout.areas_offset[kNode] = layout.areas_offset[kWire] + kParities * layout.area_bytes[kWire];
+    layout.set_bytes = layout.SetBytes(kWire) + layout.SetBytes(kNode);
     return layout;
   }
 
@@ -190,9 +195,7 @@ struct Layout {
 
   // The area of a leg that operation `number` packs, and the one that it receives in.
   SMFREE_HD constexpr int64_t SendAreaOffset(Leg leg, int32_t set, int64_t number) const {
-    const int64_t before = leg == kWire ? 0 : kParities * area_bytes[kWire];
-    return SetOffset(set) + RegionsBytes(kWire) + RegionsBytes(kNode) + before +
-           ParityOf(number) * area_bytes[leg];
+    return areas_offset[leg] + set * set_bytes + ParityOf(number) * area_bytes[leg];
   }
   SMFREE_HD constexpr int64_t RecvAreaOffset(Leg leg, int32_t set, int64_t number) const {
     return SendAreaOffset(leg, set, number + 1);
@@ -205,7 +208,9 @@ struct Layout {
   SMFREE_HD constexpr int64_t SignalsBytes() const { return FaultWordOffset() + kAlignment; }
 
   // Of the memory if it has the first `sets` sets.
-  SMFREE_HD constexpr int64_t BytesOfSets(int32_t sets) const { return SetOffset(sets); }
+  SMFREE_HD constexpr int64_t BytesOfSets(int32_t sets) const {
+    return regions_offset[kWire] + sets * set_bytes;
+  }
   SMFREE_HD constexpr int64_t TotalBytes() const { return BytesOfSets(num_sets); }
 
   // By the link that serves them. A leg that leaves the node counts as a whole, since all of it is
@@ -218,10 +223,8 @@ struct Layout {
 
  private:
   SMFREE_HD constexpr int64_t half_sets() const { return int64_t{num_sets} * kParities; }
-  SMFREE_HD constexpr int64_t SetOffset(int32_t set) const { return sets_offset + set * set_bytes; }
   SMFREE_HD constexpr int64_t RegionOffset(Leg leg, int32_t set, int32_t half, int32_t peer) const {
-    const int64_t before = leg == kWire ? 0 : RegionsBytes(kWire);
-    return SetOffset(set) + before + (half * peers[leg] + peer) * region_bytes;
+    return regions_offset[leg] + set * set_bytes + (half * peers[leg] + peer) * region_bytes;
   }
   // Of one set.
   SMFREE_HD constexpr int64_t RegionsBytes(Leg leg) const {
@@ -246,7 +249,7 @@ struct Layout {
     return pushed < config.max_tokens ? pushed : config.max_tokens;
   }
 };
-static_assert(sizeof(Layout) == 128 && alignof(Layout) == 8);
+static_assert(sizeof(Layout) == 152 && alignof(Layout) == 8);
 static_assert(std::is_trivially_copyable_v<Layout>);
 
 // Bytes that NumSets sets of a rank's group take, by link.

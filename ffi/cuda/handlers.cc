@@ -14,16 +14,20 @@ namespace smfree {
 namespace {
 
 // The stage at which XLA creates the call, in the order of the program's schedule.
-template <auto compile>
+template <auto compile, Operation operation>
 nb::capsule Creating() {
-  constexpr auto create = [](Attributes attributes) { return ToError(compile(attributes.group)); };
+  constexpr auto create = [](Attributes attributes) {
+    return ToError(compile({attributes.group, static_cast<int32_t>(attributes.lane),
+                            static_cast<int32_t>(attributes.derivation),
+                            static_cast<uint32_t>(attributes.call_site), operation}));
+  };
   XLA_FFI_DEFINE_HANDLER(handler, create, ffi::Ffi::BindInstantiate().Attrs<Attributes>());
   return Handler(handler);
 }
 
 // The handler, by stage, that runs `phase` on the arrays of `operands_of`. It only launches kernels,
 // the same ones each time: XLA may capture them into a CUDA graph and replay it.
-template <auto compile, auto phase, auto operands_of>
+template <auto compile, Operation operation, auto phase, auto operands_of>
 nb::dict HandlerOf() {
   constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,
                              PositionArg position, TokenRet token_out, Attributes attributes,
@@ -56,36 +60,39 @@ nb::dict HandlerOf() {
                                       operands_of),
                          {ffi::Traits::kCmdBufferCompatible});
   nb::dict stages;
-  stages["instantiate"] = Creating<compile>();
+  stages["instantiate"] = Creating<compile, operation>();
   stages["execute"] = Handler(handler);
   return stages;
 }
 
-template <auto phase, auto operands_of>
+template <Operation operation, auto phase, auto operands_of>
 nb::dict Sending() {
-  return HandlerOf<cuda::CompileSend, phase, operands_of>();
+  return HandlerOf<cuda::CompileSend, operation, phase, operands_of>();
 }
-template <auto phase, auto operands_of>
+template <Operation operation, auto phase, auto operands_of>
 nb::dict Receiving() {
-  return HandlerOf<cuda::CompileRecv, phase, operands_of>();
+  return HandlerOf<cuda::CompileRecv, operation, phase, operands_of>();
 }
 
 }  // namespace
 
 nb::dict CudaTargets() {
+  constexpr Operation kDispatch = Operation::kDispatch, kCombine = Operation::kCombine;
   nb::dict targets;
-  targets["smfree_dispatch_send"] = Sending<cuda::DispatchSend, DispatchSendOperands>();
+  targets["smfree_dispatch_send"] =
+      Sending<kDispatch, cuda::DispatchSend, DispatchSendOperands>();
   targets["smfree_dispatch_send_cached"] =
-      Sending<cuda::DispatchSendCached, DispatchSendCachedOperands>();
-  targets["smfree_combine_send"] = Sending<cuda::CombineSend, CombineSendOperands>();
-  targets["smfree_combine_send_weighted"] =
-      Sending<cuda::CombineSend, CombineSendWeightedOperands>();
-  targets["smfree_dispatch_recv"] = Receiving<cuda::DispatchRecv, DispatchRecvOperands>();
+      Sending<kDispatch, cuda::DispatchSendCached, DispatchSendCachedOperands>();
+  targets["smfree_dispatch_recv"] =
+      Receiving<kDispatch, cuda::DispatchRecv, DispatchRecvOperands>();
   targets["smfree_dispatch_recv_cached"] =
-      Receiving<cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
+      Receiving<kDispatch, cuda::DispatchRecvCached, DispatchRecvCachedOperands>();
   targets["smfree_dispatch_recv_weighted"] =
-      Receiving<cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
-  targets["smfree_combine_recv"] = Receiving<cuda::CombineRecv, CombineRecvOperands>();
+      Receiving<kDispatch, cuda::DispatchRecvCached, DispatchRecvWeightedOperands>();
+  targets["smfree_combine_send"] = Sending<kCombine, cuda::CombineSend, CombineSendOperands>();
+  targets["smfree_combine_send_weighted"] =
+      Sending<kCombine, cuda::CombineSend, CombineSendWeightedOperands>();
+  targets["smfree_combine_recv"] = Receiving<kCombine, cuda::CombineRecv, CombineRecvOperands>();
   return targets;
 }
 

@@ -171,6 +171,8 @@ void BindCuda(nb::module_& m) {
   m.def("gpu_bus_id", &BusIdOf, nb::arg("device"));
   m.def("sees_gpu", &cuda::IsVisible, nb::arg("bus_id"));
   m.def("cuda_compilation_begins", &cuda::CompilationBegins);
+  m.def("cuda_compilation_ends", &cuda::CompilationEnds,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("symmetric_bytes", &cuda::SymmetricBytes, nb::arg("config"));
   nb::class_<Group>(m, "CudaGroup")
       .def(nb::new_(&NewGroup), nb::kw_only(), nb::arg("group_id"), nb::arg("replica"),

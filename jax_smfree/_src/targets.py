@@ -40,7 +40,7 @@ def register(platform: str) -> None:
     """
     if platform == "CUDA" and _native.has_cuda:
         handlers, types = _native.cuda_targets(), {}
-        compat.on_compilation(_native.cuda_compilation_begins, lambda: None)
+        compat.on_compilation(_native.cuda_compilation_begins, _native.cuda_compilation_ends)
     else:
         handlers, types = _native.cpu_targets(), _native.cpu_types()
         _follow_compilations()

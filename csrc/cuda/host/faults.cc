@@ -93,8 +93,8 @@ Status DescribeFault(const FaultRecord& fault, int32_t rank, double timeout_s) {
       return Fault(fault.kind,
                    call + ": " + std::to_string(fault.expected) +
                        " operations are in flight, as many as the group has sets of buffers. Fix: "
-                       "receive every operation that is sent; if the program has so many in flight "
-                       "at once, raise EpConfig.num_sets.");
+                       "receive every operation that is sent; if programs leave so many in flight "
+                       "for others to receive, raise EpConfig.num_sets.");
     case FaultKind::kInvalidRouting:
       return InvalidRouting(call, fault.row, fault.seen, static_cast<int32_t>(fault.expected), "");
     default: return Invalid(fault, call);

@@ -12,7 +12,6 @@
 #include "csrc/core/errors.h"
 #include "csrc/core/registry.h"
 #include "csrc/cuda/host/background.h"
-#include "csrc/cuda/host/in_flight.h"
 
 namespace smfree::cuda {
 namespace {
@@ -49,6 +48,18 @@ Status CheckLimits(const GroupConfig& config) {
             std::to_string(kMaxAnnouncedRows) + " on GPUs";
   }
   return wrong.empty() ? Status() : Status(FaultKind::kInvalidArgument, wrong);
+}
+
+Status TooManyInFlight(const GroupState& group, int32_t in_flight) {
+  const bool among_processes = group.nvshmem_memory != nullptr;
+  return Status(FaultKind::kNoFreeSet,
+                "the program has " + std::to_string(in_flight) +
+                    " operations in flight together, expected at most " +
+                    std::to_string(group.layout.num_sets) + ", as many as the group has sets of " +
+                    "buffers. Fix: thread one token through calls that begin with fresh ones" +
+                    (among_processes ? "; or raise EpConfig.num_sets, since a group over several "
+                                       "processes has all its sets from the beginning."
+                                     : "."));
 }
 
 Status TookTooLong(std::chrono::nanoseconds waited) {
@@ -112,13 +123,15 @@ StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> sta
   std::shared_ptr<Group> group(new Group(std::move(state)));
   Status status = Groups::Get().Add(group_id, replica, group);
   if (!status.ok()) return status;
-  status = group->MakeSets(InFlight::Get().Most(group_id));  // of programs compiled before
+  status = group->MakeSets(InFlight::Get().Of(group_id));  // of programs compiled before
   if (status.ok()) return group;
   (void)group->Close();
   return status;
 }
 
-Status Group::MakeSets(int32_t count) {
+Status Group::MakeSets(const InFlight::Need& need) {
+  if (need.most > state_->layout.num_sets) return TooManyInFlight(*state_, need.most);
+  const int32_t count = need.most + (need.leaves ? NumSets(state_->config) - 1 : 0);
   if (count <= state_->num_sets) return {};
   const auto made = ResultWithin(state_->Timeout() + kMake, [state = state_, count] {
     const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
@@ -129,18 +142,27 @@ Status Group::MakeSets(int32_t count) {
 
 void CompilationBegins() { InFlight::Get().CompilationBegins(); }
 
-Status CompileSend(int64_t group_id) {
+void CompilationEnds() {
   InFlight& in_flight = InFlight::Get();
-  in_flight.AddSend(group_id);
-  for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(group_id)) {
-    const Status status = group->MakeSets(in_flight.Most(group_id));
+  for (const int64_t group_id : in_flight.CompilationEnds()) {
+    for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(group_id)) {
+      (void)group->MakeSets(in_flight.Of(group_id));  // there is nobody to tell; a send will
+    }
+  }
+}
+
+Status CompileSend(const CompiledOperation& operation) {
+  InFlight& in_flight = InFlight::Get();
+  in_flight.AddSend(operation);
+  for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(operation.group)) {
+    const Status status = group->MakeSets(in_flight.Of(operation.group));
     if (!status.ok()) return status;
   }
   return {};
 }
 
-Status CompileRecv(int64_t group_id) {
-  InFlight::Get().AddRecv(group_id);
+Status CompileRecv(const CompiledOperation& operation) {
+  InFlight::Get().AddRecv(operation);
   return {};
 }
 

@@ -4,11 +4,14 @@
 // many sets of buffers it takes.
 //
 // XLA creates the calls of a program on one thread, in the order of its schedule, and before it
-// runs for the first time; in that order a send begins an operation, and a recv ends one. The calls
+// runs for the first time; in that order a send begins an operation, and a recv ends it. The calls
 // of a loop or a branch stand where it does, and end what they begin. CUDA graphs run the same
 // order, when no code on the host could see it.
 //
-// What a program leaves in flight counts until the next compilation begins on its thread.
+// A recv ends an operation of its own kind, if there is one: others receive nothing, as the
+// cotangent of what nothing depends on, or were cloned by the compiler. What a program leaves in
+// flight when its compilation has ended is for other programs to receive, and nobody knows how often
+// it runs before.
 #ifndef SMFREE_CSRC_CUDA_HOST_IN_FLIGHT_H_
 #define SMFREE_CSRC_CUDA_HOST_IN_FLIGHT_H_
 
@@ -16,8 +19,27 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "csrc/protocol/identity.h"
 
 namespace smfree::cuda {
+
+// What the call of a send and that of its recv have in common.
+struct CompiledOperation {
+  int64_t group = 0;
+  int32_t lane = 0;
+  int32_t derivation = 0;
+  uint32_t call_site = 0;
+  Operation operation = Operation::kDispatch;
+
+  auto tied() const { return std::tie(lane, derivation, call_site, operation); }
+  friend bool operator<(const CompiledOperation& a, const CompiledOperation& b) {
+    return a.tied() < b.tied();
+  }
+};
 
 class InFlight {
  public:
@@ -27,40 +49,62 @@ class InFlight {
     return in_flight;
   }
 
-  // A compilation that this thread waits for. Before jax 0.11 another thread creates the calls:
-  // there what a program leaves in flight counts for the next one, too, which takes memory and does
-  // no harm.
+  struct Need {
+    int32_t most = 0;     // of any program so far
+    bool leaves = false;  // whether one of them leaves operations in flight
+  };
+
+  // Around a compilation that this thread waits for. Before jax 0.11 another thread creates the
+  // calls: there what a program leaves in flight counts for the next one, and nobody hears of it.
   void CompilationBegins() { Here().clear(); }
-
-  // The call of a send, or of a recv, which the compiler may have cloned.
-  void AddSend(int64_t group) {
-    const int32_t now = ++Here()[group];
+  // Returns the groups whose operations it leaves in flight.
+  std::vector<int64_t> CompilationEnds() {
+    std::vector<int64_t> groups;
+    for (const auto& [group, here] : std::exchange(Here(), {})) {
+      if (here.all > 0) groups.push_back(group);
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
-    int32_t& most = most_[group];
-    most = std::max(most, now);
-  }
-  void AddRecv(int64_t group) {
-    int32_t& now = Here()[group];
-    now = std::max(now - 1, 0);
+    for (const int64_t group : groups) needs_[group].leaves = true;
+    return groups;
   }
 
-  // The most of any program so far.
-  int32_t Most(int64_t group) const {
+  // The call of a send, or of a recv.
+  void AddSend(const CompiledOperation& operation) {
+    OfGroup& here = Here()[operation.group];
+    ++here.of_kind[operation];
+    ++here.all;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = most_.find(group);
-    return it == most_.end() ? 0 : it->second;
+    int32_t& most = needs_[operation.group].most;
+    most = std::max(most, here.all);
+  }
+  void AddRecv(const CompiledOperation& operation) {
+    OfGroup& here = Here()[operation.group];
+    int32_t& alike = here.of_kind[operation];
+    if (alike == 0) return;
+    --alike;
+    --here.all;
+  }
+
+  Need Of(int64_t group) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = needs_.find(group);
+    return it == needs_.end() ? Need{} : it->second;
   }
 
  private:
+  struct OfGroup {
+    int32_t all = 0;
+    std::map<CompiledOperation, int32_t> of_kind;
+  };
   InFlight() = default;
   // By group, of the program that is being compiled on this thread.
-  static std::map<int64_t, int32_t>& Here() {
-    thread_local std::map<int64_t, int32_t> here;
+  static std::map<int64_t, OfGroup>& Here() {
+    thread_local std::map<int64_t, OfGroup> here;
     return here;
   }
 
   mutable std::mutex mutex_;
-  std::map<int64_t, int32_t> most_;
+  std::map<int64_t, Need> needs_;  // by group
 };
 
 }  // namespace smfree::cuda
