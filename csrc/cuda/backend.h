@@ -76,8 +76,8 @@ int64_t SymmetricBytes(const GroupConfig& config);
 class Group {
  public:
   // The group is `replica` among those of one id, which its mesh makes along other axes.
-  // `devices[r]` is the CUDA ordinal of rank r. Allocates everything that the phases will need, and
-  // loads all kernels.
+  // `devices[r]` is the CUDA ordinal of rank r. Loads all kernels, and allocates everything that the
+  // phases will need but for the sets that later programs take.
   static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, int32_t replica,
                                                  const GroupConfig& config,
                                                  const std::vector<int32_t>& devices);

@@ -13,6 +13,7 @@ _MOST_BYTES = 2**60
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that other nodes reach over the network.
 
+    Of as many sets as a group over several processes has, ``config.num_sets`` or its default.
     With ``config.ranks_per_node`` ranks in a node (``None``: all in one); zero for a single node.
     In direct mode these are all buffers, as many as `nvl_size_hint` says of one node, and for each
     set ``16 * ranks**2`` bytes of announcements. In hierarchical mode they are two times the most
@@ -37,6 +38,8 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that ranks of the same node reach over NVLink.
 
+    Of as many sets as a group over several processes has, ``config.num_sets`` or its default. In
+    one process the default has as many as its programs take, mostly one or two.
     In direct mode, where all ranks are in one node, these are two times the most rows that a rank
     sends (``max_tokens * min(top_k, ranks)``) or keeps (``wire_capacity``), for every set
     (``config.num_sets``), and small ones.

@@ -55,6 +55,8 @@ class Reports:
           ``recv_capacity``.
         - ``pending_receives``, ``messages_in_flight``: on CPUs, what waits now, and what has
           arrived and was not received yet.
+        - ``sets_added``, ``sends_without_set``: on GPUs, how many sets of buffers were made for
+          programs after the group was, and how often a send found none free, which is a fault.
 
         A portable group counts ``rows_dropped`` alone.
 
@@ -66,9 +68,10 @@ class Reports:
     def memory_report(self) -> dict[str, int]:
         """Bytes that the group holds in this process.
 
-        On GPUs ``device_bytes`` of buffers, ``scratch_bytes`` of the device's own and
-        ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which ``arena_bytes_in_use`` hold
-        rows now and ``arena_bytes_high_water`` did at most. A portable group holds nothing.
+        On GPUs ``device_bytes`` of buffers, of the sets that there are now, ``scratch_bytes`` of
+        the device's own and ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which
+        ``arena_bytes_in_use`` hold rows now and ``arena_bytes_high_water`` did at most. A portable
+        group holds nothing.
         """
         return _sum([native.memory_report() for native in self._life.natives])
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 import jax_smfree as smfree
 from jax_smfree._src import reference
 from jax_smfree.testing import chaos
-from support import assert_trees_close, ep_mesh, make_problem, reference_of
+from support import assert_trees_close, chaos_on_cpu, ep_mesh, make_problem, reference_of
 from unordered_calls import (
     checkpoint_of_the_loss,
     custom_vjp_that_recomputes,
@@ -30,10 +30,15 @@ from unordered_calls import (
     vjp_called_twice,
 )
 
-pytestmark = pytest.mark.cpu_only
-
 CONFIG = {"num_experts": 8, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": jnp.float32}
+CPUS = [pytest.mark.cpu_only, pytest.mark.multihost(processes=2, devices_per_process=2)]
+GPUS = [
+    pytest.mark.cuda_only,
+    pytest.mark.multihost(processes=2, devices_per_process=1, platform="cuda"),
+]
 MOST = [
+    eight_inputs,
+    eight_gradients,
     jitted_layer_called_twice,
     value_and_gradient_apart,
     custom_vjp_that_recomputes,
@@ -62,22 +67,25 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.multihost(processes=2, devices_per_process=2)
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(4, marks=CPUS, id="cpus"), pytest.param(2, marks=GPUS, id="gpus")]
+)
 @pytest.mark.parametrize("program", MOST, ids=lambda program: program.__name__)
-def test_programs(groups, world, program):
-    group = groups(ep_mesh(4), **CONFIG)
+def test_programs(groups, world, program, ranks):
+    group = groups(ep_mesh(ranks), **CONFIG)
     problem = make_problem(group.mesh)
     run = compiled(program, group, problem)
     actual = whole(run, problem)
     assert_trees_close(actual, expected_of(program, group, problem))
     for seed in range(2):
         world.barrier()
-        with chaos(group, seed=2 * seed + world.rank, max_delay_us=300):
+        with chaos_on_cpu(group, seed=2 * seed + world.rank, max_delay_us=300):
             assert_same(whole(run, problem), actual)
             world.barrier()  # what one process holds back, another one waits for
     world.barrier()  # a group is closed when nobody needs it any more
 
 
+@pytest.mark.cpu_only
 @pytest.mark.multihost(processes=2, devices_per_process=4)
 @pytest.mark.parametrize("mode", ["direct", "hierarchical"])
 def test_bits_of_ordered_calls(groups, world, mode):
@@ -95,6 +103,7 @@ def test_bits_of_ordered_calls(groups, world, mode):
     world.barrier()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.multihost(processes=2, devices_per_process=2)
 def test_what_else_a_process_compiles(groups, world):
     """Nothing of it counts: programs that only one process compiles, before, between and beside."""
@@ -149,6 +158,7 @@ def test_what_else_a_process_compiles(groups, world):
     world.barrier()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.multihost(processes=2, devices_per_process=2)
 def test_endurance(groups, world):
     """Loops, in which ranks are an iteration apart."""

@@ -33,7 +33,7 @@ def framework(request):
 
 def test_calls_and_gradients_side_by_side(groups, framework):
     make, jit, value_and_grad = framework
-    group = groups(ep_mesh(as_many(4)), **config(num_sets=8))
+    group = groups(ep_mesh(as_many(4)), **config())
     layer, x = make(group), rows_on(group)
 
     def loss(layer, x):

@@ -97,7 +97,7 @@ void GroupState::Release() {
     rank->memory.reset();
     rank->state = {};
     rank->growing.reset();
-    rank->scratch.reset();
+    rank->scratch = {};
     rank->peer_table = {};
     rank->queue = {};
     rank->host = {};

@@ -137,7 +137,11 @@ Status Group::MakeSets(const InFlight::Need& need) {
     const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
     return open.owns_lock() && !state->closed ? state->MakeSets(count) : Status();
   });
-  return made ? *made : TookTooLong(state_->Timeout() + kMake);
+  if (!made) return TookTooLong(state_->Timeout() + kMake);
+  if (made->kind() != FaultKind::kOutOfMemory) return *made;
+  return Status(made->kind(), "for " + std::to_string(need.most) + " operations that a program has "
+                              "in flight together " + made->message() + " Or thread one token "
+                              "through calls that begin with fresh ones.");
 }
 
 void CompilationBegins() { InFlight::Get().CompilationBegins(); }

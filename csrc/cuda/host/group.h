@@ -37,15 +37,15 @@ class Rank {
 
   std::shared_ptr<SymmetricMemory> memory;
   std::shared_ptr<LocalMemory> growing;  // the same; null among processes, where it has all sets
-  std::shared_ptr<LocalMemory> scratch;  // [set], see SetScratchLayout
   Allocation state;         // RankState
+  Allocation scratch;       // [set], also of those to come, see SetScratchLayout
   Allocation peer_table;    // [R] pointers to the memories
   Allocation queue;         // pinned
   Allocation host;          // pinned HostPage
   std::unique_ptr<Mover> mover;
 
   GroupConstants Constants() const;
-  SetsOfRank Sets() const;
+  SetsOfRank Sets(Phase phase) const;
 };
 
 struct GroupState {

@@ -79,9 +79,10 @@ GroupConstants Rank::Constants() const {
   return g;
 }
 
-SetsOfRank Rank::Sets() const {
+SetsOfRank Rank::Sets(Phase phase) const {
   const SetScratchLayout layout(group->config);
-  return {group->num_sets,      scratch->data(),     layout.bytes,
+  const int32_t count = IsSend(phase) ? group->num_sets.load() : group->layout.num_sets;
+  return {count,                scratch.as<char>(),  layout.bytes,
           layout.counts_offset, layout.flags_offset, layout.tags_offset,
           layout.wire_places_offset};
 }
@@ -124,23 +125,19 @@ Status GroupState::MakeSets(int32_t count) {
   count = std::min(count, layout.num_sets);
   const std::lock_guard<std::mutex> lock(sets_mutex);
   if (count <= num_sets) return {};
-  const int64_t scratch_bytes = SetScratchLayout(config).bytes;
-  Memory now;
+  int64_t device_bytes = 0;
   for (const auto& rank : ranks) {
-    Status status = rank->scratch->Grow(static_cast<size_t>(count * scratch_bytes));
-    if (status.ok() && rank->growing) {
+    Status status;
+    if (rank->growing) {
       status = rank->growing->Grow(static_cast<size_t>(layout.BytesOfSets(count)));
     }
     if (!status.ok()) return status;
-    now.device_bytes += static_cast<int64_t>(rank->memory->bytes());
-    now.scratch_bytes += static_cast<int64_t>(rank->scratch->bytes() + rank->state.bytes() +
-                                              rank->peer_table.bytes());
+    device_bytes += static_cast<int64_t>(rank->memory->bytes());
   }
   if (num_sets == 0) first_sets = count;
   num_sets = count;
   const std::lock_guard<std::mutex> reading(sizes_mutex);
-  now.pinned_bytes = sizes.pinned_bytes;
-  sizes = now;
+  sizes.device_bytes = device_bytes;
   return {};
 }
 
@@ -154,6 +151,12 @@ Status GroupState::AllocateAmongProcesses(int32_t rank, int32_t device,
   if (!status.ok()) return status;
   nvshmem_memory = std::move(memory);
   status = AllocateRank(rank, device, nvshmem_memory);
+  if (status.ok()) {
+    // The signals are zero on all ranks before the first send of any of them.
+    const DeviceScope scope(device);
+    status = CudaStatus(cudaMemset(nvshmem_memory->data(), 0, nvshmem_memory->bytes()),
+                        "cudaMemset");
+  }
   if (status.ok()) status = MakeSets(layout.num_sets);
   return status.ok() ? Connect() : status;
 }
@@ -232,14 +235,10 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
     allocation = std::move(made.value());
     return Status();
   };
-  auto scratch = LocalMemory::Reserve(
-      device, {device}, static_cast<size_t>(layout.num_sets * SetScratchLayout(config).bytes));
-  if (!scratch.ok()) return scratch.status();
-  rank->scratch = std::move(scratch.value());
-  // The signals are zero on all ranks before the first send of any of them: what memory has now,
-  // and what it gets later.
-  status = CudaStatus(cudaMemset(rank->memory->data(), 0, rank->memory->bytes()), "cudaMemset");
-  if (status.ok()) status = on_device(rank->state, sizeof(RankState));
+  status = on_device(rank->state, sizeof(RankState));
+  if (status.ok()) {
+    status = on_device(rank->scratch, layout.num_sets * SetScratchLayout(config).bytes);
+  }
   if (status.ok()) status = on_device(rank->peer_table, kMaxRanks * int64_t{sizeof(char*)});
   if (status.ok()) {
     status = on_host(rank->queue, static_cast<int64_t>((queue_mask + 1) * sizeof(Descriptor)));
@@ -254,6 +253,8 @@ Status GroupState::AllocateRank(int32_t number, int32_t device,
     if (status.ok()) status = CudaStatus(LoadCombineRelay(), "loading kernels");
   }
   if (status.ok()) status = CudaStatus(LoadReadClock(), "loading kernels");
+  sizes.scratch_bytes += static_cast<int64_t>(rank->scratch.bytes() + rank->state.bytes() +
+                                              rank->peer_table.bytes());
   sizes.pinned_bytes += static_cast<int64_t>(rank->queue.bytes() + rank->host.bytes());
   return status;
 }

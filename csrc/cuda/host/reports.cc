@@ -88,7 +88,7 @@ StatusOr<std::vector<PhaseRecord>> GroupState::ReadTrace() const {
   const SetScratchLayout scratch_layout(config);
   for (const auto& rank : ranks) {
     for (int32_t set = 0; set < num_sets; ++set) {
-      const char* const scratch = rank->scratch->data() + set * scratch_layout.bytes;
+      const char* const scratch = rank->scratch.as<char>() + set * scratch_layout.bytes;
       auto entries = ReadDevice<TraceEntry>(rank->device, scratch + offsetof(SetScratch, trace),
                                             size_t{kTracedOperations} * kPhases);
       if (!entries.ok()) return entries.status();

@@ -150,7 +150,7 @@ struct SetPointers {
 
 // Where that memory is: which set an operation has is known on the device.
 struct SetsOfRank {
-  int32_t count;
+  int32_t count;  // that there are; for a recv, whose token names one, that there may ever be
   char* scratch;
   int64_t scratch_bytes;  // of one set
   int64_t counts_offset, flags_offset, tags_offset, wire_places_offset;

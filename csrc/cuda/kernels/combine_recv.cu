@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ Term terms[kWarps][kMaxTopK + 1];  // and one to add
   __shared__ const float* values[kWarps][kMaxTopK];
   const bool nothing_sent = NothingWasSent(op);
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   if (!g.nodes.hierarchical) NoteBegin(set);
   const WirePlaces wire(g, set, a.places, a.send_counts);

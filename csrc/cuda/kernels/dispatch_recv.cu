@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ char* targets[kWarps][kMaxTopK];
   __shared__ Incoming incoming[kMaxRanks];
   const bool nothing_sent = NothingWasSent(op);
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   const bool ok = begun.ok;
   const Leg leg = g.nodes.LastLeg(Operation::kDispatch);

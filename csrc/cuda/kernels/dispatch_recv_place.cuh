@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t slots = int64_t{op.wire_rows} * g.top_k;
 
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   if (a.relay) {
     if (thread == 0) *a.relay = -1;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads)
   const OperationParams& op = params.op;
   __shared__ Received received;
   __shared__ Arrivals arrivals;
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   if (!g.nodes.hierarchical) NoteBegin(set);
   const Messages messages{g, set, op, g.nodes.LastLeg(Operation::kDispatch), begun.number};

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ Placed shared;
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   NoteBegin(set);
   if (!kRouted && !begun.ok) return;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ Arrivals arrivals;
   __shared__ char* targets[kWarps][kMaxTopK];
   __shared__ Rounds rounds;
-  const Begun begun = BeginRecvPhase(g, op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   // A recv that runs again has forwarded before, and nobody waits for what it would send.
   if (!begun.ok || g.state->sets[begun.set].received == begun.number) return;

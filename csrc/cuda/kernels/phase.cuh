@@ -134,9 +134,9 @@ struct Begun {
 __device__ inline LaneState StateOf(const LaneState& mine, int32_t set) {
   return {__shfl_sync(~0u, mine.sent, set), __shfl_sync(~0u, mine.received, set)};
 }
-__device__ inline LaneState LoadSetOfThread(const GroupConstants& g) {
-  static_assert(kMaxSets == kWarp);
-  return g.state->sets[static_cast<int32_t>(threadIdx.x) % kWarp];
+__device__ inline LaneState LoadSetOfThread(const GroupConstants& g, const SetsOfRank& sets) {
+  const auto warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  return warp_lane < sets.count ? g.state->sets[warp_lane] : LaneState{};
 }
 
 // S1, the same in every block of every kernel of a send phase: what it depends on changes at the
@@ -145,7 +145,7 @@ __device__ inline LaneState LoadSetOfThread(const GroupConstants& g) {
 __device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationParams& op,
                                        const SetsOfRank& sets) {
   // All loads at once: they are far apart.
-  const LaneState mine = LoadSetOfThread(g);
+  const LaneState mine = LoadSetOfThread(g, sets);
   const uint32_t in_flight = g.state->in_flight;
   const int64_t sends = g.state->sends;
   const bool faulted = Faulted(g);
@@ -170,22 +170,21 @@ __device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationP
   return begun;
 }
 
-// The same for a recv phase. What the token names is a set if an operation was sent on it: there may
-// be more of them than when a captured graph was made.
-__device__ inline Begun BeginRecvPhase(const GroupConstants& g, const OperationParams& op) {
-  const LaneState mine = LoadSetOfThread(g);
+// The same for a recv phase.
+__device__ inline Begun BeginRecvPhase(const GroupConstants& g, const OperationParams& op,
+                                       const SetsOfRank& sets) {
+  const LaneState mine = LoadSetOfThread(g, sets);
   const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  const bool known = !token.zero() && token.set() >= 0 && token.set() < kMaxSets;
-  const LaneState state = StateOf(mine, known ? token.set() : 0);
-  const bool sent = known && MayReceive(state, token.number);
-  Begun begun{false, token.zero() ? kNoOperation : token.number, sent ? token.set() : 0};
+  const bool known = !token.zero() && token.set() >= 0 && token.set() < sets.count;
+  Begun begun{false, token.zero() ? kNoOperation : token.number, known ? token.set() : 0};
+  const LaneState state = StateOf(mine, begun.set);
   if (faulted || token.zero()) {
     // It takes no further part; or nothing was sent, see NothingWasSent.
   } else if (!token.used_once()) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, token.number, {});
-  } else if (!sent) {
+  } else if (!known || !MayReceive(state, token.number)) {
     if (first) {
       Report(g, op, FaultKind::kTwoInFlight, token.number, {-1, -1, token.number, state.sent});
     }

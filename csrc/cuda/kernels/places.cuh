@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   const OperationParams& op = params.op;
   __shared__ Lists lists;
   const Begun begun = IsSend(op.phase) ? BeginSendPhase(g, op, params.sets)
-                                       : BeginRecvPhase(g, op);
+                                       : BeginRecvPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   NoteBegin(set);
   if (!begun.ok) return;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory of a GPU that grows in place: addresses are reserved for all that it may become, and pages
-// come behind those that are there. Kernels and copy engines of the GPUs of one process read and
-// write it; it is the symmetric memory of a rank whose peers are such GPUs.
+// The symmetric memory of a rank whose peers are GPUs of the same process: kernels and copy engines
+// of all of them read and write it. It grows in place: addresses are reserved for all that it may
+// become, and pages come behind those that are there.
 //
 // It is mapped, not taken from cudaMalloc, because what is mapped belongs to no context: the movers
 // have one of their own (mover_context.h).
