@@ -20,9 +20,8 @@ Status OutOfMemory(int32_t device, size_t bytes) {
                 "the group needs " + std::to_string(bytes) + " bytes on GPU " +
                     std::to_string(device) + ", " + std::to_string(free_bytes) + " of " +
                     std::to_string(total_bytes) +
-                    " are free. Fix: lower EpConfig.max_tokens or num_lanes, or "
-                    "differentiable=False where no gradient is taken; or let XLA preallocate "
-                    "less, XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 (default 0.75).");
+                    " are free. Fix: lower EpConfig.max_tokens, num_lanes or num_sets; or let XLA "
+                    "preallocate less, XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 (default 0.75).");
 }
 
 StatusOr<Allocation> Allocation::OnDevice(int32_t device, size_t bytes) {
