@@ -19,7 +19,7 @@ void Add(int64_t group, char call) {
   operation.group = group;
   operation.call_site = static_cast<uint32_t>(std::toupper(call));
   if (std::isupper(call)) {
-    InFlight::Get().AddSend(operation);
+    InFlight::Get().Keep(group, InFlight::Get().AddSend(operation));
   } else {
     InFlight::Get().AddRecv(operation);
   }
@@ -44,6 +44,16 @@ TEST(TheMostThatAreInFlightTogether) {
   Compile(1, "ABba");  // the most of all programs
   CHECK_EQ(Most(1), 3);
   CHECK(!Leaves(1));
+}
+
+TEST(AProgramThatDidNotGetItsSetsDoesNotCount) {
+  CompiledOperation operation;
+  operation.group = 14;
+  InFlight::Get().CompilationBegins();
+  CHECK_EQ(InFlight::Get().AddSend(operation), 1);
+  InFlight::Get().Keep(14, 1);
+  CHECK_EQ(InFlight::Get().AddSend(operation), 2);  // and then the compilation fails
+  CHECK_EQ(Most(14), 1);
 }
 
 TEST(GroupsCountForThemselves) {
@@ -77,10 +87,9 @@ TEST(ARecvOfNothingEndsNothing) {
 TEST(KindsDifferInEachOfTheirParts) {
   const auto in_flight = [](const CompiledOperation& sent, const CompiledOperation& received) {
     InFlight::Get().CompilationBegins();
-    InFlight::Get().AddSend(sent);
+    CHECK_EQ(InFlight::Get().AddSend(sent), 1);
     InFlight::Get().AddRecv(received);
-    InFlight::Get().AddSend(sent);
-    return Most(sent.group);
+    return InFlight::Get().AddSend(sent);
   };
   CHECK_EQ(in_flight({6, 1, 2, 3, Operation::kCombine}, {6, 1, 2, 3, Operation::kCombine}), 1);
   CHECK_EQ(in_flight({7, 1, 2, 3, Operation::kCombine}, {7, 0, 2, 3, Operation::kCombine}), 2);

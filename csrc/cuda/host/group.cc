@@ -130,8 +130,10 @@ StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> sta
 }
 
 Status Group::MakeSets(const InFlight::Need& need) {
-  if (need.most > state_->layout.num_sets) return TooManyInFlight(*state_, need.most);
-  const int32_t count = need.most + (need.leaves ? NumSets(state_->config) - 1 : 0);
+  const int32_t room = state_->layout.num_sets;
+  if (need.most > room) return TooManyInFlight(*state_, need.most);
+  const int32_t more = need.leaves ? NumSets(state_->config) - 1 : 0;
+  const int32_t count = std::min(need.most + more, room);
   if (count <= state_->num_sets) return {};
   const auto made = ResultWithin(state_->Timeout() + kMake, [state = state_, count] {
     const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
@@ -157,11 +159,14 @@ void CompilationEnds() {
 
 Status CompileSend(const CompiledOperation& operation) {
   InFlight& in_flight = InFlight::Get();
-  in_flight.AddSend(operation);
+  const int32_t now = in_flight.AddSend(operation);
+  InFlight::Need need = in_flight.Of(operation.group);
+  need.most = std::max(need.most, now);
   for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(operation.group)) {
-    const Status status = group->MakeSets(in_flight.Of(operation.group));
+    const Status status = group->MakeSets(need);
     if (!status.ok()) return status;
   }
+  in_flight.Keep(operation.group, now);
   return {};
 }
 

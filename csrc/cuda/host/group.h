@@ -107,8 +107,8 @@ struct GroupState {
   // Ends the movers and gives all memory back, when nothing uses it any more. The group is closed.
   void Release();
 
-  // From now on there are at least `count` sets, or all that there is room for. Waits for the
-  // devices to set them to zero.
+  // From now on there are at least `count` sets, for which there is room. Waits for the devices to
+  // set them to zero.
   Status MakeSets(int32_t count);
 
   // All ranks, on devices of this process.

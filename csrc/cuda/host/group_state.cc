@@ -122,7 +122,6 @@ Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
 }
 
 Status GroupState::MakeSets(int32_t count) {
-  count = std::min(count, layout.num_sets);
   const std::lock_guard<std::mutex> lock(sets_mutex);
   if (count <= num_sets) return {};
   int64_t device_bytes = 0;

@@ -50,7 +50,7 @@ class InFlight {
   }
 
   struct Need {
-    int32_t most = 0;     // of any program so far
+    int32_t most = 0;     // of any program so far that got what it takes
     bool leaves = false;  // whether one of them leaves operations in flight
   };
 
@@ -68,15 +68,19 @@ class InFlight {
     return groups;
   }
 
-  // The call of a send, or of a recv.
-  void AddSend(const CompiledOperation& operation) {
+  // The call of a send. Returns how many operations of its group are in flight then.
+  int32_t AddSend(const CompiledOperation& operation) {
     OfGroup& here = Here()[operation.group];
     ++here.of_kind[operation];
-    ++here.all;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    int32_t& most = needs_[operation.group].most;
-    most = std::max(most, here.all);
+    return ++here.all;
   }
+  // There are as many sets, or there will be.
+  void Keep(int64_t group, int32_t in_flight) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int32_t& most = needs_[group].most;
+    most = std::max(most, in_flight);
+  }
+  // The call of a recv.
   void AddRecv(const CompiledOperation& operation) {
     OfGroup& here = Here()[operation.group];
     int32_t& alike = here.of_kind[operation];
