@@ -76,8 +76,8 @@ int64_t SymmetricBytes(const GroupConfig& config);
 class Group {
  public:
   // The group is `replica` among those of one id, which its mesh makes along other axes.
-  // `devices[r]` is the CUDA ordinal of rank r. Loads all kernels, and allocates everything that the
-  // phases will need but for the sets that later programs take.
+  // `devices[r]` is the CUDA ordinal of rank r. Loads all kernels, and allocates everything that
+  // the phases will need but for the sets that later programs take.
   static StatusOr<std::shared_ptr<Group>> Create(int64_t group_id, int32_t replica,
                                                  const GroupConfig& config,
                                                  const std::vector<int32_t>& devices);
@@ -132,8 +132,9 @@ class Group {
 };
 
 // A compilation, on the thread that waits for it. During it, XLA creates the calls of sends and
-// recvs, in the order of the program's schedule. The groups of their id, if they are open or as soon
-// as they are, get the sets that the program takes (in_flight.h); it is an error if they cannot.
+// recvs, in the order of the program's schedule. The groups of their id, if they are open or as
+// soon as they are, get the sets that the program takes (in_flight.h); it is an error if they
+// cannot.
 void CompilationBegins();
 void CompilationEnds();
 Status CompileSend(const CompiledOperation& operation);

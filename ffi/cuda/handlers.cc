@@ -25,8 +25,8 @@ nb::capsule Creating() {
   return Handler(handler);
 }
 
-// The handler, by stage, that runs `phase` on the arrays of `operands_of`. It only launches kernels,
-// the same ones each time: XLA may capture them into a CUDA graph and replay it.
+// The handler, by stage, that runs `phase` on the arrays of `operands_of`. It only launches
+// kernels, the same ones each time: XLA may capture them into a CUDA graph and replay it.
 template <auto compile, Operation operation, auto phase, auto operands_of>
 nb::dict HandlerOf() {
   constexpr auto launch = [](cudaStream_t stream, int32_t device, ffi::RunId run, TokenArg token,

@@ -10,8 +10,8 @@
 //
 // A recv ends an operation of its own kind, if there is one: others receive nothing, as the
 // cotangent of what nothing depends on, or were cloned by the compiler. What a program leaves in
-// flight when its compilation has ended is for other programs to receive, and nobody knows how often
-// it runs before.
+// flight when its compilation has ended is for other programs to receive, and nobody knows how
+// often it runs before.
 #ifndef SMFREE_CSRC_CUDA_HOST_IN_FLIGHT_H_
 #define SMFREE_CSRC_CUDA_HOST_IN_FLIGHT_H_
 
