@@ -68,7 +68,7 @@ Status Mover::ConnectFar() {
   auto made = FarAnnouncements::Make(
       {wiring_.rank, std::move(far_ranks), wiring_.layout,
        wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()},
-      NumSets(wiring_.config));
+      wiring_.layout.num_sets);
   if (!made.ok()) return made.status();
   far_announcements_ = std::move(made.value());
   return {};
