@@ -74,7 +74,7 @@ class Process:
     nsenter: bool = True
 
     def wait(self, timeout_s: float) -> Ended:
-        """Raises `AssertionError` with what it wrote, and where it is, if it does not end in time."""
+        """Raises `AssertionError` with what it wrote and where it hangs, if it does."""
         try:
             self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
