@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "csrc/cuda/host/small.h"
 #include "csrc/cuda/host/state.h"
 
 namespace smfree::cuda {
@@ -28,6 +29,7 @@ constexpr int32_t kBlocksPerSm = 2;
 struct LaunchParams {
   cudaStream_t stream;
   int32_t num_sms;
+  bool fused;  // one kernel for the phase, where there is one (small.h)
 
   // For a kernel with a warp per item.
   int32_t BlocksFor(int64_t warps) const { return Blocks(warps, kThreads / 32); }
@@ -89,10 +91,6 @@ inline cudaError_t LoadKernels(std::initializer_list<Kernel> kernels) {
   return cudaSuccess;
 }
 
-// What Route counts the rows of: experts, ranks and nodes.
-constexpr int32_t RouteBins(const Nodes& nodes, int32_t num_experts) {
-  return num_experts + nodes.num_ranks + (nodes.hierarchical ? nodes.count() : 0);
-}
 size_t RouteSharedBytes(int64_t tokens, int32_t bins, int32_t num_sms);
 size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks);
 

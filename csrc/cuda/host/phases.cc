@@ -119,7 +119,7 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   op.stride = what.rows.stride;
   const int64_t message_bytes = call.tokens * op.stride;
   op.in_areas = g.layout.UsesAreas(call.tokens);
-  op.push = !op.in_areas && message_bytes <= config.sm_push_bytes;
+  op.push = IsPushed(config, g.layout, call.tokens, op.stride);
   op.wire_rows = static_cast<int32_t>(WireRows(config, call.tokens));
   // No leg has more messages than there are ranks.
   const int64_t most_chunks = std::min(kMaxChunks, kMaxChunksOfLeg / config.num_ranks);
@@ -134,7 +134,7 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   op.position = call.position;
   op.token = call.token;
   op.token_out = call.token_out;
-  work.launch = {stream, rank.num_sms};
+  work.launch = {stream, rank.num_sms, IsFused(config, g.layout, call.tokens, op.stride)};
   if (rank.mover) rank.mover->Wake();
   return work;
 }

@@ -18,11 +18,15 @@
 //                  that, writes it once per destination. A block takes a tile of rows, one piece
 //                  per warp, and counts the tile when it is written.
 //
+// RouteAndPack  S1 – S6  in place of Route and Pack for small operations (small.h). A block counts
+//                  all rows as Route does its own, and has the places of a tile in shared memory
+//                  when it packs it. The last block raises all signals.
+//
 // Launch: Route as RouteShape says: kRouteThreads threads, a block per rows_per_block rows, all of
 // them resident. PlaceOnWire: kThreads, a block per kPlacedRows rows. LayOut: kThreads, any number
 // of blocks, PackingBytes of shared memory. Pack: kThreads, no more than kBlocksPerSm blocks per SM
 // (BlocksFor), so that all are resident: a block waits until another has handed over the chunk
-// before its own.
+// before its own. RouteAndPack: kThreads, any number of blocks, FusedRouteBytes of shared memory.
 //
 // Byte floor: T rows of the program read, sum(send_counts) rows of messages written.
 #include "csrc/cuda/kernels/dispatch_send_route.cuh"
@@ -58,7 +62,7 @@ __global__ void LayOut(const __grid_constant__ KernelParams params, const float*
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   if (!PlanPacking(messages, wire.counts, handle.send_counts, int64_t{op.tokens} * g.wire_width,
-                   *packing)) {
+                   NeedsPacking(op) ? packing : nullptr)) {
     return;
   }
   WriteHeaders(messages, wire.counts);
@@ -75,8 +79,7 @@ __global__ void LayOut(const __grid_constant__ KernelParams params, const float*
     }
     if (!op.slots) continue;
     const int32_t region = place / op.tokens;
-    auto* const to = reinterpret_cast<float*>(messages.PayloadTo(region) +
-                                              LayoutOf(op, wire.counts[region]).slots_offset);
+    float* const to = SlotsTo(messages, region, wire.counts[region]);
     for (int32_t k = 0; k < g.top_k; ++k) {
       to[int64_t{place % op.tokens} * g.top_k + k] = slots[at / g.wire_width * g.top_k + k];
     }
@@ -143,7 +146,80 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   EndPhase(g, set, op, begun, ok, wire_rows, op.tokens * op.row_bytes, wire_rows * op.stride);
 }
 
+size_t FusedRouteBytes(const KernelParams& k) {
+  return sizeof(uint32_t) * static_cast<size_t>(RouteBins(k.g.nodes, k.g.num_experts)) *
+         static_cast<size_t>(BitWords(k.op.tokens));
+}
+
+template <typename Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    RouteAndPack(const __grid_constant__ KernelParams params,
+                 const __grid_constant__ DispatchSendArrays a) {
+  const GroupConstants& g = params.g;
+  const OperationParams& op = params.op;
+  extern __shared__ uint32_t shared[];
+  __shared__ int32_t rows_to[kMaxRanks];
+  __shared__ char* first_row_at[kMaxRanks];
+  __shared__ int32_t places[kWarps * kMaxTopK];  // of the rows of a tile
+  __shared__ char* targets[kWarps][kMaxTopK];
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const Begun begun = BeginSendPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  NoteBegin(set);
+  const Messages messages{g, set, op, kWire, begun.number};
+  const RoutedRows rows(messages, a, RowBits{shared, op.tokens}, 0);
+  rows.SetBits(begun);
+  for (int32_t rank = thread; rank < g.num_ranks; rank += kThreads) {
+    rows_to[rank] = rows.bits.Count(g.num_experts + rank);
+    first_row_at[rank] = OutgoingTo(messages, rank, rows_to[rank]).first_row;
+    if (blockIdx.x != 0) continue;
+    a.send_counts[rank] = rows_to[rank];
+    if (begun.ok) WriteHeader(messages, rank, rows_to[rank]);
+  }
+  for (int32_t expert = thread; blockIdx.x == 0 && begun.ok && expert < g.num_experts;
+       expert += kThreads) {
+    rows.WriteCopies(expert, rows.bits.Count(expert));
+  }
+  __syncthreads();
+
+  const int32_t warp = thread / kWarp;
+  const int32_t warp_lane = thread % kWarp;
+  const int32_t tile_rows = kWarps / op.pieces;
+  for (int32_t first = static_cast<int32_t>(blockIdx.x) * tile_rows; first < op.tokens;
+       first += static_cast<int32_t>(gridDim.x) * tile_rows) {
+    const int32_t count = min(tile_rows, op.tokens - first);
+    for (int32_t slot = thread; slot < count * g.top_k; slot += kThreads) {
+      rows.WriteSlot(first * g.top_k + slot, [](int32_t) { return 0; }, rows_to,
+                     Placing(places, slot / g.top_k, g.wire_width), begun.ok);
+    }
+    __syncthreads();
+    for (int32_t at = thread; at < count * g.wire_width; at += kThreads) {
+      a.places[int64_t{first} * g.wire_width + at] = places[at];
+    }
+    const int32_t row = warp / op.pieces;
+    if (begun.ok && row < count) {
+      const int32_t place = warp_lane < g.wire_width ? places[row * g.wire_width + warp_lane] : -1;
+      if (place >= 0) {
+        targets[warp][warp_lane] =
+            first_row_at[place / op.tokens] + place % op.tokens * op.stride;
+      }
+      const int32_t num_targets = __popc(__ballot_sync(~0u, place >= 0));
+      __syncwarp();
+      Rows::Pack(op, warp % op.pieces, a.x, first + row, targets[warp], num_targets);
+    }
+    __syncthreads();  // the places have been read
+  }
+  if (!IsLastBlock(set)) return;
+  const bool ok = begun.ok && !Faulted(g);
+  if (ok) HandOverAll(messages);
+  if (thread != 0) return;
+  int64_t wire_rows = 0;
+  for (int32_t rank = 0; rank < g.num_ranks; ++rank) wire_rows += rows_to[rank];
+  EndPhase(g, set, op, begun, ok, wire_rows, op.tokens * op.row_bytes, wire_rows * op.stride);
+}
+
 constexpr auto kPack = [](auto rows) { return Pack<decltype(rows)>; };
+constexpr auto kRouteAndPack = [](auto rows) { return RouteAndPack<decltype(rows)>; };
 
 cudaError_t LaunchPack(const KernelParams& k, const RowsIn& x, const HandlePlaces& handle,
                        const LaunchParams& launch) {
@@ -159,13 +235,19 @@ size_t RouteSharedBytes(int64_t tokens, int32_t bins, int32_t num_sms) {
 }
 
 cudaError_t LoadDispatchSend(size_t route_shared_bytes) {
-  const cudaError_t error =
+  cudaError_t error =
       LoadKernels({Kernel(Route, route_shared_bytes), Kernel(PlaceOnWire), Kernel(LayOut)});
-  return error == cudaSuccess ? LoadCopyKernelsFor(kPack) : error;
+  if (error == cudaSuccess) error = LoadCopyKernelsFor(kPack);
+  return error == cudaSuccess ? LoadCopyKernelsFor(kRouteAndPack) : error;
 }
 
 cudaError_t LaunchDispatchSend(const KernelParams& k, const DispatchSendArrays& arrays,
                                const LaunchParams& launch) {
+  if (launch.fused) {
+    return LaunchKernel(CopyKernelFor(arrays.x.format, kRouteAndPack),
+                        launch.BlocksFor(k.op.tokens * k.op.pieces), kThreads, FusedRouteBytes(k),
+                        launch.stream, k, arrays);
+  }
   const RouteShape shape(k.op.tokens, RouteBins(k.g.nodes, k.g.num_experts), launch.num_sms);
   const cudaError_t error = LaunchKernel(Route, shape.blocks, kRouteThreads, shape.shared_bytes,
                                          launch.stream, k, arrays, shape.rows_per_block);

@@ -135,6 +135,11 @@ __device__ inline void WriteHeaders(const Messages& m, const int32_t* counts) {
   }
 }
 
+// Where the slots of a message with `rows` rows are built.
+__device__ inline float* SlotsTo(const Messages& m, int32_t region, int32_t rows) {
+  return reinterpret_cast<float*>(m.PayloadTo(region) + LayoutOf(m.op, rows).slots_offset);
+}
+
 // One message that this rank packs.
 struct Outgoing {
   char* first_row;
@@ -143,6 +148,23 @@ struct Outgoing {
 
 __device__ inline Outgoing OutgoingTo(const Messages& m, int32_t region, int32_t rows) {
   return {m.PayloadTo(region) + LayoutOf(m.op, rows).rows_offset, Chunks(rows, m.op.chunks)};
+}
+
+// Raises `arrived` at a near peer. What the message vouches for is stored there, as this thread has
+// observed.
+__device__ inline void RaiseAtPeer(const Messages& m, int32_t region, uint64_t signal) {
+  const GroupConstants& g = m.g;
+  const int32_t there = g.nodes.RegionAtPeer(m.leg, g.rank, region);
+  char* const word =
+      g.memories[m.Peer(region)] + g.layout.SignalOffset(m.leg, m.set.index, m.number, there);
+  store_release_system(reinterpret_cast<uint64_t*>(word), signal);
+}
+
+// S4 of a phase that is one kernel, by the threads of its last block: all messages are complete.
+__device__ inline void HandOverAll(const Messages& m) {
+  for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
+    if (!m.IsOwn(region)) RaiseAtPeer(m, region, SignalAfterChunk(m.number, 0, 1));
+  }
 }
 
 // S4: hands chunk `chunk` of a message over. All of it has been written by now, as this thread has
@@ -154,13 +176,7 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Outgoin
   const SetPointers& set = m.set;
   const OperationParams& op = m.op;
   const uint64_t signal = SignalAfterChunk(m.number, chunk, chunks.count);
-  if (m.Pushes(region)) {
-    const int32_t there = g.nodes.RegionAtPeer(m.leg, g.rank, region);
-    char* const word =
-        g.memories[m.Peer(region)] + g.layout.SignalOffset(m.leg, set.index, m.number, there);
-    store_release_system(reinterpret_cast<uint64_t*>(word), signal);
-    return;
-  }
+  if (m.Pushes(region)) return RaiseAtPeer(m, region, signal);
   // The kernel behind this one puts what is for other nodes (put_messages.cu).
   if (g.puts_on_device && g.memories[m.Peer(region)] == nullptr) return;
   const uint64_t ticket = atomicAdd(&g.state->queue_tail, 1ull);

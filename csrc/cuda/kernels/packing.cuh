@@ -54,13 +54,20 @@ __device__ inline void CountRowsBefore(int32_t count, const int32_t* rows, int32
   }
 }
 
+// The last of `count` numbers at(0), at(1), … in ascending order that is at most `value`; the first
+// one if none is.
+template <typename At>
+__device__ int32_t LastUpTo(int32_t count, int32_t value, const At& at) {
+  int32_t last = 0;
+  for (int32_t step = 1 << (31 - __clz(count)); step > 0; step /= 2) {
+    if (last + step < count && at(last + step) <= value) last += step;
+  }
+  return last;
+}
+
 // Which message has row `row` of all of them, given the rows before each.
 __device__ inline int32_t MessageOf(const int32_t* first_row, int32_t count, int32_t row) {
-  int32_t at = 0;
-  for (int32_t step = 1 << (31 - __clz(count)); step > 0; step /= 2) {
-    if (at + step < count && first_row[at + step] <= row) at += step;
-  }
-  return at;
+  return LastUpTo(count, row, [first_row](int32_t message) { return first_row[message]; });
 }
 
 // The same, given the rows of each, one message after the other.
@@ -109,11 +116,11 @@ __device__ inline void Announce(const Messages& m, int32_t region, int32_t rows,
 
 // Plans messages with rows[region] rows, at most `most_rows` in all, by all threads of all blocks.
 // `by_rank`: how many rows go to each rank, on the wire of hierarchical mode; else not used.
-// `packing` is there and filled in where NeedsPacking. In areas, the first block notes the plan for
-// the kernels to come, and announces the counts. False, in all threads, and reported, if no
-// dispatch can have made such counts.
+// `packing` is filled in where it is not null. In areas it is there, and the first block notes the
+// plan for the kernels to come, and announces the counts. False, in all threads, and reported, if
+// no dispatch can have made such counts.
 __device__ inline bool PlanPacking(const Messages& m, const int32_t* rows, const int32_t* by_rank,
-                                   int64_t most_rows, Packing& packing) {
+                                   int64_t most_rows, Packing* packing) {
   const GroupConstants& g = m.g;
   const OperationParams& op = m.op;
   bool ok = true;
@@ -125,9 +132,8 @@ __device__ inline bool PlanPacking(const Messages& m, const int32_t* rows, const
         Report(g, op, FaultKind::kInvalidArgument, m.number, {region, -1, op.tokens, rows[region]});
       }
     }
-    const bool needed = NeedsPacking(op);
-    const Totals totals = LayOutMessages(m, rows, needed ? packing.first_row : nullptr,
-                                         needed ? packing.payload_at : nullptr,
+    const Totals totals = LayOutMessages(m, rows, packing ? packing->first_row : nullptr,
+                                         packing ? packing->payload_at : nullptr,
                                          [](int32_t) { return false; });
     if (ok && totals.rows > most_rows) {
       ok = false;
@@ -141,7 +147,7 @@ __device__ inline bool PlanPacking(const Messages& m, const int32_t* rows, const
   const bool to_nodes = g.nodes.hierarchical && m.leg == kWire;
   const int32_t per_node = g.nodes.ranks_per_node;
   for (int32_t region = threadIdx.x; region < m.count(); region += blockDim.x) {
-    m.set.scratch->packed_at[m.leg][region] = packing.payload_at[region];
+    m.set.scratch->packed_at[m.leg][region] = packing->payload_at[region];
     int64_t in_node = 0;
     for (int32_t j = 0; to_nodes && j < per_node; ++j) {
       const int32_t to_rank = by_rank[region * per_node + j];

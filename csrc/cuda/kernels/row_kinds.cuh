@@ -397,10 +397,11 @@ auto KernelFor(const RowFormat& format, const Pick& pick) {
 
 // All kernels that these can return.
 template <typename Pick>
-cudaError_t LoadCopyKernelsFor(const Pick& pick) {
-  return LoadKernels({Kernel(pick(PlainRows<float>{})), Kernel(pick(QuantisedRows<float>{})),
-                      Kernel(pick(QuantisedRows<__nv_bfloat16>{})),
-                      Kernel(pick(QuantisedRows<__half>{})), Kernel(pick(MixedRows{}))});
+cudaError_t LoadCopyKernelsFor(const Pick& pick, size_t dynamic_shared_bytes = 0) {
+  const auto kernel = [&](auto rows) { return Kernel(pick(rows), dynamic_shared_bytes); };
+  return LoadKernels({kernel(PlainRows<float>{}), kernel(QuantisedRows<float>{}),
+                      kernel(QuantisedRows<__nv_bfloat16>{}), kernel(QuantisedRows<__half>{}),
+                      kernel(MixedRows{})});
 }
 template <typename Pick>
 cudaError_t LoadKernelsFor(const Pick& pick) {
