@@ -14,8 +14,12 @@
 //                  chunk by chunk as they arrive, a warp per piece of a row: reads it once,
 //                  dequantises it where it is quantised, writes it once per copy.
 //
+// PlaceAndScatter  S7 – S10  in place of Place and Scatter for small operations (small.h): every
+//                  block lays out the groups, which say what is zero; no tags.
+//
 // Launch: kThreads threads, and no more blocks than kBlocksPerSm per SM: they wait for peers, and
-// must leave room for puts (far_peers.h). Place: PlaceSharedBytes of shared memory.
+// must leave room for puts (far_peers.h). Place, PlaceAndScatter: PlaceSharedBytes of shared
+// memory.
 //
 // Byte floor: sum(recv_counts) rows of messages read, N rows of the program written, of padded groups
 // those with a copy; weighted: y read as well.
@@ -74,6 +78,21 @@ __device__ int32_t CopiesOf(int32_t n, int32_t* copies, int32_t* slots) {
   }
   __syncwarp();
   return __popc(mask);
+}
+
+// A row of a message, number `row` there, to rows copies[0 … count) of x; slots[i] is the slot of
+// copy i. There is room for so many targets.
+template <typename Rows>
+__device__ void UnpackRow(const GroupConstants& g, const OperationParams& op,
+                          const Incoming& message, int32_t row, int32_t piece,
+                          const ScatterArrays& a, const int32_t* copies, const int32_t* slots,
+                          char** targets, int32_t count) {
+  const auto warp_lane = static_cast<int32_t>(threadIdx.x % kWarp);
+  Rows::Unpack(op, piece, message.rows + row * op.stride, a.x, copies, targets, count);
+  if (a.values && piece == 0 && warp_lane < count) {
+    a.values[copies[warp_lane]] =
+        __ldcg(message.slots + int64_t{row} * g.top_k + slots[warp_lane]);
+  }
 }
 
 template <typename Rows, bool kWeighted>
@@ -136,24 +155,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       const int64_t first_slot = (int64_t{message.first_row} + row) * g.top_k;
       const int32_t n = warp_lane < g.top_k && write ? a.rows[first_slot + warp_lane] : -1;
       const int32_t count = CopiesOf(n, copies[warp], slots[warp]);
-      const char* const from = message.rows + row * op.stride;
       if (!arriving.here) {  // a row is right, or NaN
         for (int32_t i = 0; i < count; ++i) {
           Rows::Fill(op, piece, op.pieces, a.x, copies[warp][i], kNaNs);
           if (a.values && warp_lane == 0) a.values[copies[warp][i]] = __uint_as_float(kNaNs);
         }
       } else if constexpr (kWeighted) {
+        const char* const from = message.rows + row * op.stride;
         for (int32_t i = 0; i < count; ++i) {
           const int32_t to = copies[warp][i];
           const float dot = SumOverWarp(Rows::UnpackWeighted(op, from, a.y, a.w[to], a.x, to));
           if (warp_lane == 0) a.values[to] = dot;
         }
       } else {
-        Rows::Unpack(op, piece, from, a.x, copies[warp], targets[warp], count);
-        if (a.values && piece == 0 && warp_lane < count) {
-          a.values[copies[warp][warp_lane]] =
-              __ldcg(message.slots + int64_t{row} * g.top_k + slots[warp][warp_lane]);
-        }
+        UnpackRow<Rows>(g, op, message, row, piece, a, copies[warp], slots[warp], targets[warp],
+                        count);
       }
       if (piece == 0) copies_written += count;
       __syncwarp();
@@ -178,7 +194,64 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
            written * op.row_bytes + relay_written * op.stride);
 }
 
+template <typename Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    PlaceAndScatter(const __grid_constant__ KernelParams params,
+                    const __grid_constant__ PlaceArrays place,
+                    const __grid_constant__ ScatterArrays a) {
+  const GroupConstants& g = params.g;
+  const OperationParams& op = params.op;
+  extern __shared__ int32_t shared[];
+  __shared__ Received received;
+  __shared__ Arrivals arrivals;
+  __shared__ int32_t copies[kWarps][kMaxTopK], slots[kWarps][kMaxTopK];
+  __shared__ char* targets[kWarps][kMaxTopK];
+  const bool nothing_sent = NothingWasSent(op);
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  const Messages messages{g, set, op, kWire, begun.number, nullptr, nullptr, received.sent};
+  const Groups groups(shared, g.local_experts());
+  // A small message is one chunk: what has begun to come is here.
+  const Placed placed = PlaceGroups(messages, place, begun, received, arrivals, groups);
+  const bool fails = !nothing_sent && (!placed.ok || placed.overflowed);
+  const bool everything = nothing_sent || fails;
+  FillRows<Rows>(op, a, fails ? kNaNs : kZeros,
+                 [&](int32_t n) { return everything || groups.IsPadding(g, n); });
+
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+  const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
+       placed.ok && unit < op.wire_rows * op.pieces;
+       unit += static_cast<int32_t>(gridDim.x) * kWarps) {
+    const int32_t piece = unit % op.pieces;
+    const int32_t row = unit / op.pieces;
+    const bool kept = row < placed.num_rows;
+    const int32_t source = kept ? MessageOf(received.first_row, g.num_ranks, row) : 0;
+    const int32_t at = row - received.first_row[source];  // in its message
+    int32_t n = -1;
+    if (warp_lane < g.top_k) {
+      const int64_t slot = int64_t{at} * g.top_k + warp_lane;
+      if (kept) n = groups.RowOf(g, source, __ldcg(CodesFrom(messages, source) + slot));
+      if (piece == 0) place.rows[int64_t{row} * g.top_k + warp_lane] = n;
+    }
+    if (!kept || placed.overflowed) continue;
+    const int32_t count = CopiesOf(n, copies[warp], slots[warp]);
+    const Incoming message =
+        IncomingFrom(messages, source, received.rows[source], received.first_row[source]);
+    UnpackRow<Rows>(g, op, message, at, piece, a, copies[warp], slots[warp], targets[warp], count);
+    __syncwarp();
+  }
+  if (!IsLastBlock(set) || warp != 0) return;
+  const int64_t written = g.padded_groups && !everything
+                              ? groups.Sum(g, [](const ExpertRows& e) { return e.rows; })
+                              : a.capacity;
+  if (warp_lane != 0) return;
+  EndPhase(g, set, op, begun, placed.ok && !Faulted(g), placed.num_rows,
+           placed.num_rows * op.stride, written * op.row_bytes);
+}
+
 constexpr auto kScatter = [](auto rows) { return Scatter<decltype(rows), /*kWeighted=*/false>; };
+constexpr auto kPlaceAndScatter = [](auto rows) { return PlaceAndScatter<decltype(rows)>; };
 constexpr auto kScatterWeighted = [](auto rows) {
   return Scatter<decltype(rows), /*kWeighted=*/true>;
 };
@@ -193,6 +266,7 @@ size_t PlaceSharedBytes(int32_t num_experts, int32_t num_ranks) {
 cudaError_t LoadDispatchRecv(size_t place_shared_bytes) {
   cudaError_t error = LoadKernels({Kernel(Place, place_shared_bytes), Kernel(Mark)});
   if (error == cudaSuccess) error = LoadCopyKernelsFor(kScatter);
+  if (error == cudaSuccess) error = LoadCopyKernelsFor(kPlaceAndScatter, place_shared_bytes);
   return error == cudaSuccess ? LoadKernelsFor(kScatterWeighted) : error;
 }
 
@@ -204,13 +278,17 @@ cudaError_t LaunchDispatchRecv(const KernelParams& k, const DispatchRecvArrays& 
                           arrays.group_sizes, arrays.num_rows,
                           arrays.num_dropped, arrays.rows,
                           arrays.recv_counts, k.g.nodes.hierarchical ? nullptr : arrays.relay};
-  const cudaError_t error =
-      LaunchKernel(Place, launch.BlocksForItems(slots), kThreads,
-                   PlaceSharedBytes(k.g.num_experts, k.g.num_ranks), launch.stream, k, place);
-  if (error != cudaSuccess) return error;
   const ScatterArrays scatter{capacity, arrays.rows, {}, nullptr, arrays.x, arrays.weights};
   const int64_t rows =
       std::max<int64_t>(int64_t{k.op.wire_rows} * k.op.pieces, capacity);
+  const size_t place_bytes = PlaceSharedBytes(k.g.num_experts, k.g.num_ranks);
+  if (launch.fused) {
+    return LaunchKernel(CopyKernelFor(arrays.x.format, kPlaceAndScatter), launch.BlocksFor(rows),
+                        kThreads, place_bytes, launch.stream, k, place, scatter);
+  }
+  const cudaError_t error = LaunchKernel(Place, launch.BlocksForItems(slots), kThreads, place_bytes,
+                                         launch.stream, k, place);
+  if (error != cudaSuccess) return error;
   return LaunchKernel(CopyKernelFor(arrays.x.format, kScatter), launch.BlocksFor(rows), kThreads, 0,
                       launch.stream, k, scatter);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Place and Mark, the kernels with which dispatch_recv.cu begins: which row of the expert-grouped
-// array every received copy becomes.
+// Which row of the expert-grouped array every received copy becomes: Place and Mark, the kernels
+// with which dispatch_recv.cu begins, and what Place shares with the one kernel of small operations.
 #ifndef SMFREE_CSRC_CUDA_KERNELS_DISPATCH_RECV_PLACE_CUH_
 #define SMFREE_CSRC_CUDA_KERNELS_DISPATCH_RECV_PLACE_CUH_
 
@@ -74,6 +74,11 @@ __device__ int32_t SentCopies(const Messages& m, int32_t source, int32_t expert)
   return __ldcg(reinterpret_cast<const int32_t*>(header) + expert);
 }
 
+// The CopyCodes of a message, a row's one behind the other.
+__device__ const int32_t* CodesFrom(const Messages& m, int32_t source) {
+  return reinterpret_cast<const int32_t*>(m.PayloadFrom(source));
+}
+
 // Copies of the kept rows of each message for each local expert, where not all rows are kept: the
 // headers count all. By all threads of a block, into shared memory. Returns, to all of them, how
 // many copies are not kept.
@@ -94,7 +99,7 @@ __device__ int32_t CountCopies(const Messages& m, const Received& received, int3
   for (int32_t source = 0; source < g.num_ranks; ++source) {
     const int32_t rows = received.rows[source];
     if (rows == received.by_source[source]) continue;
-    const auto* const codes = reinterpret_cast<const int32_t*>(m.PayloadFrom(source));
+    const int32_t* const codes = CodesFrom(m, source);
     for (int32_t slot = threadIdx.x; slot < rows * g.top_k; slot += blockDim.x) {
       const int32_t code = __ldcg(codes + slot);
       if (code < 0 || g.code.Expert(code) >= local_experts) continue;
@@ -179,30 +184,65 @@ struct PlaceArrays {
   int32_t* relay;  // null in hierarchical mode, where the relay has filled it in
 };
 
-__global__ void __launch_bounds__(kThreads)
-    Place(const __grid_constant__ KernelParams params, const __grid_constant__ PlaceArrays a) {
-  const GroupConstants& g = params.g;
-  const OperationParams& op = params.op;
-  extern __shared__ int32_t shared[];
-  __shared__ Received received;
-  __shared__ Arrivals arrivals;
+// Where copies go, as a block knows it, in dynamic shared memory (PlaceSharedBytes).
+struct Groups {
+  ExpertRows* of;  // by local expert
+  int32_t* first;  // by source and local expert: the row of the first copy
+
+  __device__ Groups(int32_t* shared, int32_t local_experts)
+      : of(reinterpret_cast<ExpertRows*>(shared)),
+        first(reinterpret_cast<int32_t*>(of + local_experts)) {}
+
+  // The row of the copy that a slot of a message is, or -1: `code` is its CopyCode.
+  __device__ int32_t RowOf(const GroupConstants& g, int32_t source, int32_t code) const {
+    const int32_t local_experts = g.local_experts();
+    if (code < 0 || g.code.Expert(code) >= local_experts) return -1;
+    const int32_t expert = g.code.Expert(code);
+    const int32_t n = first[source * local_experts + expert] + g.code.Index(code);
+    return n < of[expert].end ? n : -1;
+  }
+
+  // The sum of value(group), by a warp.
+  template <typename Value>
+  __device__ int32_t Sum(const GroupConstants& g, const Value& value) const {
+    int32_t sum = 0;
+    for (int32_t e = threadIdx.x % kWarp; e < g.local_experts(); e += kWarp) sum += value(of[e]);
+    return __reduce_add_sync(~0u, sum);
+  }
+
+  // Whether row n is one that no copy becomes, and that is zero: one that fills a group up, or, but
+  // in padded groups, one past all of them.
+  __device__ bool IsPadding(const GroupConstants& g, int32_t n) const {
+    const int32_t expert =
+        LastUpTo(g.local_experts(), n, [this](int32_t e) { return of[e].start; });
+    const ExpertRows& group = of[expert];
+    return n - group.start >= group.rows && (!g.padded_groups || n < group.end);
+  }
+};
+
+// What has come, the same in all threads of all blocks.
+struct Placed {
+  bool ok;           // else the rank has failed
+  bool overflowed;   // not all copies fit, and none may be dropped
+  int32_t num_rows;  // of messages, that are kept
+};
+
+// S7 and S8 of a routed dispatch, by all threads of all blocks: waits for the first chunk of every
+// source, and lays out the groups. The first block tells the program of them.
+__device__ Placed PlaceGroups(const Messages& messages, const PlaceArrays& a, const Begun& begun,
+                              Received& received, Arrivals& arrivals, const Groups& groups) {
+  const GroupConstants& g = messages.g;
+  const SetPointers& set = messages.set;
+  const OperationParams& op = messages.op;
   const int32_t local_experts = g.local_experts();
-  auto* const groups = reinterpret_cast<ExpertRows*>(shared);
-  auto* const first = reinterpret_cast<int32_t*>(groups + local_experts);
   const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t slots = int64_t{op.wire_rows} * g.top_k;
-
-  const Begun begun = BeginRecvPhase(g, op, params.sets);
-  const SetPointers set = params.sets.At(begun.set);
   if (a.relay) {
     if (thread == 0) *a.relay = -1;
     NoteBegin(set);
   }
-  const Leg leg = g.nodes.LastLeg(Operation::kDispatch);
-  const Messages messages{
-      g, set, op, leg, begun.number, set.scratch->packed_at[leg], received.payload_at};
   if (!begun.ok || !OpenMessages(messages, nullptr, received.sent, arrivals)) {
+    const int64_t slots = int64_t{op.wire_rows} * g.top_k;
     for (int64_t i = thread; i < slots; i += threads) a.rows[i] = -1;
     for (int64_t i = thread; i < local_experts; i += threads) {
       a.group_sizes[i] = 0;
@@ -210,31 +250,30 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t i = thread; i < g.num_ranks; i += threads) a.recv_counts[i] = 0;
     if (thread == 0) *a.num_dropped = 0;
-    return;
+    return {};
   }
   received.Plan(messages);
-  const int32_t cut = received.is_cut ? CountCopies(messages, received, first) : 0;
+  const int32_t cut = received.is_cut ? CountCopies(messages, received, groups.first) : 0;
   const int32_t part_rows = g.padded_groups ? a.rows_capacity / local_experts : a.rows_capacity;
   const int32_t capacity = min(max(*a.capacity, 0) / g.expert_alignment * g.expert_alignment,
                                part_rows);
-  LayOutGroups(messages, received.is_cut, part_rows, capacity, groups, first);
+  LayOutGroups(messages, received.is_cut, part_rows, capacity, groups.of, groups.first);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
-      a.group_sizes[e] = groups[e].end - groups[e].start;
-      a.num_rows[e] = groups[e].rows;
+      a.group_sizes[e] = groups.of[e].end - groups.of[e].start;
+      a.num_rows[e] = groups.of[e].rows;
     }
     for (int32_t s = threadIdx.x; s < g.num_ranks; s += blockDim.x) {
       a.recv_counts[s] = received.rows[s];
     }
   }
-  int32_t dropped = 0;
-  for (int32_t e = threadIdx.x % kWarp; e < local_experts; e += kWarp) dropped += groups[e].dropped;
-  dropped = __reduce_add_sync(~0u, dropped) + cut;
+  const int32_t dropped = cut + groups.Sum(g, [](const ExpertRows& e) { return e.dropped; });
+  const bool overflowed = dropped > 0 && !g.drop_overflow;
   if (thread == 0) {
     *a.num_dropped = dropped;
     atomicAdd(&g.state->rows_dropped, static_cast<unsigned long long>(dropped));
-    set.scratch->overflowed = dropped > 0 && !g.drop_overflow;
-    if (set.scratch->overflowed) {
+    set.scratch->overflowed = overflowed;
+    if (overflowed) {
       int64_t sent = 0;
       for (int32_t s = 0; s < g.num_ranks; ++s) sent += received.by_source[s];
       volatile OverflowRecord& overflow = g.host->overflow;
@@ -247,26 +286,39 @@ __global__ void __launch_bounds__(kThreads)
       overflow.dropped = dropped;
       overflow.received = sent;
       overflow.capacity = overflow.on_wire ? op.wire_rows : capacity;
-      NoteBusiest(g, groups, overflow);
+      NoteBusiest(g, groups.of, overflow);
       __threadfence_system();  // pairs with the host's acquire in Check
       overflow.ready = 1;
     }
   }
   const int32_t last = g.num_ranks - 1;
-  const int32_t num_rows = received.first_row[last] + received.rows[last];
-  for (int64_t at = thread; at < slots; at += threads) {
+  return {true, overflowed, received.first_row[last] + received.rows[last]};
+}
+
+__global__ void __launch_bounds__(kThreads)
+    Place(const __grid_constant__ KernelParams params, const __grid_constant__ PlaceArrays a) {
+  const GroupConstants& g = params.g;
+  const OperationParams& op = params.op;
+  extern __shared__ int32_t shared[];
+  __shared__ Received received;
+  __shared__ Arrivals arrivals;
+  const Begun begun = BeginRecvPhase(g, op, params.sets);
+  const SetPointers set = params.sets.At(begun.set);
+  const Leg leg = g.nodes.LastLeg(Operation::kDispatch);
+  const Messages messages{
+      g, set, op, leg, begun.number, set.scratch->packed_at[leg], received.payload_at};
+  const Groups groups(shared, g.local_experts());
+  const Placed placed = PlaceGroups(messages, a, begun, received, arrivals, groups);
+  if (!placed.ok) return;
+  const auto thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t at = thread; at < int64_t{op.wire_rows} * g.top_k; at += threads) {
     const auto row = static_cast<int32_t>(at / g.top_k);
     int32_t n = -1;
-    if (row < num_rows) {
+    if (row < placed.num_rows) {
       const int32_t source = MessageOf(received.first_row, g.num_ranks, row);
       const int64_t slot = at - int64_t{received.first_row[source]} * g.top_k;
-      const auto* const codes = reinterpret_cast<const int32_t*>(messages.PayloadFrom(source));
-      const int32_t code = __ldcg(codes + slot);
-      if (code >= 0 && g.code.Expert(code) < local_experts) {
-        const int32_t expert = g.code.Expert(code);
-        n = first[source * local_experts + expert] + g.code.Index(code);
-        if (n >= groups[expert].end) n = -1;
-      }
+      n = groups.RowOf(g, source, __ldcg(CodesFrom(messages, source) + slot));
     }
     a.rows[at] = n;
     if (n >= 0) set.row_tags[n] = static_cast<uint32_t>(begun.number);
