@@ -60,6 +60,9 @@ struct Arrivals {
 };
 
 constexpr int32_t kTurnsOfTheOthers = 4096;  // some ten milliseconds
+// So often a block looks again at once. Where a kernel stores the rows, they come in microseconds,
+// and no copy is slowed down.
+constexpr int32_t kQuickTurns = 4, kQuickTurnsOfPush = 64;
 
 // S7: until `wanted` chunks (kAllChunks: all) of a message are here. False if the rank has failed,
 // as after the deadline.
@@ -83,7 +86,7 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
       if (chunks >= wanted) break;
     }
     if (begin == 0) begin = NowNs();
-    __nanosleep(turn < 4 ? 100 : 2000);
+    __nanosleep(turn < (op.push ? kQuickTurnsOfPush : kQuickTurns) ? 100 : 2000);
     if (turn % 16 != 15) continue;
     if (Faulted(g)) return false;
     const bool asks = looks && (arrivals.asks || turn % kTurnsOfTheOthers == kTurnsOfTheOthers - 1);

@@ -69,6 +69,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const WirePlaces wire(g, set, a.places, a.send_counts);
   const Messages messages{
       g, set, op, kWire, begun.number, set.scratch->packed_at[kWire], lying.payload_at};
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+  const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const int32_t units = op.tokens * op.pieces;
+  const int32_t stride = static_cast<int32_t>(gridDim.x) * kWarps;
+  int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
+  const auto place_of_thread = [&] {
+    return unit < units && warp_lane < g.wire_width
+               ? wire.places[int64_t{unit / op.pieces} * g.wire_width + warp_lane]
+               : -1;
+  };
+  int32_t place_here = place_of_thread();  // far away: before the messages are waited for
   // A rank, or a relay, that may not have kept all rows returns fewer.
   const bool all_return = int64_t{g.num_ranks} * op.tokens <= op.wire_rows;
   bool ok = begun.ok &&
@@ -86,14 +97,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   __syncthreads();
 
-  const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
-  const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  for (int32_t unit = static_cast<int32_t>(blockIdx.x) * kWarps + warp;
-       unit < op.tokens * op.pieces; unit += static_cast<int32_t>(gridDim.x) * kWarps) {
+  for (; unit < units; unit += stride, place_here = place_of_thread()) {
     const int32_t t = unit / op.pieces;
     const int32_t piece = unit % op.pieces;
-    const int32_t place =
-        ok && warp_lane < g.wire_width ? wire.places[int64_t{t} * g.wire_width + warp_lane] : -1;
+    const int32_t place = ok ? place_here : -1;
     const int32_t region = place / op.tokens;
     const int32_t row = place % op.tokens;
     const int32_t before = __shfl_up_sync(~0u, place, 1);
