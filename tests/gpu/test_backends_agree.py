@@ -39,6 +39,19 @@ SMALL = [
     Shape(4, 8, 3, 300, 24, "bfloat16", ranks_per_node=2),
     Shape(4, 8, 3, 40, 20, "float32", wire=60, ranks_per_node=2),  # relays have too many rows
 ]
+FEW_ROWS = [  # at the edges of what has one kernel per phase (csrc/cuda/host/small.h)
+    Shape(1, 16, 8, 1, 24, "bfloat16"),
+    Shape(2, 16, 8, 1, 24, "bfloat16", layout="padded"),
+    Shape(2, 256, 8, 128, 7168, "bfloat16"),
+    Shape(1, 16, 8, 512, 24, "bfloat16", capacity=3000),  # the most slots
+    Shape(1, 16, 8, 513, 24, "bfloat16", capacity=3000),
+    Shape(2, 16, 8, 512, 24, "float32"),
+    Shape(2, 16, 8, 513, 24, "float32"),
+    Shape(2, 248, 4, 992, 8, "float16", alignment=4),  # the most bits
+    Shape(2, 248, 4, 993, 8, "float16", alignment=4),
+    Shape(2, 8, 4, 200, 24, "float32", wire=150, overflow="drop"),  # not all rows are kept
+    Shape(2, 8, 4, 200, 24, "bfloat16", capacity=320, alignment=8, layout="padded"),
+]
 LARGE = [  # messages of several chunks
     Shape(1, 16, 8, 150, 520, "float16", unused_tokens=7),
     Shape(2, 8, 2, 400, 2048, "bfloat16"),
@@ -60,6 +73,13 @@ def programs(request):
 @examples(20)
 @given(data=st.data())
 def test_small(programs, data):
+    check(programs, data)
+
+
+@pytest.mark.parametrize("programs", FEW_ROWS, ids=str, indirect=True)
+@examples(3)
+@given(data=st.data())
+def test_few_rows(programs, data):
     check(programs, data)
 
 
