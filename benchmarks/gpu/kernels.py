@@ -32,7 +32,7 @@ from benchmarks.report import machine_line, show, table
 from benchmarks.results import Json
 from jax_smfree.bench.programs import compiled
 
-# In the order in which a round trip launches them.
+# In the order in which a round trip launches them; and where rows are few.
 KERNELS = (
     ("dispatch send", "Route"),
     ("dispatch send", "Pack"),
@@ -40,6 +40,12 @@ KERNELS = (
     ("dispatch recv", "Scatter"),
     ("combine send", "LayOut"),
     ("combine send", "Pack"),
+    ("combine recv", "Gather"),
+)
+KERNELS_OF_FEW_ROWS = (
+    ("dispatch send", "RouteAndPack"),
+    ("dispatch recv", "PlaceAndScatter"),
+    ("combine send", "LayOutAndPack"),
     ("combine recv", "Gather"),
 )
 ROUND_TRIPS = 3  # the last one counts
@@ -63,11 +69,11 @@ def round_trips(names: list[str]) -> None:
 
 def profile(names: list[str]) -> list[Json]:
     """The kernels of the last round trip of each shape, in the order of their launches."""
-    kernels = "|".join(sorted({kernel for _, kernel in KERNELS}))
+    kernels = "|".join(sorted({kernel for _, kernel in KERNELS + KERNELS_OF_FEW_ROWS}))
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory, "ncu.csv")
         command = [machine.cuda_tool("ncu"), "--clock-control", "none", "--cache-control", "none"]
-        command += ["--kernel-name", f"regex:^({kernels})$"]
+        command += ["--kernel-name", f"regex:^({kernels})$", "--print-kernel-base", "function"]
         command += ["--metrics", ",".join(METRICS.values())]
         command += ["--print-units", "base", "--csv", "--log-file", str(log)]
         command += [sys.executable, "-m", "benchmarks.gpu", "kernels", "--profiled", *names]
@@ -76,16 +82,22 @@ def profile(names: list[str]) -> list[Json]:
         env = {**os.environ, "XLA_FLAGS": flags}
         subprocess.run(command, check=True, cwd=ROOT, env=env)
         lines = [line for line in log.read_text().splitlines() if line.startswith('"')]
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    launches: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in csv.DictReader(io.StringIO("\n".join(lines))):
-        found[row["ID"]][row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
-    expected = len(names) * ROUND_TRIPS * len(KERNELS)
-    if len(found) != expected:
-        raise RuntimeError(f"ncu has seen {len(found)} launches, expected {expected}:\n{lines}")
-    launches, entries = list(found.values()), []
-    for at, name in enumerate(names):
-        last = ((at + 1) * ROUND_TRIPS - 1) * len(KERNELS)
-        for (phase, kernel), launch in zip(KERNELS, launches[last:], strict=False):
+        metrics = launches[row["ID"], row["Kernel Name"]]
+        metrics[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+    trips: list[list[tuple[str, dict[str, float]]]] = [[]]
+    for (_, kernel), metrics in launches.items():
+        trips[-1].append((kernel, metrics))
+        if kernel == KERNELS[-1][1]:
+            trips.append([])
+    seen, expected = len(trips) - 1, len(names) * ROUND_TRIPS
+    if seen != expected:
+        raise RuntimeError(f"ncu has seen {seen} round trips, expected {expected}:\n{lines}")
+    entries = []
+    for name, trip in zip(names, trips[ROUND_TRIPS - 1 :: ROUND_TRIPS], strict=False):
+        phases = KERNELS if len(trip) == len(KERNELS) else KERNELS_OF_FEW_ROWS
+        for (phase, _), (kernel, launch) in zip(phases, trip, strict=True):
             numbers = {key: launch[metric] for key, metric in METRICS.items()}
             numbers["us"] /= 1e3
             entries.append({"shape": name, "phase": phase, "kernel": kernel, **numbers})

@@ -75,8 +75,9 @@ def test_cpu(tmp_path):
     assert path.with_suffix(".md").exists() and path.with_suffix(".png").exists()
 
 
-def test_quick(tmp_path):
-    text = python("-m", "benchmarks.gpu", "quick", "--smoke", "--out", tmp_path)
+@pytest.mark.parametrize("command", ["quick", "decode"])
+def test_gpu(tmp_path, command):
+    text = python("-m", "benchmarks.gpu", command, "--smoke", "--out", tmp_path)
     assert "Not measured" not in text
     (path,) = tmp_path.glob("*.json")
     for shape in json.loads(path.read_text())["shapes"].values():
