@@ -22,6 +22,7 @@ COMMANDS = {
     "gpu-quick-builds-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
     "gpu-quick-builds-areas-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
     "gpu-quick-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
+    "gpu-quick-fused-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
 }
 
 

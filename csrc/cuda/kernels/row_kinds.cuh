@@ -103,13 +103,8 @@ struct PlainRows : OneLeaf {
       __syncwarp();
       ++count;
     }
-    const auto row_of = [](const Term& term) { return term.row; };
-    char* const to = Row(op, out, t);
-    if (count <= kSumUnroll / 2) {  // of few ranks
-      SumRows<2>(Codec{}, Codec{}, Cut(op, piece), to, terms, count, row_of, nullptr);
-    } else {
-      SumRows(Codec{}, Codec{}, Cut(op, piece), to, terms, count, row_of, nullptr);
-    }
+    SumRows(Codec{}, Codec{}, Cut(op, piece), Row(op, out, t), terms, count,
+            [](const Term& term) { return term.row; }, nullptr);
   }
 };
 

@@ -23,7 +23,8 @@
 namespace smfree::cuda {
 
 constexpr int32_t kUnroll = 4;  // words in flight per thread
-constexpr int32_t kSumUnroll = 4;  // the same where words are summed: the sums take registers, too
+// Where words are summed, one is, of so many terms at once: float32 sums take the registers.
+constexpr int32_t kTermsAtOnce = 4;
 
 __device__ inline float ToFloat(float v) { return v; }
 __device__ inline float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -154,59 +155,48 @@ struct Term {
 
 // out = sum of weight * row over the terms in their order, and `add`, a row of `Sum`, if it is not
 // null; of one term at least, or `add`. The terms are read as `source` says, row_of(term); the sum
-// is written as `sink` says. kWords words are in work at once: of several, there are no more terms
-// than kSumUnroll / kWords.
-template <int32_t kWords = 1, typename Source, typename Sink, typename RowOf>
+// is written as `sink` says.
+template <typename Source, typename Sink, typename RowOf>
 __device__ void SumRows(const Source& source, const Sink& sink, const Words& words, char* out,
                         const Term* terms, int32_t count, const RowOf& row_of, const char* add) {
   static_assert(Source::kCount == Sink::kCount);
   __builtin_assume(count > 0 || add != nullptr);
-  constexpr int32_t kTerms = kSumUnroll / kWords;
   const auto warp_lane = static_cast<int32_t>(threadIdx.x % kWarp);
   const int32_t end = Sink::kByWholeWarp ? words.end + warp_lane : words.end;
-  typename Source::Word in[kWords][kTerms];
-  const auto load = [&](typename Source::Word (&of_word)[kTerms], int32_t at, int32_t first) {
+  for (int32_t v = words.begin; v < end; v += kWarp) {
+    const bool inside = v < words.end;
+    float sum[Sink::kCount];
+    for (int32_t i = 0; i < count; i += kTermsAtOnce) {
+      typename Source::Word in[kTermsAtOnce];
 #pragma unroll
-    for (int32_t j = 0; j < kTerms; ++j) {
-      if (first + j >= count) continue;
-      const char* const row = row_of(terms[first + j]);
-      if (at < words.end) of_word[j] = source.Load(row, at);
-    }
-  };
-  for (int32_t v = words.begin; v < end; v += kWords * kWarp) {
-#pragma unroll
-    for (int32_t u = 0; u < kWords; ++u) load(in[u], v + u * kWarp, 0);
-#pragma unroll
-    for (int32_t u = 0; u < kWords; ++u) {
-      const int32_t at = v + u * kWarp;
-      float sum[Sink::kCount];
-      for (int32_t i = 0; i < count; i += kTerms) {
-        if (i > 0) load(in[u], at, i);
-#pragma unroll
-        for (int32_t j = 0; j < kTerms; ++j) {
-          if (i + j >= count) continue;
-          const float weight = terms[i + j].weight;
-          float values[Sink::kCount];
-          source.Values(in[u][j], values);
-#pragma unroll
-          for (int32_t e = 0; e < Sink::kCount; ++e) {
-            const float term = __fmul_rn(values[e], weight);
-            sum[e] = i + j == 0 ? term : __fadd_rn(sum[e], term);
-          }
-        }
-        if (kWords > 1) break;
+      for (int32_t j = 0; j < kTermsAtOnce; ++j) {
+        if (i + j >= count) continue;
+        const char* const row = row_of(terms[i + j]);
+        if (inside) in[j] = source.Load(row, v);
       }
-      if (add != nullptr) {
+#pragma unroll
+      for (int32_t j = 0; j < kTermsAtOnce; ++j) {
+        if (i + j >= count) continue;
+        const float weight = terms[i + j].weight;
         float values[Sink::kCount];
-        if (at < words.end) sink.Values(sink.Load(add, at), values);
+        source.Values(in[j], values);
 #pragma unroll
         for (int32_t e = 0; e < Sink::kCount; ++e) {
-          sum[e] = count == 0 ? values[e] : __fadd_rn(sum[e], values[e]);
+          const float term = __fmul_rn(values[e], weight);
+          sum[e] = i + j == 0 ? term : __fadd_rn(sum[e], term);
         }
       }
-      const typename Sink::Word rounded = sink.Of(sum);
-      if (at < words.end) sink.Store(out, at, rounded);
     }
+    if (add != nullptr) {
+      float values[Sink::kCount];
+      if (inside) sink.Values(sink.Load(add, v), values);
+#pragma unroll
+      for (int32_t e = 0; e < Sink::kCount; ++e) {
+        sum[e] = count == 0 ? values[e] : __fadd_rn(sum[e], values[e]);
+      }
+    }
+    const typename Sink::Word rounded = sink.Of(sum);
+    if (inside) sink.Store(out, v, rounded);
   }
 }
 
