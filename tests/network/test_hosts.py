@@ -3,6 +3,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -54,10 +55,19 @@ def test_signals_reach_the_process(hosts, tmp_path):
     assert killed.wait(10).returncode == -signal.SIGKILL
     stopped = sleep_in(hosts[1], tmp_path / "stopped", 0.5)
     stopped.signal(signal.SIGSTOP)
-    with pytest.raises(AssertionError, match="still runs"):
-        stopped.wait(1.0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        stopped.popen.wait(1.0)
     stopped.signal(signal.SIGCONT)
     assert stopped.wait(10).returncode == 0
+
+
+def test_a_process_that_hangs_says_where(hosts, tmp_path):
+    sleeps = "import time; print('up', flush=True); time.sleep(100)"
+    command = [sys.executable, "-X", "faulthandler", "-c", sleeps]
+    process = hosts[0].start(command, os.environ, tmp_path / "sleeps")
+    wait_for(lambda: process.log.read_text() == "up\n", "it starts")
+    with pytest.raises(AssertionError, match=r"(?s)still runs after 0\.1 s.*Current thread"):
+        process.wait(0.1)
 
 
 def test_what_is_left_over_is_seen(hosts, tmp_path):
