@@ -55,7 +55,7 @@ def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
     return lax.psum_scatter(out.astype(x.dtype), AXIS, tiled=True) + shared
 
 
-class _Model:
+class Model:
     """Parameters on the devices, and what a step over a layer is."""
 
     def __init__(self, case: Case, width: int) -> None:
@@ -129,7 +129,7 @@ def _compare(mine: Any, theirs: Any) -> float:
 
 
 def measure(into: Json, case: Case, scale: Scale, **options: Any) -> None:
-    model = _Model(case, scale.expert_width)
+    model = Model(case, scale.expert_width)
     shape = dataclasses.replace(case.shape, needed=model.fullest() + SPARE_ROWS)
     into.update(expert_width=scale.expert_width, capacity=shape.capacity)
     options = {"recv_capacity": shape.capacity, **options}
