@@ -127,6 +127,7 @@ class Group {
   std::shared_ptr<Group> Unregister();
   // The sets that programs take, unless the group is closed.
   Status MakeSets(const InFlight::Need& need);
+  Status MakeSets(int32_t count);
   std::mutex close_mutex_;
   const std::shared_ptr<GroupState> state_;  // with whoever waits for the devices
 };

@@ -52,8 +52,21 @@ TEST(AProgramThatDidNotGetItsSetsDoesNotCount) {
   InFlight::Get().CompilationBegins();
   CHECK_EQ(InFlight::Get().AddSend(operation), 1);
   InFlight::Get().Keep(14, 1);
-  CHECK_EQ(InFlight::Get().AddSend(operation), 2);  // and then the compilation fails
+  CHECK_EQ(InFlight::Get().AddSend(operation), 2);
+  InFlight::Get().CompilationFails();
+  CHECK(InFlight::Get().CompilationEnds().empty());  // JAX says so of a failed one, too
   CHECK_EQ(Most(14), 1);
+  CHECK(!Leaves(14));
+}
+
+TEST(CallsOutsideOfACompilationAreNotCounted) {
+  Compile(15, "Aa");
+  CompiledOperation operation;
+  operation.group = 15;
+  for (int i = 0; i < 100; ++i) CHECK_EQ(InFlight::Get().AddSend(operation), 0);
+  InFlight::Get().AddRecv(operation);
+  CHECK_EQ(Most(15), 1);
+  CHECK(InFlight::Get().Of(15).uncounted && !InFlight::Get().Of(1).uncounted);
 }
 
 TEST(GroupsCountForThemselves) {

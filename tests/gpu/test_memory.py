@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_smfree as smfree
-from faults.running import CONFIG, assert_works
+from faults.running import CONFIG, assert_works, round_trip
 from gpu.driver import free_bytes
 from support import as_many, ep_mesh, make_problem
 
@@ -74,6 +74,34 @@ def test_sets_are_made_when_a_program_is_compiled(groups):
     assert sets == 5
     assert abs(grown - 5 * (two - one) * mesh.size) < 6 * PAGE * mesh.size
     assert grown_by(group, problem, 4) == (0, 0)
+
+
+def test_a_captured_graph_takes_sets_that_came_later(groups):
+    """A program runs, and runs again when another one has left an operation in flight."""
+    group = groups(ep_mesh(as_many(4)), **CONFIG)
+    arrays = make_problem(group.mesh).arrays[:3]
+    spec, rows = group.token_spec, P("ep")
+
+    def local(function, in_specs, out_specs):
+        return jax.jit(
+            jax.shard_map(function, mesh=group.mesh, in_specs=in_specs, out_specs=out_specs)
+        )
+
+    def several(*arrays):  # enough calls for XLA to capture them
+        out = arrays[0]
+        for _ in range(3):
+            out = round_trip(group.token(), out, *arrays[1:])
+        return out
+
+    step = local(several, (rows,) * 3, rows)
+    expected = [np.asarray(step(*arrays)) for _ in range(5)][-1]
+    send = local(smfree.dispatch_send, (spec, *[rows] * 3), spec)
+    token = send(group.token(), *arrays)
+    for _ in range(3):
+        np.testing.assert_array_equal(step(*arrays), expected)
+    receive = local(lambda token: smfree.dispatch_recv(token)[0].x, (spec,), rows)
+    jax.block_until_ready(receive(token))
+    group.check()
 
 
 def test_more_in_flight_than_there_can_be_sets(groups):

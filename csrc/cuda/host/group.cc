@@ -131,9 +131,16 @@ StatusOr<std::shared_ptr<Group>> Group::Register(std::shared_ptr<GroupState> sta
 
 Status Group::MakeSets(const InFlight::Need& need) {
   const int32_t room = state_->layout.num_sets;
-  if (need.most > room) return TooManyInFlight(*state_, need.most);
-  const int32_t more = need.leaves ? NumSets(state_->config) - 1 : 0;
-  const int32_t count = std::min(need.most + more, room);
+  const int32_t at_first = NumSets(state_->config);
+  const int32_t most = std::max(need.most, need.uncounted ? at_first : 0);
+  if (most > room) return TooManyInFlight(*state_, most);
+  const Status status = MakeSets(most);
+  // For what is left in flight, if there is memory for them.
+  if (status.ok() && need.leaves) (void)MakeSets(std::min(most + at_first - 1, room));
+  return status;
+}
+
+Status Group::MakeSets(int32_t count) {
   if (count <= state_->num_sets) return {};
   const auto made = ResultWithin(state_->Timeout() + kMake, [state = state_, count] {
     const std::shared_lock<std::shared_mutex> open(state->open_mutex, std::try_to_lock);
@@ -141,9 +148,9 @@ Status Group::MakeSets(const InFlight::Need& need) {
   });
   if (!made) return TookTooLong(state_->Timeout() + kMake);
   if (made->kind() != FaultKind::kOutOfMemory) return *made;
-  return Status(made->kind(), "for " + std::to_string(need.most) + " operations that a program has "
-                              "in flight together " + made->message() + " Or thread one token "
-                              "through calls that begin with fresh ones.");
+  return Status(made->kind(), "for " + std::to_string(count) + " operations that a program has in "
+                              "flight together " + made->message() + " Or thread one token through "
+                              "calls that begin with fresh ones.");
 }
 
 void CompilationBegins() { InFlight::Get().CompilationBegins(); }
@@ -160,14 +167,22 @@ void CompilationEnds() {
 Status CompileSend(const CompiledOperation& operation) {
   InFlight& in_flight = InFlight::Get();
   const int32_t now = in_flight.AddSend(operation);
-  InFlight::Need need = in_flight.Of(operation.group);
-  need.most = std::max(need.most, now);
-  for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(operation.group)) {
-    const Status status = group->MakeSets(need);
-    if (!status.ok()) return status;
+  const auto make = [&]() -> Status {
+    InFlight::Need need = in_flight.Of(operation.group);
+    need.most = std::max(need.most, now);
+    for (const std::shared_ptr<Group>& group : Groups::Get().Replicas(operation.group)) {
+      const Status status = group->MakeSets(need);
+      if (!status.ok()) return status;
+    }
+    return {};
+  };
+  Status status = make();
+  if (status.ok()) {
+    in_flight.Keep(operation.group, now);
+    status = make();  // of a group that was registered meanwhile, and did not hear of it
   }
-  in_flight.Keep(operation.group, now);
-  return {};
+  if (!status.ok()) in_flight.CompilationFails();
+  return status;
 }
 
 Status CompileRecv(const CompiledOperation& operation) {

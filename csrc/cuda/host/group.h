@@ -45,7 +45,7 @@ class Rank {
   std::unique_ptr<Mover> mover;
 
   GroupConstants Constants() const;
-  SetsOfRank Sets(Phase phase) const;
+  SetsOfRank Sets() const;
 };
 
 struct GroupState {

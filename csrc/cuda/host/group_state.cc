@@ -79,11 +79,10 @@ GroupConstants Rank::Constants() const {
   return g;
 }
 
-SetsOfRank Rank::Sets(Phase phase) const {
+SetsOfRank Rank::Sets() const {
   const SetScratchLayout layout(group->config);
-  const int32_t count = IsSend(phase) ? group->num_sets.load() : group->layout.num_sets;
-  return {count,                scratch.as<char>(),  layout.bytes,
-          layout.counts_offset, layout.flags_offset, layout.tags_offset,
+  return {group->layout.num_sets, scratch.as<char>(),   layout.bytes,
+          layout.counts_offset,   layout.flags_offset,  layout.tags_offset,
           layout.wire_places_offset};
 }
 
@@ -132,6 +131,14 @@ Status GroupState::MakeSets(int32_t count) {
     }
     if (!status.ok()) return status;
     device_bytes += static_cast<int64_t>(rank->memory->bytes());
+  }
+  // Where a CUDA graph that was captured before sees it, too.
+  for (const auto& rank : ranks) {
+    const Status status = OnOwnStream(rank->device, "the number of sets", [&](cudaStream_t stream) {
+      return cudaMemcpyAsync(&rank->state.as<RankState>()->num_sets, &count, sizeof(count),
+                             cudaMemcpyHostToDevice, stream);
+    });
+    if (!status.ok()) return status;
   }
   if (num_sets == 0) first_sets = count;
   num_sets = count;

@@ -52,15 +52,16 @@ class InFlight {
   struct Need {
     int32_t most = 0;     // of any program so far that got what it takes
     bool leaves = false;  // whether one of them leaves operations in flight
+    bool uncounted = false;  // whether calls were created outside of any compilation
   };
 
   // Around a compilation that this thread waits for. Before jax 0.11 another thread creates the
-  // calls: there what a program leaves in flight counts for the next one, and nobody hears of it.
-  void CompilationBegins() { Here().clear(); }
+  // calls, and a program may be loaded: there nobody knows which calls belong together.
+  void CompilationBegins() { Here() = {true, {}}; }
   // Returns the groups whose operations it leaves in flight.
   std::vector<int64_t> CompilationEnds() {
     std::vector<int64_t> groups;
-    for (const auto& [group, here] : std::exchange(Here(), {})) {
+    for (const auto& [group, here] : std::exchange(Here(), {}).groups) {
       if (here.all > 0) groups.push_back(group);
     }
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -68,9 +69,18 @@ class InFlight {
     return groups;
   }
 
-  // The call of a send. Returns how many operations of its group are in flight then.
+  // What it has created counts for nothing.
+  void CompilationFails() { Here().groups.clear(); }
+
+  // The call of a send. Returns how many operations of its group are in flight then; 0 if nobody
+  // knows.
   int32_t AddSend(const CompiledOperation& operation) {
-    OfGroup& here = Here()[operation.group];
+    if (!Here().counts) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      needs_[operation.group].uncounted = true;
+      return 0;
+    }
+    OfGroup& here = Here().groups[operation.group];
     ++here.of_kind[operation];
     return ++here.all;
   }
@@ -82,7 +92,8 @@ class InFlight {
   }
   // The call of a recv.
   void AddRecv(const CompiledOperation& operation) {
-    OfGroup& here = Here()[operation.group];
+    if (!Here().counts) return;
+    OfGroup& here = Here().groups[operation.group];
     int32_t& alike = here.of_kind[operation];
     if (alike == 0) return;
     --alike;
@@ -100,10 +111,14 @@ class InFlight {
     int32_t all = 0;
     std::map<CompiledOperation, int32_t> of_kind;
   };
+  // The program that is being compiled on this thread, if any.
+  struct Program {
+    bool counts = false;
+    std::map<int64_t, OfGroup> groups;
+  };
   InFlight() = default;
-  // By group, of the program that is being compiled on this thread.
-  static std::map<int64_t, OfGroup>& Here() {
-    thread_local std::map<int64_t, OfGroup> here;
+  static Program& Here() {
+    thread_local Program here;
     return here;
   }
 

@@ -106,7 +106,7 @@ StatusOr<PartUnderWay> Begin(Rank& rank, const Call& call, const Work& what, cud
   GroupConstants& g = work.params.g;
   OperationParams& op = work.params.op;
   g = rank.Constants();
-  work.params.sets = rank.Sets(phase);
+  work.params.sets = rank.Sets();
   op.phase = phase;
   op.operation = operation;
   op.lane = call.lane;

@@ -75,6 +75,7 @@ struct TraceEntry {
 // Device memory, one per rank, zero at the start. A rank's kernels follow one another on a stream.
 struct RankState {
   uint32_t in_flight;  // sets that are taken, as bits
+  int32_t num_sets;    // that there are now; written by the host
   int64_t sends;       // operations ever sent
   LaneState sets[kMaxSets];
   uint32_t faulted;  // this rank takes no further part: outputs are NaN, nothing is sent
@@ -150,7 +151,7 @@ struct SetPointers {
 
 // Where that memory is: which set an operation has is known on the device.
 struct SetsOfRank {
-  int32_t count;  // that there are; for a recv, whose token names one, that there may ever be
+  int32_t count;  // that there is room for
   char* scratch;
   int64_t scratch_bytes;  // of one set
   int64_t counts_offset, flags_offset, tags_offset, wire_places_offset;

@@ -147,22 +147,23 @@ __device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationP
   // All loads at once: they are far apart.
   const LaneState mine = LoadSetOfThread(g, sets);
   const uint32_t in_flight = g.state->in_flight;
+  const int32_t num_sets = g.state->num_sets;
   const int64_t sends = g.state->sends;
   const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
   const int32_t position = op.position[0];
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  const int32_t set = FirstFreeSet(in_flight, sets.count);
+  const int32_t set = FirstFreeSet(in_flight, num_sets);
   const LaneState state = StateOf(mine, set % kMaxSets);
-  Begun begun{false, NumberInSet(sends, state.sent), set < sets.count ? set : 0};
+  Begun begun{false, NumberInSet(sends, state.sent), set < num_sets ? set : 0};
   if (faulted) {
     // It takes no further part.
   } else if (!token.used_once()) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {});
   } else if (position != g.rank) {
     if (first) Report(g, op, FaultKind::kInvalidArgument, begun.number, {-1, -1, g.rank, position});
-  } else if (set == sets.count) {
-    if (first) Report(g, op, FaultKind::kNoFreeSet, begun.number, {-1, -1, sets.count, 0});
+  } else if (set == num_sets) {
+    if (first) Report(g, op, FaultKind::kNoFreeSet, begun.number, {-1, -1, num_sets, 0});
   } else {
     begun.ok = true;
   }
@@ -231,19 +232,22 @@ __device__ inline void EndPhase(const GroupConstants& g, const SetPointers& set,
   const int64_t begin_ns = scratch.begin_ns;
   const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
   const uint32_t phases_begun = scratch.phases_begun;
-  if (phases_begun != scratch.phases_ended + 1) {
+  const int64_t sends = g.state->sends;
+  const bool send = IsSend(op.phase);
+  // A send that began beside this one may have ended since, and counted.
+  const bool overtaken = send && ok && OperationOfNumber(begun.number) != sends;
+  if (phases_begun != scratch.phases_ended + 1 || overtaken) {
     Report(g, op, FaultKind::kTwoInFlight, begun.number, {-1, -1, begun.number, begun.number});
     ok = false;
   }
   scratch.phases_ended = phases_begun;
-  const bool send = IsSend(op.phase);
   const auto phase = static_cast<int32_t>(op.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
   RankState& rank = *g.state;
   if (ok && send) {
     rank.sets[begun.set].sent = begun.number;
     atomicOr(&rank.in_flight, 1u << begun.set);  // a phase of another set may run beside this one
-    ++rank.sends;
+    rank.sends = sends + 1;
   } else if (ok) {
     FinishRecv(rank.sets[begun.set], begun.number);
     atomicAnd(&rank.in_flight, ~(1u << begun.set));

@@ -12,6 +12,19 @@ Status CudaStatus(cudaError_t error, const char* what) {
   return Status(FaultKind::kSystem, std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+Status OnOwnStream(int32_t device, const char* what,
+                   const std::function<cudaError_t(cudaStream_t)>& work) {
+  const DeviceScope scope(device);
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) {
+    error = work(stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+  }
+  return CudaStatus(error, what);
+}
+
 Status OutOfMemory(int32_t device, size_t bytes) {
   const DeviceScope scope(device);
   size_t free_bytes = 0, total_bytes = 0;

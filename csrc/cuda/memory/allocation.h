@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <utility>
 
 #include "csrc/core/status.h"
@@ -31,6 +32,10 @@ class DeviceScope {
 
 // What went wrong in a CUDA call, or ok.
 Status CudaStatus(cudaError_t error, const char* what);
+
+// Does `work(stream)` and waits for it, but not for kernels of other streams.
+Status OnOwnStream(int32_t device, const char* what,
+                   const std::function<cudaError_t(cudaStream_t)>& work);
 
 // `device` has no room for `bytes` more.
 Status OutOfMemory(int32_t device, size_t bytes);

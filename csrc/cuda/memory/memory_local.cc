@@ -43,19 +43,6 @@ CUmemAllocationProp PagesOn(int32_t device) {
   return properties;
 }
 
-// Without waiting for kernels of other streams.
-Status SetZero(int32_t device, char* begin, size_t bytes) {
-  const DeviceScope scope(device);
-  cudaStream_t stream = nullptr;
-  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(begin, 0, bytes, stream);
-    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-    (void)cudaStreamDestroy(stream);
-  }
-  return CudaStatus(error, "setting new memory to zero");
-}
-
 }  // namespace
 
 StatusOr<std::shared_ptr<LocalMemory>> LocalMemory::Reserve(int32_t device,
@@ -106,7 +93,11 @@ Status LocalMemory::Grow(size_t bytes) {
   }
   status = driver_.ToStatus(
       driver_.mem_set_access(begin, added, access.data(), access.size()), "cuMemSetAccess");
-  if (status.ok()) status = SetZero(device_, data_ + bytes_, added);
+  if (status.ok()) {
+    status = OnOwnStream(device_, "setting new memory to zero", [&](cudaStream_t stream) {
+      return cudaMemsetAsync(data_ + bytes_, 0, added, stream);
+    });
+  }
   if (!status.ok()) {
     (void)driver_.mem_unmap(begin, added);
     return status;
