@@ -47,13 +47,15 @@ struct ScatterArrays {
   float* values;  // may be null
 };
 
-// All bytes of rows [0, N) that `wanted(n)` picks, and of their values. A warp asks for 32 at once.
+// All bytes of rows [0, N) that `wanted(n)` picks, and of their values, by `blocks` blocks of which
+// this is number `block`. A warp asks for 32 at once.
 template <typename Rows, typename Wanted>
 __device__ void FillRows(const OperationParams& op, const ScatterArrays& a, uint32_t bytes,
-                         const Wanted& wanted) {
+                         const Wanted& wanted, uint32_t block = blockIdx.x,
+                         uint32_t blocks = gridDim.x) {
   const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  const int32_t warp = static_cast<int32_t>(blockIdx.x * kWarps + threadIdx.x / kWarp);
-  const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
+  const int32_t warp = static_cast<int32_t>(block * kWarps + threadIdx.x / kWarp);
+  const int32_t warps = static_cast<int32_t>(blocks) * kWarps;
   // Neighbouring rows go to different warps: what is to be filled lies together at the end.
   for (int32_t base = 0; base < a.capacity; base += warps * kWarp) {
     const int32_t mine = base + warp_lane * warps + warp;
@@ -241,7 +243,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     UnpackRow<Rows>(g, op, message, at, piece, a, copies[warp], slots[warp], targets[warp], count);
     __syncwarp();
   }
-  if (!IsLastBlock(set) || warp != 0) return;
+  if (!IsLastBlock(set)) return;
+  // Blocks may disagree about a message that comes at the deadline: then no row counts as right.
+  if (__syncthreads_or(Faulted(g)) && !nothing_sent) {
+    FillRows<Rows>(op, a, kNaNs, [](int32_t) { return true; }, 0, 1);
+  }
+  if (warp != 0) return;
   const int64_t written = g.padded_groups && !everything
                               ? groups.Sum(g, [](const ExpertRows& e) { return e.rows; })
                               : a.capacity;
