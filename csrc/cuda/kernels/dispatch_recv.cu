@@ -245,7 +245,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   if (!IsLastBlock(set)) return;
   // Blocks may disagree about a message that comes at the deadline: then no row counts as right.
-  if (__syncthreads_or(Faulted(g)) && !nothing_sent) {
+  const bool faulted = __syncthreads_or(Faulted(g)) != 0;
+  if (faulted && !nothing_sent) {
     FillRows<Rows>(op, a, kNaNs, [](int32_t) { return true; }, 0, 1);
   }
   if (warp != 0) return;
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                               ? groups.Sum(g, [](const ExpertRows& e) { return e.rows; })
                               : a.capacity;
   if (warp_lane != 0) return;
-  EndPhase(g, set, op, begun, placed.ok && !Faulted(g), placed.num_rows,
+  EndPhase(g, set, op, begun, placed.ok && !faulted, placed.num_rows,
            placed.num_rows * op.stride, written * op.row_bytes);
 }
 
