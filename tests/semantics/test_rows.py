@@ -133,14 +133,12 @@ def test_quantised_on_the_wire(groups, wire, grad_wire):
     """Straight-through: the reference's rounding, and its gradients.
 
     By their norms: what differs in its last bit may be quantised to another value, here and there.
-    A matmul of TF32, as GPUs have by default, differs in more than the last bit.
     """
     mesh = ep_mesh(as_many(4))
     group = groups(mesh, **CONFIG)
     problem = make_problem(mesh, hidden=HIDDEN)
     how = {"wire": wire, "grad_wire": grad_wire}
 
-    @jax.default_matmul_precision("highest")
     def run(ops, start, **how):
         return jax.tree.leaves(value_and_grads(ops, start, problem, "loop", "plain", **how))
 
