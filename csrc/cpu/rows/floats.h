@@ -36,6 +36,22 @@ SMFREE_INLINE uint32_t ToBFloat16(float value) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
 }
 
+// The magnitude of a float32 in a format whose bias is less by kBias and whose mantissas are kBits
+// shorter. What is too large for that format comes out above its largest number.
+template <uint32_t kBias, uint32_t kBits>
+SMFREE_INLINE uint32_t RoundedMagnitude(uint32_t magnitude) {
+  // Normal numbers: change the bias, round the bits that go. A carry may reach the exponent.
+  const uint32_t rebiased = magnitude - (kBias << 23);
+  const uint32_t below_half = (1u << (kBits - 1)) - 1u;
+  const uint32_t normal = (rebiased + below_half + ((rebiased >> kBits) & 1u)) >> kBits;
+  // Denormals: the sum with a power of two whose lowest mantissa bit is their unit has the units in
+  // its low bits, rounded.
+  const uint32_t power = (kBias + 1u + kBits) << 23;
+  const float sum = BitCast<float>(magnitude) + BitCast<float>(power);
+  const uint32_t denormal = BitCast<uint32_t>(sum) - power;
+  return magnitude < (kBias + 1u) << 23 ? denormal : normal;
+}
+
 SMFREE_INLINE float FromFloat16(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16;
   const uint32_t magnitude = (bits & 0x7fffu) << 13;  // exponent and mantissa in place
@@ -49,16 +65,10 @@ SMFREE_INLINE uint32_t ToFloat16(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal numbers: change the bias, round the 13 bits that go. A carry may reach the exponent, up
-  // to infinity.
-  const uint32_t rebiased = magnitude - (112u << 23);
-  const uint32_t normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
-  // Denormals, below 2^-14: adding 0.5 puts the units of 2^-24 into the low mantissa bits, rounded.
-  const uint32_t denormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t infinity = 0x7c00u;
   const uint32_t quiet_nan = 0x7e00u | ((magnitude >> 13) & 0x1ffu);
   const uint32_t special = magnitude > 0x7f800000u ? quiet_nan : infinity;
-  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t finite = RoundedMagnitude<112, 13>(magnitude);  // infinity, where it rounds so
   return sign | (magnitude >= 0x47800000u ? special : finite);  // 2^16 and above, infinity, NaN
 }
 

@@ -27,15 +27,9 @@ SMFREE_INLINE uint32_t ToE4M3(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal numbers: change the bias, round the 20 bits that go. What is too large, infinite or NaN
-  // ends above 0x7e.
-  const uint32_t rebiased = magnitude - (120u << 23);
-  const uint32_t normal = (rebiased + 0x7ffffu + ((rebiased >> 20) & 1u)) >> 20;
-  // Denormals, below 2^-6: adding 2^14 puts the units of 2^-9 into the low mantissa bits, rounded.
-  const uint32_t denormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0x1p14f) - 0x46800000u;
-  const uint32_t rounded = magnitude < 0x3c800000u ? denormal : normal;
+  const uint32_t rounded = RoundedMagnitude<120, 20>(magnitude);
   const uint32_t nan = 0x7fu;
-  return sign | (rounded > 0x7eu ? nan : rounded);
+  return sign | (rounded > 0x7eu ? nan : rounded);  // too large, infinity, NaN
 }
 
 SMFREE_INLINE float FromE5M2(uint32_t bits) {
@@ -46,14 +40,10 @@ SMFREE_INLINE uint32_t ToE5M2(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // As in ToFloat16, but that 21 bits go, and that the denormals have units of 2^-16.
-  const uint32_t rebiased = magnitude - (112u << 23);
-  const uint32_t normal = (rebiased + 0xfffffu + ((rebiased >> 21) & 1u)) >> 21;
-  const uint32_t denormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0x1p7f) - 0x43000000u;
   const uint32_t infinity = 0x7cu;
   const uint32_t quiet_nan = 0x7eu;
   const uint32_t special = magnitude > 0x7f800000u ? quiet_nan : infinity;
-  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t finite = RoundedMagnitude<112, 21>(magnitude);  // infinity, where it rounds so
   return sign | (magnitude >= 0x47800000u ? special : finite);  // 2^16 and above, infinity, NaN
 }
 
