@@ -54,15 +54,14 @@ class EpConfig:
         then E / R * C; by default C is the worst case, every row of every rank.
       num_lanes: how many operations are meant to overlap (micro-batches). A lane is a name for a
         sequence of operations, which errors and traces show; see `EpGroup.token`.
-      num_sets: on GPUs, how many sets of buffers the group has from the beginning. Each operation
-        in flight takes one, in all lanes, gradients and calls that no data order included. In one
-        process a group gets the sets that a program takes when that is compiled, up to 32, and
-        ``None`` begins with one for each lane; with a number, programs that take no more allocate
-        nothing. Over several processes there are no others, a program that takes more is an error
-        when it is compiled, and ``None`` is ``3 * num_lanes + 2`` if ``differentiable``, else
-        ``num_lanes + 1``; without the ``2`` and the ``1`` in hierarchical mode, where sets are
-        large. Where programs leave operations in flight for others to receive, these may be so many
-        in either case; one more is an error. Memory grows with the number (`nvl_size_hint`).
+      num_sets: on GPUs, how many sets of buffers the group has from the beginning, at most 32. Each
+        operation in flight takes one, gradients included. In one process ``None`` is one for each
+        lane, and compiling a program that takes more makes more. Over several processes ``None`` is
+        ``3 * num_lanes + 2``, or ``num_lanes + 1`` if not ``differentiable`` (in hierarchical mode,
+        where sets are large, ``3 * num_lanes`` and ``num_lanes``); compiling a program that takes
+        more is an error. Programs may leave so many operations in flight for others to receive, by
+        default in one process, too, as many as over several. Memory grows with the number: see
+        `nvl_size_hint` and docs/memory.md.
       ranks_per_node: how many ranks, one after the other, form a node. ``None`` asks the hardware:
         the GPUs of a host, or the CPU devices of a process; 1 in a direct mode whose ranks are not
         in that order. GPUs of one node exchange rows over NVLink, those of different nodes always
