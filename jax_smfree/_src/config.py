@@ -55,13 +55,14 @@ class EpConfig:
       num_lanes: how many operations are meant to overlap (micro-batches). A lane is a name for a
         sequence of operations, which errors and traces show; see `EpGroup.token`.
       num_sets: on GPUs, how many sets of buffers the group has from the beginning, at most 32. Each
-        operation in flight takes one, gradients included. In one process ``None`` is one for each
-        lane, and compiling a program that takes more makes more. Over several processes ``None`` is
+        operation in flight takes one, gradients and calls that no data order included. In one
+        process ``None`` is one for each lane; compiling a program that takes more makes more, and
+        nothing is allocated for one that does not. Over several processes ``None`` is
         ``3 * num_lanes + 2``, or ``num_lanes + 1`` if not ``differentiable`` (in hierarchical mode,
         where sets are large, ``3 * num_lanes`` and ``num_lanes``); compiling a program that takes
-        more is an error. Programs may leave so many operations in flight for others to receive, by
-        default in one process, too, as many as over several. Memory grows with the number: see
-        `nvl_size_hint` and docs/memory.md.
+        more is an error. It is also how many operations programs may leave in flight for others to
+        receive (``None``: as over several processes); one more is an error. Memory grows with the
+        number, see `nvl_size_hint`.
       ranks_per_node: how many ranks, one after the other, form a node. ``None`` asks the hardware:
         the GPUs of a host, or the CPU devices of a process; 1 in a direct mode whose ranks are not
         in that order. GPUs of one node exchange rows over NVLink, those of different nodes always
