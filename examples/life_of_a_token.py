@@ -12,12 +12,8 @@ region.) A row has the colour of its rank and its place as a number. Follow the 
 
 import argparse
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +60,7 @@ def run() -> Run:
     topk_idx = np.argsort(rng.random((RANKS * ROWS, EXPERTS)), axis=1)[:, :TOP_K].astype(np.int32)
     names = 1 + jnp.arange(RANKS * ROWS, dtype=jnp.float32)
     x = jnp.tile(names[:, None], (1, HIDDEN))
-    mesh = Mesh(np.array(jax.devices()[:RANKS]), ("ep",))
+    mesh = Mesh(jax.devices(), ("ep",))
     config = smfree.EpConfig(
         num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, max_tokens=ROWS, dtype=jnp.float32
     )
@@ -156,6 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("life.png"))
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", RANKS)
     found = run()
     check(found)
     save(found, options.output)

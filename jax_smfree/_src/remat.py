@@ -35,11 +35,14 @@ def save_comm_policy(primitive: Any, *_: Any, **__: Any) -> bool:
     Example:
       >>> @on_ranks
       ... def gradient(x, topk_idx):
-      ...     def layer(x):
-      ...         d, token = smfree.dispatch(group.token(), x, topk_idx)
-      ...         return smfree.combine(token, d, jnp.tanh(d.x))[0]
+      ...     def layer(token, x):
+      ...         d, token = smfree.dispatch(token, x, topk_idx)
+      ...         return smfree.combine(token, d, jnp.tanh(d.x))
       ...     layer = jax.checkpoint(layer, policy=smfree.save_comm_policy)
-      ...     return jax.grad(lambda x: layer(x).sum())(x)
+      ...     def loss(x):
+      ...         out, token = layer(group.token(), x)
+      ...         return out.sum()
+      ...     return jax.grad(loss)(x)
       >>> gradient(x, topk_idx).shape
       (16, 16)
     """

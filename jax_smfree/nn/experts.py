@@ -45,10 +45,13 @@ def save_mlp_policy(primitive: Any, *avals: Any, **params: Any) -> bool:
     Example:
       >>> policy = jax.checkpoint_policies.save_from_both_policies(
       ...     smfree.save_comm_policy, nn.save_mlp_policy)
-      >>> def layer(params, x):  # inside shard_map
-      ...     return nn.moe_layer(group.token(), params, x, weight_on="hidden")[1]
+      >>> def layer(token, params, x):
+      ...     return nn.moe_layer(token, params, x, weight_on="hidden")
       >>> layer = jax.checkpoint(layer, policy=policy)
-      >>> step = jax.shard_map(layer, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
+      >>> def of_rank(params, x):  # inside shard_map
+      ...     token, out, aux = layer(group.token(), params, x)
+      ...     return x + out
+      >>> step = jax.shard_map(of_rank, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
       >>> jax.jit(jax.grad(lambda p, x: step(p, x).sum(), argnums=1))(params, x).shape
       (16, 16)
     """

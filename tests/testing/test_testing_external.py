@@ -25,7 +25,7 @@ def run_ranks(pytester, plugin_args):
             env = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_NUM_CPU_DEVICES": "2",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(len(args_of_ranks)),
                 "JAX_PROCESS_ID": str(rank),
