@@ -28,7 +28,7 @@ using TokenArg = ffi::Buffer<ffi::F32, 1>;
 using TokenRet = ffi::Result<TokenArg>;
 using PositionArg = ffi::Buffer<ffi::S32, 1>;  // {rank, replica}
 
-// Of the program's attributes and operands that name no open group of this process.
+// The program's attributes and operands name no open group of this process.
 Status NoSuchGroup();
 
 ffi::Error ToError(const Status& status);

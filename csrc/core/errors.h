@@ -22,7 +22,7 @@ Status CheckSizes(const GroupConfig& config, const std::string& call, int64_t to
 // The kind, and then the text.
 Status Fault(FaultKind kind, const std::string& text);
 Status InvalidArgument(const std::string& call, const std::string& what);
-// Of a handle, for InvalidArgument.
+// What is wrong with a handle, as text for InvalidArgument.
 std::string BrokenHandle(const std::string& what);
 std::string BrokenPlace(int64_t row, int64_t place);
 std::string BrokenCount(int64_t seen, int32_t rank, int64_t most);

@@ -69,7 +69,7 @@ class NvshmemMemory;
 class Rank;
 struct GroupState;
 
-// Of the symmetric memory of each rank.
+// Bytes of symmetric memory that each rank allocates.
 int64_t SymmetricBytes(const GroupConfig& config);
 
 // The ranks of one group, one per device of this process.

@@ -14,7 +14,7 @@ namespace smfree {
 
 enum class Overflow : int32_t { kError = 0, kDrop = 1 };
 
-// Of a deadline. Poll counts milliseconds in 32 bits (24 days), steady clocks nanoseconds in 63;
+// The longest deadline: poll counts milliseconds in 32 bits (24 days), clocks nanoseconds in 63;
 // this leaves room for what is added: the time now, and the grace of whoever waits for a relay.
 constexpr double kMaxTimeoutS = 1e6;
 constexpr bool IsTimeout(double seconds) { return seconds > 0 && seconds <= kMaxTimeoutS; }
@@ -104,7 +104,7 @@ struct Taking {
       : cuts(operation == Operation::kDispatch),
         by_relay(nodes.hierarchical && leg == kWire),
         capacity(wire_rows) {}
-  // Of the next message, of so many rows, which are `rows_in_node` where a relay hands them on.
+  // How many of the next message's `rows` are taken; a relay makes `rows_in_node` of them.
   SMFREE_HD constexpr int64_t Next(int64_t rows, int64_t rows_in_node) {
     if (!cuts) return rows;
     const int64_t kept = KeptRows(before, rows, capacity);

@@ -61,9 +61,9 @@
 
 namespace smfree {
 
-// Of everything that a bulk copy or another rank writes: a GPU's L2 line, two CPU cache lines.
+// Whatever a bulk copy or another rank writes is aligned to this: a GPU's L2 line, two CPU lines.
 constexpr int64_t kAlignment = 128;
-// Of a header, for identity and shapes; counts per expert follow.
+// The part of a header for identity and shapes; counts per expert follow.
 constexpr int64_t kHeaderIdentityBytes = 128;
 
 constexpr int64_t kExpertIdBytes = 4;  // int32, -1 = none
@@ -207,7 +207,7 @@ struct Layout {
   }
   SMFREE_HD constexpr int64_t SignalsBytes() const { return FaultWordOffset() + kAlignment; }
 
-  // Of the memory if it has the first `sets` sets.
+  // Bytes of the memory with the first `sets` sets.
   SMFREE_HD constexpr int64_t BytesOfSets(int32_t sets) const {
     return regions_offset[kWire] + sets * set_bytes;
   }
@@ -226,7 +226,7 @@ struct Layout {
   SMFREE_HD constexpr int64_t RegionOffset(Leg leg, int32_t set, int32_t half, int32_t peer) const {
     return regions_offset[leg] + set * set_bytes + (half * peers[leg] + peer) * region_bytes;
   }
-  // Of one set.
+  // Bytes of one set.
   SMFREE_HD constexpr int64_t RegionsBytes(Leg leg) const {
     return int64_t{kParities} * 2 * peers[leg] * region_bytes;
   }

@@ -26,11 +26,11 @@ SMFREE_HD constexpr int64_t AlignUp(int64_t n, int64_t alignment) {
   return (n + alignment - 1) / alignment * alignment;
 }
 
-// Of leaves and strides in messages: the widest load and the unit of a bulk copy.
+// Leaves and strides in messages are aligned to the widest load, the unit of a bulk copy.
 constexpr int64_t kRowAlignment = 16;
 constexpr int32_t kMaxLeaves = 8;
 
-// Of elements that are computed with; kOther (integers, bool) is carried only.
+// Types of elements that are computed with; kOther (integers, bool) is carried only.
 enum class DType : int32_t { kF32 = 0, kBF16, kF16, kE4M3, kE5M2, kOther };
 
 // How float32, bfloat16 and float16 leaves are quantised on the wire: each block of `block` elements
@@ -85,7 +85,7 @@ struct RowFormat {
     leaves[count++] = leaf;
   }
 
-  // Of a row in the arrays of the program.
+  // Bytes of a row in the arrays of the program.
   SMFREE_HD constexpr int64_t bytes() const {
     int64_t sum = 0;
     for (int32_t l = 0; l < count; ++l) sum += leaves[l].bytes();

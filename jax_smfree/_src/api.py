@@ -34,7 +34,7 @@ Wire = Fp8 | Literal[Default.FROM_CONFIG] | None
 
 
 def _call(token: Token, state: InFlight, varying: frozenset[str]) -> p.Call:
-    """Of the send phase; and of the recv phase, but for what is kept as it travelled."""
+    """Static parameters of a send phase, and of its recv phase where rows are dequantised."""
     leaves, wire, grad_wire = state.rows.leaves, state.wire, state.grad_wire
     return p.Call(
         token.group.key, token.lane, state.call_site, state.num_tokens, state.carries_slots,
@@ -103,7 +103,7 @@ def dispatch_send(
       wire: an `Fp8` quantises the rows that are float32, bfloat16 or float16 while they are packed,
         and gives back their dtype where they arrive. ``None`` sends them as they are. By default
         as ``EpConfig.wire`` says.
-      grad_wire: the same of the derivatives, by default as ``EpConfig.grad_wire`` says.
+      grad_wire: the same for the derivatives, by default as ``EpConfig.grad_wire`` says.
       keep: leaves quantised rows as they are where they arrive, for matmuls in 8 bits: ``d.x`` has
         a `Quantized` in the place of each such array.
 

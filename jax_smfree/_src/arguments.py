@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # Experts, rows, lanes and ranks are numbered by int32 on the wire and in the kernels.
 INT32_MAX = 2**31 - 1
-# Of a group that is only planned.
+# The most ranks of a group that is only planned.
 MOST_RANKS = 2**20
 
 

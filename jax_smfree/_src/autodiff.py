@@ -82,7 +82,7 @@ def _passed_on(token: Any, longer: int) -> Any:
 
 
 def _float_tangents(tangents: Sequence[Any], call: Call) -> list[Any]:
-    """Of the leaves; those of floats, where they are to be sent."""
+    """The tangents of the leaves that are floats; none where rows are kept as they travelled."""
     if not call.keep:
         pairs = zip(tangents, call.leaves, strict=True)
         return [ad.instantiate_zeros(t) for t, leaf in pairs if leaf.is_float]

@@ -130,7 +130,7 @@ def _why_portable(replicas: Replicas, meeting: Meeting) -> str | None:
 
 
 def nodes_of_ranks(replicas: Replicas, meeting: Meeting) -> list[list[int]]:
-    """Of each replica, in which node its ranks are: a process on CPUs, a host on GPUs.
+    """The nodes of each replica's ranks: a node is a process on CPUs, a host on GPUs.
 
     Nodes are named by their first process. GPUs that one only compiles for count as one node.
     """

@@ -144,7 +144,7 @@ class _Store:
 
 
 def _gather(store: _Store, rendezvous: str, mine: str, processes: Sequence[int]) -> list[str]:
-    """Of the first process: waits for the others, and answers them."""
+    """What the first process does: waits for the others, and answers them."""
     me, *others = processes
     store.put(f"{rendezvous}/here/{me}", "")  # for those who ask who is missing
     here, missing = [me], []
@@ -176,7 +176,7 @@ def _gather(store: _Store, rendezvous: str, mine: str, processes: Sequence[int])
 def _bring(
     store: _Store, rendezvous: str, mine: str, processes: Sequence[int], me: int
 ) -> list[str]:
-    """Of the others: brings ``mine`` to the first process, and waits for its answer."""
+    """What the others do: bring ``mine`` to the first process, and wait for its answer."""
     nonce = secrets.token_hex(8)
     store.put(f"{rendezvous}/here/{me}", json.dumps([nonce, mine]))
     answered = False

@@ -34,11 +34,11 @@ class EpConfig:
         ``dtype`` on the wire (each array of a row, and the scales of a quantised one, rounded up to
         16 bytes).
       max_tokens: the most rows that one rank sends in one operation.
-      dtype: of the longest row: float32, bfloat16, float16, float8_e4m3fn or float8_e5m2. Sums are
-        always taken in float32.
+      dtype: element type of the longest row: float32, bfloat16, float16, float8_e4m3fn or
+        float8_e5m2. Sums are always taken in float32.
       wire: how the rows of a dispatch travel that does not say otherwise: quantised by an `Fp8`, or
         ``None``: as they are. A combine is quantised only where it says so.
-      grad_wire: the same of their derivatives.
+      grad_wire: the same for their derivatives.
       recv_capacity: rows of ``d.x``, a multiple of ``expert_alignment``. ``None`` is the worst case
         (every row of every rank comes here), so that nothing is ever dropped; a smaller number
         bounds memory, see ``overflow``.
@@ -86,8 +86,8 @@ class EpConfig:
         the rows are still being packed; or ``"device"``, a kernel behind the one that packs them,
         for networks that the GPU drives itself (IBGDA); for operations of more than
         ``sm_push_bytes`` it waits until all ranks have begun them. See docs/multihost.md.
-      differentiable: whether the group takes part in differentiation, which by default has more
-        buffers on GPUs, see ``num_sets``.
+      differentiable: whether programs differentiate through the group. By default such a group has
+        more buffers on GPUs, see ``num_sets``.
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
@@ -127,8 +127,8 @@ class EpConfig:
         if self.dtype not in FLOATS:
             raise TypeError(
                 f"EpConfig: got dtype={self.dtype}, expected one of "
-                f"{', '.join(d.name for d in FLOATS)}. It is of the longest row; one "
-                "operation may send rows of others."
+                f"{', '.join(d.name for d in FLOATS)}. It is the element type of the longest "
+                "row; an operation may send rows of other types."
             )
         for name in ("wire", "grad_wire"):
             if getattr(self, name) is not None:
@@ -192,7 +192,7 @@ class EpConfig:
         if self.recv_capacity is not None:
             self._check_parts(self.recv_capacity, local_experts)
             return self.recv_capacity
-        # Of Python's integers, which the ones of the layout code might not hold.
+        # Computed here, because the integers of the layout code might not hold it.
         visited = local_experts if self.layout == "padded" else min(self.top_k, local_experts)
         copies = ranks * tokens * visited
         most = copies + (min(copies, local_experts) + 1) * self.expert_alignment

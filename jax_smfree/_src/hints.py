@@ -6,20 +6,21 @@ from jax_smfree._src import arguments, nodes
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.native_config import native_config
 
-# Of a rank, in bytes: an exbibyte, beyond which the arithmetic of the layout would not hold.
+# Of one rank: an exbibyte. Beyond it the arithmetic of the layout would overflow.
 _MOST_BYTES = 2**60
 
 
 def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that other nodes reach over the network.
 
-    Of as many sets as a group over several processes has, ``config.num_sets`` or its default.
-    With ``config.ranks_per_node`` ranks in a node (``None``: all in one); zero for a single node.
-    In direct mode these are all buffers, as many as `nvl_size_hint` says of one node, and for each
-    set ``16 * ranks**2`` bytes of announcements. In hierarchical mode they are two times the most
-    rows that a rank sends (``max_tokens * min(top_k, nodes)``) or takes as a relay (``max_tokens *
-    nodes``, or ``wire_capacity + max_tokens`` if that is less), for every set
-    (``config.num_sets``), and small ones.
+    A node has ``config.ranks_per_node`` ranks (``None``: all of them); with a single node the
+    answer is zero. The sets that count are those of a group over several processes:
+    ``config.num_sets``, or its default.
+
+    In direct mode these are all buffers: what `nvl_size_hint` says of one node, and ``16 *
+    ranks**2`` bytes of announcements for each set. In hierarchical mode each set has two areas for
+    the most rows that a rank sends (``max_tokens * min(top_k, nodes)``) or takes as a relay
+    (``max_tokens * nodes``, or ``wire_capacity + max_tokens`` if that is less), and small buffers.
 
     Raises:
       ValueError, TypeError: for experts that do not divide over the ranks, or ranks that do not
@@ -38,14 +39,15 @@ def rdma_size_hint(config: EpConfig, num_ranks: int) -> int:
 def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     """Bytes per rank of the buffers that ranks of the same node reach over NVLink.
 
-    Of as many sets as a group over several processes has, ``config.num_sets`` or its default. In
-    one process the default has as many as its programs take, mostly one or two.
-    In direct mode, where all ranks are in one node, these are two times the most rows that a rank
-    sends (``max_tokens * min(top_k, ranks)``) or keeps (``wire_capacity``), for every set
-    (``config.num_sets``), and small ones.
-    In direct mode over several nodes they are zero: `rdma_size_hint` counts all buffers. In
-    hierarchical mode they are those inside of the node, two times ``wire_capacity`` rows for every
-    set. A GPU gives whole pages of 2 MiB.
+    The sets that count are those of a group over several processes: ``config.num_sets``, or its
+    default. A group in one process starts with fewer, and gets those that its programs take, mostly
+    one or two.
+
+    In direct mode with all ranks in one node each set has two areas for the most rows that a rank
+    sends (``max_tokens * min(top_k, ranks)``) or keeps (``wire_capacity``), and small buffers. In
+    direct mode over several nodes the answer is zero: `rdma_size_hint` counts all buffers. In
+    hierarchical mode each set has two areas of ``wire_capacity`` rows. A GPU gives whole pages of
+    2 MiB.
 
     Example:
       >>> large = smfree.EpConfig(num_experts=64, top_k=8, hidden=7168, max_tokens=8192,

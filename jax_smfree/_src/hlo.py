@@ -34,7 +34,7 @@ class ArrayType:
 
     @property
     def bytes(self) -> int:
-        """Of all elements."""
+        """The size of all elements."""
         return -(-math.prod(self.shape) * self.bits // 8)
 
 

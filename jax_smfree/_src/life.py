@@ -72,7 +72,7 @@ class Life:
         return _first(native.fault() for native in self.natives)
 
     def stats(self) -> list[dict[str, int]]:
-        """Of each native group; after the end, as they were then."""
+        """The counters of each native group; after the end, as they were then."""
         return [native.stats() for native in self.natives] or self._final_stats
 
     def launched_ended(self, timeout_s: float) -> bool:

@@ -334,7 +334,7 @@ def kept_counts(counts: Array, num_wire_rows: int, per_node: int) -> Array:
 
 
 def first_rows(counts: Array, capacity: int) -> Array:
-    """Of ``counts`` rows along the last axis, how many of each are among the first ``capacity``."""
+    """How many of each of ``counts`` are among the first ``capacity`` rows, along the last axis."""
     before = jnp.cumsum(counts, axis=-1) - counts
     return jnp.clip(capacity - before, 0, counts).astype(jnp.int32)
 

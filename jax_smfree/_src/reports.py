@@ -38,8 +38,8 @@ class Reports:
     def stats(self) -> dict[str, int]:
         """Counters since creation, summed over the ranks of this process; final after `close`.
 
-        Of each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
-        the operations of the backward pass included:
+        For each phase, ``dispatch_send``, ``dispatch_recv``, ``combine_send`` and ``combine_recv``,
+        with the operations of the backward pass:
 
         - ``dispatch_send_calls``, …: how often it ran.
         - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
@@ -47,7 +47,7 @@ class Reports:
         - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
           phase to the last arrival.
 
-        Of the group:
+        For the group:
 
         - ``dispatch_internode_bytes``, ``combine_internode_bytes``: sent from one node to another.
         - ``rows_relayed``, ``bytes_relayed``: what relays handed on in hierarchical mode.
@@ -68,10 +68,10 @@ class Reports:
     def memory_report(self) -> dict[str, int]:
         """Bytes that the group holds in this process.
 
-        On GPUs ``device_bytes`` of buffers, of the sets that there are now, ``scratch_bytes`` of
-        the device's own and ``pinned_bytes`` of the host; on CPUs ``arena_bytes``, of which
-        ``arena_bytes_in_use`` hold rows now and ``arena_bytes_high_water`` did at most. A portable
-        group holds nothing.
+        On GPUs: ``device_bytes``, the buffers of the sets that there are now; ``scratch_bytes``,
+        what else is on the devices; ``pinned_bytes``, on the host. On CPUs: ``arena_bytes``, of
+        which ``arena_bytes_in_use`` hold rows now and ``arena_bytes_high_water`` did at most. A
+        portable group holds nothing.
         """
         return _sum([native.memory_report() for native in self._life.natives])
 

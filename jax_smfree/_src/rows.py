@@ -70,7 +70,7 @@ def lost(dtype: np.dtype[Any]) -> Any:
 def largest_stride(
     leaves: Iterable[Leaf], wire: Fp8 | None, grad_wire: Fp8 | None, keep: bool
 ) -> int:
-    """Of an operation and of those that differentiation makes of it."""
+    """The longest row of an operation and of its derivatives, in bytes of a message."""
     leaves = tuple(leaves)
     return max(stride(leaves, wire), stride(differentiable(leaves, keep), grad_wire))
 

@@ -138,7 +138,7 @@ class Handle:
         -1. A portable group relays nothing: -1 everywhere.
       group_sizes: [E / R], rows of each local expert in ``d.x``, each a multiple of
         ``expert_alignment``.
-      num_rows: [E / R], the same without what fills them up.
+      num_rows: [E / R], the same without the rows that fill a group up.
       num_dropped: [1], copies of rows that did not fit into ``wire_capacity`` or into ``d.x``.
       num_tokens: T (static).
       group: the key of the `EpGroup` (static).
@@ -188,7 +188,7 @@ class DispatchResult:
 
     @property
     def num_rows(self) -> jax.Array:
-        """[E / R] int32, rows of each local expert without what fills them up."""
+        """[E / R] int32, rows of each local expert without those that fill a group up."""
         return self.handle.num_rows
 
     @property

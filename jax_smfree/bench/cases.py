@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def _least_bytes(self) -> int:
-        """Of the host, for the inputs and the random numbers that they are made of."""
+        """Memory of the host that the inputs take, and the random numbers they are made of."""
         return self.ranks * self.rows * (8 * self.hidden + 16 * self.experts)
 
     @property

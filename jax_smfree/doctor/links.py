@@ -179,7 +179,7 @@ def _put(value: np.ndarray, sharding: NamedSharding) -> Array:
 
 
 def _wrong_rows(found: Array, expected: Mapping[int, np.ndarray]) -> int:
-    """Of the ranks of this process, by their first rows."""
+    """How many of the first rows of this process's ranks differ from what was expected."""
     wrong = 0
     for shard in found.addressable_shards:
         rank = shard.index[0].start or 0

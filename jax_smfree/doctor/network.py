@@ -38,7 +38,7 @@ def _library_of(wheel: str) -> Path:
 
 
 def library_version(path: Path) -> str:
-    """Of NVSHMEM's vendor interface."""
+    """The version that NVSHMEM's vendor interface reports."""
     library = ctypes.CDLL(str(path))
     numbers = [ctypes.c_int() for _ in range(3)]
     library.nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))

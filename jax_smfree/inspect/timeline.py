@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 # The GPUs' clocks are taken for one if their first records are not further apart.
 _MAX_SKEW_NS = 1_000_000
-# Of ranks, peers and replicas; of times.
+# Ranks, peers and replicas are below the first, times below the second.
 _MOST = (2**31, 2**63)
 PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _PHASE_KEYS = frozenset(["rank", "phase", "begin_ns", "end_ns"])

@@ -97,7 +97,7 @@ class Window(Operation):
 
     @property
     def flops(self) -> int | None:
-        """Of the matrix multiplications; ``None`` if one of them does not say."""
+        """What the matrix multiplications take; ``None`` if one of them does not say."""
         flops = [step.flops for step in self.work]
         return None if None in flops else sum(filter(None, flops))
 

@@ -52,7 +52,7 @@ class Work:
         return None
 
     def _flops(self, computation: hlo.Computation, i: hlo.Instruction) -> int | None:
-        """Of the matrix multiplications that ``i`` is, or runs; of the longest branch."""
+        """What the matrix multiplications take that ``i`` is, or runs in its longest branch."""
         if _is_matmul(i):
             return _matmul_flops(computation, i)
         inside = [self._flops_in(called) for called in i.called]

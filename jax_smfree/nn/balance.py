@@ -123,7 +123,8 @@ def load_balancing_loss(
 def router_z_loss(routes: Routes, *, axes: Axis = ()) -> Array:
     """The mean over the rows of ``logsumexp(logits) ** 2``, which keeps the logits small.
 
-    Of the rows that go to an expert; 0 if there are none. Add 0.001 times it to the training loss.
+    It counts the rows that go to an expert, and is 0 if none does. Add 0.001 times it to the
+    training loss.
     Source: Zoph et al., "ST-MoE", 2022 (arXiv:2202.08906), equation 5.
 
     Shapes: -> float32 [].

@@ -20,8 +20,8 @@ from jax_smfree._src import arguments
 class MlpParams:
     """``down(activation(gate(x), up(x)))``; with a leading axis it is one such MLP per expert.
 
-    Of any floating-point dtype: the layer casts to that of the rows, so float32 ones may be the
-    masters of a bfloat16 group.
+    They may have any floating-point dtype. The layer casts them to the dtype of the rows, so a
+    bfloat16 group may have float32 masters.
     """
 
     gate: Array | None  # [..., H, F]; None: down(activation(up(x)))

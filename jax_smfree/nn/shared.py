@@ -22,7 +22,7 @@ Shared = Callable[[Array, Any], Array]
 
 
 class Part(NamedTuple):
-    """Of a shared expert: ``function(x, params)``, with what the part before has returned as x."""
+    """One part of a shared expert: ``function(x, params)``; x is what the part before returned."""
 
     function: Callable[[Any, Any], Any]
     params: Any

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the parameters of a layer are split over a mesh, and how a device gets what it computes with.
 
-Of an MLP, H may be split between the steps (FSDP) and F while it computes (tensor parallelism):
-every device has a part of the hidden values, and so a summand of the result.
+An MLP may have H split between the steps (FSDP), and F while it computes (tensor parallelism):
+then every device has a part of the hidden values, and so a summand of the result.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def moe_specs(
     layers = (None,) * (0 if router is None else np.ndim(router) - 2)
 
     def of(value: Any, *first: Any) -> Any:
-        """Of an array, or of a whole MLP."""
+        """The spec of an array, or the specs of a whole MLP."""
         if not isinstance(value, MlpParams):
             return _spec(*first)
         wide, long = _spec(*first, fsdp_axis, tensor_axis), _spec(*first, tensor_axis)

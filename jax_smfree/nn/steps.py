@@ -197,7 +197,7 @@ def _takes(function: Callable[..., Any], argument: str) -> bool:
 
 
 def experts_here(where: str, group: Any) -> int:
-    """Of this rank: the call stands inside of a ``shard_map``."""
+    """How many experts this rank has; the call has to stand inside of a ``shard_map``."""
     names = group_axis.names(group.axis)
     if not compat.manual_axes().issuperset(names):
         raise ValueError(

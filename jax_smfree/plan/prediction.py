@@ -50,7 +50,7 @@ class Prediction:
 
     @property
     def sm_us(self) -> float:
-        """Of all four phases: what stays on the SMs however much is hidden."""
+        """Time of all four phases, which stays on the SMs however much compute hides."""
         return sum(self.phase_us.values())
 
     def to_json(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class CompiledCall::Program {
     return !complete_;
   }
 
-  // Of a compilation that failed, if the program is not complete.
+  // Called when a compilation failed, if the program is not complete.
   void Remove(CompiledCall* call) {
     const std::lock_guard<std::mutex> lock(mutex_);
     calls_.erase(std::remove(calls_.begin(), calls_.end(), call), calls_.end());

@@ -14,7 +14,7 @@ namespace smfree::cpu {
 
 class Unreceived {
  public:
-  // Of a rank: it sent the operation, and `bytes` of messages have come to it at that point.
+  // A rank sent the operation, and has received `bytes` of messages at that point.
   void Add(const Identity& sent, int64_t bytes);
 
   int64_t count() const { return count_; }

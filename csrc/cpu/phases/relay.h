@@ -23,7 +23,8 @@ struct RelayCounts {
   std::vector<int32_t> node;  // [R] rows of each message on the node leg
 };
 
-// Of a routing that comes back from the program: whether it is what some dispatch has made.
+// Checks that a relay's routing that comes back from the program is one that a dispatch can have
+// made.
 StatusOr<RelayCounts> CheckRelay(const GroupConfig& config, int64_t tokens, const int32_t* relay);
 
 // Receives a dispatch: `unpack` gets the messages by source rank. `expected` describes them, but

@@ -49,7 +49,7 @@ bool SameUser(int fd) {
   return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
 }
 
-// Of a connection that has something to read, or is at its end.
+// For a connection that has something to read, or is at its end.
 bool ReceiveHello(int fd, packets::HelloPacket* hello) {
   return recv(fd, hello, sizeof(*hello), MSG_TRUNC | MSG_DONTWAIT) ==
              static_cast<ssize_t>(sizeof(*hello)) &&
@@ -198,7 +198,7 @@ class Greeting {
     return Status();
   }
 
-  // Of a guest that says something. A stranger's socket ends here.
+  // Answers a guest that says something. A stranger's socket ends here.
   Status Meet(Socket socket) {
     packets::HelloPacket theirs;
     if (!ReceiveHello(socket.fd(), &theirs) || !SameCookie(theirs, hello_)) return Status();

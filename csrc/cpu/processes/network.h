@@ -51,7 +51,7 @@ class Network : public LinkEvents, public std::enable_shared_from_this<Network> 
  private:
   struct Peer {
     std::shared_ptr<Link> link;
-    // Of the peer's arena; the event loop's thread only.
+    // The peer's arena; only the event loop's thread uses it.
     std::vector<std::shared_ptr<Mapping>> segments;
     std::unordered_map<int64_t, std::shared_ptr<const Arena::Block>> read_by_peer;  // by ticket
   };

@@ -23,7 +23,7 @@ class Outbox {
         leg_(leg),
         identity_(WithOperation(call.identity, operation)) {}
 
-  // Of a send phase; a relay does not begin anything. `arguments`: what was found about them.
+  // Send phases call it, relays do not. `arguments`: what is wrong with those of the call.
   Status Begin(const Status& arguments = Status()) {
     return exchange_.BeginSend(phase_, call_, identity_, arguments);
   }

@@ -11,8 +11,8 @@
 #include "csrc/cpu/rows/floats.h"
 #include "csrc/cpu/rows/fp8.h"
 
-// Of a plain function: one version per vector width, chosen when the library is loaded. Not under
-// sanitizers, whose runtime is not up yet at that time.
+// Makes one version of a plain function per vector width; the loader chooses. Not under sanitizers,
+// whose runtime is not up yet at that time.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define SMFREE_VECTORISED \

@@ -32,7 +32,7 @@ SMFREE_INLINE void Round(void* __restrict out, const float* __restrict sums, int
 
 }  // namespace
 
-// Of n elements.
+// Functions over n elements.
 struct Kernels {
   int64_t item_bytes;
   void (*add)(float* sums, const void* row, float weight, bool first, int64_t n);

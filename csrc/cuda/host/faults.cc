@@ -11,7 +11,7 @@
 namespace smfree::cuda {
 namespace {
 
-// Of what a FaultRecord or an OverflowRecord is about.
+// The operation that a FaultRecord or an OverflowRecord is about.
 template <typename Record>
 Identity IdentityOf(const Record& record, Operation operation) {
   Identity identity;

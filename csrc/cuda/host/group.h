@@ -129,7 +129,7 @@ struct GroupState {
   Status Connect();
 };
 
-// Of a SetScratch with its counts, flags, tags and places, each aligned to kAlignment.
+// Where a SetScratch has its counts, flags, tags and places, each aligned to kAlignment.
 struct SetScratchLayout {
   int64_t counts_offset, flags_offset, tags_offset, wire_places_offset, bytes;
   explicit SetScratchLayout(const GroupConfig& config);

@@ -43,7 +43,7 @@ struct CompiledOperation {
 
 class InFlight {
  public:
-  // Of this process. Leaked: programs may be compiled while it exits.
+  // The one of this process. Leaked: programs may be compiled while it exits.
   static InFlight& Get() {
     static InFlight& in_flight = *new InFlight;
     return in_flight;

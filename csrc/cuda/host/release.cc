@@ -20,8 +20,8 @@ struct Words {
     return words[static_cast<size_t>(member) * static_cast<size_t>(of_member) +
                  static_cast<size_t>(word)];
   }
-  // Of what arrives in a region of `peer`: the word of the message, or of what it becomes in its
-  // node.
+  // The word for what arrives in a region of `peer`: the message's, or that of what it becomes in
+  // its node.
   const Announcement& Arriving(int32_t peer, int32_t region, bool in_node = false) const {
     return At(region % nodes.Members(leg), nodes.RegionAtPeer(leg, peer, region) +
                                                (in_node ? nodes.Regions(leg) : 0));

@@ -40,7 +40,7 @@ class Release {
   // announced.
   std::vector<Descriptor> Take(const GroupConfig& config, const Layout& layout, int32_t rank,
                                const uint64_t* announced);
-  // Of the chunks that Take has given.
+  // The plan of the chunks that Take has returned.
   const Plan& plan() const { return plan_; }
 
  private:

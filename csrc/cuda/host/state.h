@@ -99,9 +99,9 @@ struct SetScratch {
   // the wire from this rank, through this relay on the wire, and through it inside the node.
   int32_t source_rows[kMaxRanks], wire_rows[kMaxRanks];
   int32_t relay_wire_rows[kMaxRanks], relay_node_rows[kMaxRanks];
-  // Of the operation that is being received: the rows that each source has sent, of which not all
-  // may be kept, and the rows of the sources before it. Where payloads stand in areas: by leg and
-  // region, in the area that was packed last, and in the one received in.
+  // For the operation that is being received: the rows that each source has sent, of which not all
+  // may be kept, and the rows of the sources before it. Then, by leg and region, where payloads
+  // stand in the area that was packed last and in the one received in.
   int32_t source_sent[kMaxRanks], source_first[kMaxRanks];
   int64_t packed_at[kLegs][kMaxRanks], received_at[kLegs][kMaxRanks];
   uint32_t packed[kMaxRanks][kMaxChunks];  // by region: rows that are complete
@@ -167,7 +167,7 @@ struct SetsOfRank {
   }
 };
 
-// Of one phase of an operation.
+// What one phase of an operation is called with.
 struct OperationParams {
   Phase phase;
   Operation operation;

@@ -22,7 +22,7 @@ struct Messages {
   // In areas: where the payload of each message begins there.
   const int64_t* packed_at = nullptr;
   const int64_t* received_at = nullptr;
-  // Of messages that are received: how many rows were sent, if fewer may be kept.
+  // How many rows of each received message were sent, where fewer may be kept.
   const int32_t* sent_rows = nullptr;
 
   __device__ int32_t count() const { return g.nodes.Regions(leg); }
@@ -55,8 +55,8 @@ struct Messages {
     if (IsOwn(region)) return InPackedArea(region);
     return g.memory + g.layout.RecvAreaOffset(leg, set.index, number) + received_at[region];
   }
-  // Of a message of which `rows` rows are received: how it lies there. What is not kept does not
-  // move into an area.
+  // How a message lies where `rows` of its rows are received. What is not kept does not move into
+  // an area.
   __device__ MessageLayout LayoutFrom(int32_t region, int32_t rows) const {
     const bool all_there = sent_rows != nullptr && (!op.in_areas || IsOwn(region));
     return MessageLayout(all_there ? sent_rows[region] : rows, op.experts, op.slots, op.stride);

@@ -50,7 +50,7 @@ __device__ inline uint64_t load_acquire_gpu(const uint64_t* word) {
 __device__ inline void store_release_gpu(uint64_t* word, uint64_t value) {
   asm volatile("st.release.gpu.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
-// Of flags where being late does no harm.
+// For flags that may be seen late without harm.
 __device__ inline uint32_t load_relaxed_system(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.relaxed.sys.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");

@@ -16,13 +16,14 @@
 namespace smfree::cuda {
 namespace {
 
-// Of a handle, by rank.
+// The places in a handle, by rank.
 struct HandlePlaces {
   const int32_t* places;  // [T, g.places_per_row]
   const int32_t* send_counts;
 };
 
-// Of the messages on the wire: as in a handle, or as PlaceOnWire says in hierarchical mode.
+// The places in messages on the wire: those of a handle, or what PlaceOnWire says in hierarchical
+// mode.
 struct WirePlaces {
   const int32_t* places;  // [T, g.wire_width]
   const int32_t* counts;  // by region

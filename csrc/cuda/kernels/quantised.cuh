@@ -15,7 +15,7 @@ namespace smfree::cuda {
 
 constexpr int32_t kQuantisedUnroll = 2;  // as kUnroll: numbers take more registers than words
 
-// Of a power of two.
+// `n` is a power of two.
 __device__ inline int32_t Log2(int32_t n) { return 31 - __clz(n); }
 
 template <typename T, DType kValues>

@@ -59,7 +59,7 @@ union Elements {
 struct Words {
   int32_t begin, end;
   __device__ Words(int64_t row_bytes, int32_t word_bytes, int32_t piece, int32_t pieces) {
-    // Of 32 bits: a row has less than 2^31 bytes, and up to kWarps pieces.
+    // 32 bits suffice: a row has less than 2^31 bytes, and up to kWarps pieces.
     const auto words = static_cast<uint32_t>(row_bytes) / static_cast<uint32_t>(word_bytes);
     const auto at = [&](int32_t p) { return static_cast<int32_t>(words * p / pieces); };
     begin = at(piece) + static_cast<int32_t>(threadIdx.x % kWarp);

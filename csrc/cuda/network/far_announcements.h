@@ -46,8 +46,8 @@ class FarAnnouncements {
  private:
   explicit FarAnnouncements(Wiring wiring)
       : wiring_(std::move(wiring)), table_(wiring_.layout.Announcements(kWire)) {}
-  // Of the words of one slot of a set. Each set has its own: operations of several may wait, and
-  // none of them may take away what another one has asked for.
+  // A copy of the words of one slot of a set. Each set has its own: operations of several sets may
+  // wait, and none may take away what another has asked for.
   struct Copy {
     Allocation words;  // pinned
     cudaEvent_t done = nullptr;

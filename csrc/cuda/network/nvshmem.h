@@ -21,8 +21,8 @@ namespace smfree::cuda {
 
 class Nvshmem {
  public:
-  // Of the process. `library` is the path of libnvshmem_host.so.3, for a process that has not
-  // loaded one yet. Fails where there is none, or one of another major version.
+  // The one of this process. `library` is the path of libnvshmem_host.so.3, for a process that has
+  // not loaded it yet. Fails if there is none, or one of another major version.
   static StatusOr<Nvshmem*> Get(const std::string& library);
 
   // What the first process of the world gives to the others.

@@ -8,9 +8,9 @@
 // them, which IBGDA makes of waiting for the network. The call returns when the put is posted, so
 // that no SM waits; the message stays as it is until its receiver has read it (PROTOCOL.md, rule 3).
 //
-// Of a large operation the block is what waits for announcements, in the place of the mover, and so
-// does what stands behind it on the stream. A kernel before it tells the far peers what this rank
-// announces: all of its blocks end, also where those that wait take the whole device.
+// For a large operation this block waits for the announcements, in place of the mover, and so does
+// whatever stands behind it on the stream. A kernel before it tells the far peers what this rank
+// announces: all of its blocks end, even where those that wait take the whole device.
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
