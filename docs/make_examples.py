@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parent
 EXAMPLES = DOCS / "examples"
 RESULTS = DOCS.parent / "benchmarks/results/gpu-nvidia-h200-x2.json"
 BLOCK = re.compile(r"^```console\n\$ jax-smfree (.*)\n([^`]*)```$", re.MULTILINE)
-COLUMNS = "100"
+COLUMNS = "102"
 
 
 def write_trace() -> None:

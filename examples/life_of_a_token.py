@@ -31,6 +31,7 @@ LOCAL = EXPERTS // RANKS
 COLOURS = ("#5b92cf", "#7cc2ae", "#e0a458")
 FOLLOWED = (0, 1)
 STEPS = ("rows", "send regions", "recv regions", "d.x", "send regions", "recv regions", "out")
+MARGIN = 2.8  # left of the rows, for the names of the parts; in widths of a row
 
 Row = tuple[int, int]  # (rank, position)
 Slots = list[tuple[str, list[Row]]]  # the parts of one rank's buffer, with what stands in them
@@ -113,10 +114,10 @@ def check(found: Run) -> None:
     np.testing.assert_allclose(found.out, TOP_K)
 
 
-def draw(axes: Axes, slots: Slots) -> None:
+def draw(axes: Axes, slots: Slots, longest: int) -> None:
     """One buffer: its parts below each other, the rows of a part side by side."""
     for line, (name, rows) in enumerate(slots):
-        axes.text(-0.2, line + 0.5, name, ha="right", va="center", fontsize=7)
+        axes.text(-0.2, line + 0.5, name, ha="right", va="center", fontsize=8)
         for column, row in enumerate(rows):
             rank, position = row
             followed = row == FOLLOWED
@@ -130,17 +131,21 @@ def draw(axes: Axes, slots: Slots) -> None:
             )
             axes.add_patch(box)
             axes.text(column + 0.45, line + 0.5, str(position), ha="center", va="center")
-    axes.set(xlim=(-2.2, 7.2), ylim=(RANKS + 0.2, -0.2), xticks=[], yticks=[])
+    axes.set(xlim=(-MARGIN, longest), ylim=(RANKS + 0.2, -0.2), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
 def save(found: Run, path: pathlib.Path) -> None:
     """A column per step, a row per rank."""
-    figure = Figure(figsize=(2.3 * len(STEPS), 1.6 * RANKS), layout="constrained")
-    grid: Sequence[Sequence[Axes]] = figure.subplots(RANKS, len(STEPS))
+    figure = Figure(figsize=(10, 1.25 * RANKS), layout="constrained")
+    lines = [buffers(found, rank) for rank in range(RANKS)]
+    steps = zip(*lines, strict=True)
+    longest = [max(len(rows) for slots in step for _, rows in slots) for step in steps]
+    widths = [MARGIN + most for most in longest]
+    grid: Sequence[Sequence[Axes]] = figure.subplots(RANKS, len(STEPS), width_ratios=widths)
     for rank, line in enumerate(grid):
-        for axes, slots in zip(line, buffers(found, rank), strict=True):
-            draw(axes, slots)
+        for axes, slots, most in zip(line, lines[rank], longest, strict=True):
+            draw(axes, slots, most)
         line[0].set_ylabel(f"rank {rank}")
     titles = ("", "dispatch_send", "(mover)", "dispatch_recv", "combine_send", "(mover)")
     for axes, phase, step in zip(grid[0], (*titles, "combine_recv"), STEPS, strict=True):

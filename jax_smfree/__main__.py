@@ -20,8 +20,8 @@ def main() -> None:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
         sys.exit(
-            f"jax-smfree: got an installation without {error.name!r}, expected what the command "
-            "line is made of. Install it with: pip install 'jax_smfree[cli]'"
+            f"jax-smfree: the command line needs {error.name!r}, which is not installed. Install "
+            "all that it needs with: pip install 'jax_smfree[cli]'"
         )
 
 

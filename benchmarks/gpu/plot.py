@@ -21,7 +21,7 @@ TOGETHER, GEMM = "#c44e2b", "#d9d9d9"
 
 def _by_shape(axes: Axes, result: Json, title: str, ylabel: str) -> None:
     axes.set(title=title, ylabel=ylabel)
-    axes.set_xticks(range(len(result["shapes"])), list(result["shapes"]), fontsize=7, rotation=12)
+    axes.set_xticks(range(len(result["shapes"])), list(result["shapes"]), fontsize=8, rotation=12)
     plot.bare(axes)
 
 
@@ -35,13 +35,15 @@ def _bars(axes: Axes, series: list[tuple[str, str, list[Json | None]]]) -> None:
                 x = group + (at - (len(series) - 1) / 2) * width
                 spread = [[middle - low], [high - middle]]
                 axes.bar(x, middle, width * 0.92, yerr=spread, color=colour, ecolor="#333333")
-                axes.annotate(f"{middle:.2f}", (x, high), ha="center", va="bottom", fontsize=6)
+                axes.annotate(
+                    f" {middle:.2f}", (x, high), ha="center", va="bottom", fontsize=7, rotation=90
+                )
         axes.bar(0, 0, color=colour, label=name)
     plot.log_times(axes)
     axes.autoscale_view()
     middles = [each["p50"] / 1e3 for _, _, times in series for each in times if each]
     if middles:
-        axes.set_ylim(min(middles) / 3, max(middles) * 2)
+        axes.set_ylim(min(middles) / 3, max(middles) * 4)
 
 
 def _whole_calls(axes: Axes, result: Json, call: str) -> None:
@@ -87,10 +89,10 @@ def _overlap(axes: Axes, result: Json) -> None:
         axes.hlines(
             together, at - 0.38, at + 0.38, color=TOGETHER, label="together" * (at == 0) or None
         )
-    axes.set_xticks(range(len(entries)), [f"{k}\n{e['gemms']}" for k, e in entries], fontsize=7.5)
+    axes.set_xticks(range(len(entries)), [f"{k}\n{e['gemms']}" for k, e in entries], fontsize=8)
     axes.set(title="GEMMs around dispatch, and around both", ylabel="ms", xlabel="GEMMs each")
     if entries:
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend(frameon=False, fontsize=8)
     plot.bare(axes)
 
 
@@ -103,13 +105,15 @@ def save(result: Json, path: Path) -> None:
         f"Expert-parallel dispatch and combine on {result['ranks']} × {machine['device']} "
         f"(bfloat16, jax {machine['jax']}, {machine['date'][:10]})"
     )
-    figure, grid = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
-    for axes, call in zip(grid[0], CALLS, strict=True):
+    figure, grid = plt.subplots(3, 2, figsize=(11, 12), layout="constrained")
+    calls, (phases, overlap, layers) = grid.flat[:3], grid.flat[3:]
+    for axes, call in zip(calls, CALLS, strict=True):
         _whole_calls(axes, result, call)
-    grid[0][0].legend(frameon=False, fontsize=7.5)
-    _phases(grid[1][0], result)
-    _overlap(grid[1][1], result)
-    _layers(grid[1][2], result)
+    colours = calls[0].get_legend_handles_labels()
+    figure.legend(*colours, ncols=len(colours[0]), loc="outside lower center")
+    _phases(phases, result)
+    _overlap(overlap, result)
+    _layers(layers, result)
     figure.suptitle(title, fontsize=12)
     plot.save(figure, path.with_suffix(".png"))
 
@@ -117,9 +121,9 @@ def save(result: Json, path: Path) -> None:
     native = find(shape, "movers", DEFAULT, "native", "timeline")
     hidden = find(shape, "movers", COPY_ENGINE, "overlap", "timeline")
     if native and hidden:
-        figure, axes = plt.subplots(2, 1, figsize=(13, 7.2), layout="constrained")
+        figure, axes = plt.subplots(2, 1, figsize=(11, 6.2), layout="constrained")
         native, hidden = map(Timeline.from_json, (native, hidden))
-        timeline_plot.draw(axes[0], native, f"{name}, native mode", compute=False)
-        timeline_plot.draw(axes[1], hidden, f"{name}, GEMMs between the phases")
+        timeline_plot.draw(axes[0], native, f"{name}, one call each", compute=False)
+        timeline_plot.draw(axes[1], hidden, f"{name}, GEMMs between send and recv")
         timeline_plot.legend(figure, wire=bool(native.wire))
         plot.save(figure, path.with_name(f"{path.stem}-timeline.png"))

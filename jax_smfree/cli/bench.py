@@ -31,7 +31,7 @@ from jax_smfree.cli.options import (
 )
 
 
-@click.command()
+@click.command(short_help="Time dispatch and combine on this machine.")
 @click.option("--shape", type=sizes, metavar=SIZES, default="1024x1024:2of8", show_default=True)
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True)
 @click.option("--ranks", type=click.IntRange(1, 512), help="Default: all GPUs, or 4 CPU devices.")
@@ -124,5 +124,5 @@ def _print(title: str, result: dict[str, Any]) -> None:
     show.table(
         "under compute",
         ("program", "median", "10 %", "90 %", "added to compute"),
-        [row(COMPUTE), row(TOGETHER, f"{added / 1e3:.3f} ms, {added / mine:.0%} of alone")],
+        [row(COMPUTE), row(TOGETHER, f"{added / 1e3:.3f} ({added / mine:.0%} of {LIBRARY})")],
     )

@@ -18,11 +18,11 @@ _OURS, _PEERS = "#1f5fa8", "#c44e2b"
 def save(result: dict[str, Any], path: Path, title: str) -> None:
     """Writes it; the ending of ``path`` says which kind of file."""
     times = result["times_us"]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     phases, round_trips, overlap = figure.subplots(1, 3)
 
     _bars(phases, times, dict(zip(PHASES, PHASE_COLOURS.values(), strict=True)))
-    phases.set(title="phases, each a program of its own", ylabel="ms")
+    phases.set(title="phases, one program each", ylabel="ms")
     _bars(round_trips, times, {LIBRARY: _OURS} | dict.fromkeys(PEERS, _PEERS))
     round_trips.set(title="dispatch and combine")
     _overlap(overlap, times)

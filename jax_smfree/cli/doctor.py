@@ -16,7 +16,7 @@ from jax_smfree.doctor import Diagnosis, Finding, examine, examine_links
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-@click.command()
+@click.command(short_help="Say what is missing here, and the cure.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
     "--network",

@@ -65,6 +65,7 @@ def _print(found: inspect.OverlapReport, steps: bool) -> None:
             for w in found.windows
         ),
         text=4,
+        wrap="called at",
     )
     for window in (w for w in found.windows if steps and w.between):
         show.table(

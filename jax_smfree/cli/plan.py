@@ -142,12 +142,12 @@ def _line(p: Prediction) -> Line:
         p.ranks,
         p.mode,
         {
-            "buffers GiB": p.buffer_bytes / 2**30,
+            "memory GiB": p.buffer_bytes / 2**30,
             "NVLink MB": p.nvlink_bytes / 1e6,
             "network MB": p.network_bytes / 1e6,
-            "phases ms": p.sm_us / 1e3,
+            "SM ms": p.sm_us / 1e3,
             "wire ms": p.wire_us / 1e3,
-            "forward ms": p.forward_us / 1e3,
+            "relay ms": p.forward_us / 1e3,
             "GFLOP": p.hiding_gflop,
             "MLP width": p.hiding_width,
         },
@@ -165,4 +165,4 @@ def _print(title: str, lines: Sequence[Line]) -> None:
 
 def _text(column: str, number: float) -> str:
     digits = {"GiB": 1, "ms": 2}.get(column.split()[-1], 0)
-    return "" if column == "forward ms" and not number else f"{number:.{digits}f}"
+    return "" if column == "relay ms" and not number else f"{number:.{digits}f}"

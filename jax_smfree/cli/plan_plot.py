@@ -16,8 +16,8 @@ _COLOURS = {"direct": "#1f5fa8", "hierarchical": "#2e8b74"}
 # The columns that are drawn: how, and what they are called there.
 _TIMES = {
     "wire ms": ("o-", "on the wire, can be hidden"),
-    "phases ms": ("s--", "on the SMs, stays"),
-    "forward ms": ("^:", "inside the node, a phase waits"),
+    "SM ms": ("s--", "on the SMs, stays"),
+    "relay ms": ("^:", "inside the node, a phase waits"),
 }
 
 
@@ -34,7 +34,7 @@ def draw(lines: Sequence[Line], title: str) -> Figure:
                     *zip(*points, strict=True), style, color=colour, label=f"{mode}: {meaning}"
                 )
         if mine:
-            points = [(line.ranks, line.numbers["buffers GiB"]) for line in mine]
+            points = [(line.ranks, line.numbers["memory GiB"]) for line in mine]
             memory.plot(*zip(*points, strict=True), "o-", color=colour, label=mode)
     times.set(xlabel="ranks", ylabel="ms", title="one dispatch on the wire; all phases")
     memory.set(xlabel="ranks", ylabel="GiB per rank", title="buffers")

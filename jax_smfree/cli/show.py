@@ -29,7 +29,7 @@ def table(
 ) -> None:
     """Prints a table whose first ``text`` columns are text, and the others numbers.
 
-    Only the column ``wrap`` gives way where the terminal is narrow: a number is never cut off.
+    Only the column ``wrap`` gives way where the terminal is narrow: nothing is ever cut off.
     """
     rows = list(rows)
     console = _console()
@@ -37,16 +37,18 @@ def table(
     narrow = [
         [_blank(c) if n == wrap else c for n, c in zip(head, row, strict=True)] for row in rows
     ]
-    least = Measurement.get(console, wide, _built(title, head, narrow, text, wrap)).maximum
+    least = Measurement.get(console, wide, _built(head, narrow, text, wrap)).maximum
     console.width = max(console.width, least)
-    console.print(_built(title, head, rows, text, wrap))
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(_built(head, rows, text, wrap))
 
 
-def _built(title: str, head: Sequence[str], rows: Iterable[Row], text: int, wrap: str) -> Table:
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def _built(head: Sequence[str], rows: Iterable[Row], text: int, wrap: str) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column, name in enumerate(head):
         justify: Literal["left", "right"] = "left" if column < text else "right"
-        shown.add_column(name, justify=justify, no_wrap=name != wrap)
+        shown.add_column(name, justify=justify, no_wrap=name != wrap, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown

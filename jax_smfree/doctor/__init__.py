@@ -36,6 +36,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> Diagnosis:
         access = gpus.peer_access()
         findings = (
             *software.versions(packages),
+            *software.kernels(packages, len(gpus)),
             *gpus.findings(),  # before JAX takes its pool of GPU memory
             *devices.peer_findings(access),
             *devices.jax_devices(environ, len(gpus)),

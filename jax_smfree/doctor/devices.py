@@ -26,7 +26,7 @@ def jax_devices(environ: Mapping[str, str], gpus: int) -> Iterator[Finding]:
         cure = "Install the plugin that JAX_PLATFORMS asks for, or set JAX_PLATFORMS=cpu."
         yield Finding(topic, "jax", str(error).splitlines()[0], "problem", cure)
         return
-    kinds = sorted({f"{d.platform} {d.device_kind}" for d in devices})
+    kinds = sorted({d.device_kind for d in devices})
     yield Finding(topic, "jax", f"{len(devices)} × {', '.join(kinds)}")
     if gpus and devices[0].platform == "cpu" and "JAX_PLATFORMS" not in environ:
         cure = "JAX does not use the GPUs of this host: pip install 'jax[cuda13]'."

@@ -64,9 +64,13 @@ def versions(packages: dict[str, str]) -> Iterator[Finding]:
             yield Finding(topic, name, version, "problem", cure)
         else:
             yield Finding(topic, name, version)
-    if _minor(packages.get("jax", "")) == ("0", "10") and "absl-py" not in packages:
+
+
+def kernels(packages: dict[str, str], gpus: int) -> Iterator[Finding]:
+    """What the grouped matmul needs on the GPUs of this host."""
+    if gpus and _minor(packages.get("jax", "")) == ("0", "10") and "absl-py" not in packages:
         cure = "The grouped matmul's Pallas kernels need it under JAX 0.10: pip install absl-py."
-        yield Finding(topic, "absl-py", "none", "warning", cure)
+        yield Finding("software", "absl-py", "none", "warning", cure)
 
 
 def build(gpus: int) -> Iterator[Finding]:

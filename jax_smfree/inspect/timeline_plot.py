@@ -45,7 +45,7 @@ def draw(axes: Axes, timeline: Timeline, title: str = "", *, compute: bool = Tru
     names = [f"rank {rank}" if replica == 0 else f"{replica}/{rank}" for replica, rank in ranks]
     axes.set_yticks([row + 0.5 for row in range(len(ranks))], names)
     axes.invert_yaxis()
-    clock = "" if timeline.has_one_clock else "each rank from its own begin"
+    clock = "" if timeline.has_one_clock else "each rank from its own start"
     axes.set(title="; ".join(filter(None, (title, clock))), xlabel="ms")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)

@@ -15,13 +15,14 @@ QUICK = ("bench", "--shape", "64x128:2of8", "--budget", "0.01")
 
 def test_table_json_and_picture(run, tmp_path):
     output, plot = tmp_path / "bench.json", tmp_path / "bench.png"
-    text = run(*QUICK, "--ranks", 2, "--output", output, "--plot", plot).output
+    text = run(*QUICK, "--ranks", 2, "--output", output, "--plot", plot).stdout
     times = json.loads(output.read_text())["times_us"]
     assert {LIBRARY, COMPUTE, TOGETHER, *PHASES, *PEERS} <= times.keys()
     for name in (LIBRARY, COMPUTE, TOGETHER, *PHASES, *PEERS):
         assert name in text
         assert 0 < times[name]["p10"] <= times[name]["median"] <= times[name]["p90"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_too_many_ranks(run):

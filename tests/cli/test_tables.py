@@ -45,3 +45,23 @@ def test_what_goes_into_a_pipe_is_whole(run, monkeypatch, pytestconfig):
     warnings = run("overlap", "report", "docs/examples/untied.hlo").output
     assert sum(line.startswith("warning") for line in warnings.splitlines()) == 2
     assert warnings.count("Run work there with smfree.overlap(token, fn, *args).") == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "doctor",
+        "plan",
+        "overlap report docs/examples/untied.hlo",
+        "overlap report docs/examples/forward.hlo --steps",
+        "--help",
+    ],
+)
+def test_a_terminal_of_80_columns_is_wide_enough(run, monkeypatch, pytestconfig, command):
+    """No line is broken by the terminal, and nothing is cut off."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(*command.split()).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("...") and "[ARGS]..." not in line]
+    assert not [line for line in lines if "…" in line.replace(" … ", "")]

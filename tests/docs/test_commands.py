@@ -61,6 +61,7 @@ BY_TEST = {
     "python docs/make_examples.py": "cli/test_docs.py::test_output",
     "python examples/life_of_a_token.py": "examples/test_life_of_a_token.py::test_it_draws",
     "python examples/train_moe_lm.py": "examples/test_train_moe_lm.py::test_a_few_steps",
+    "python layer.py": "docs/test_readme.py::test_the_program_prints_what_is_shown",
     "python -m jax_smfree.testing.launch --processes 2 --devices-per-process 2 "
     "-- -m pytest tests": "testing/test_testing_external.py::test_under_our_launcher",
     "python -m jax_smfree.testing.launch --processes 2 --devices-per-process 2 "
