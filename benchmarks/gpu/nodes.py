@@ -57,7 +57,7 @@ in another node crosses once to each rank that it needs there (direct), or once 
 (hierarchical); in a dispatch with ids and weights of its experts. *relayed*: what relays sent on
 inside the nodes, in a dispatch and a combine.
 Times are medians in microseconds, the better ones of the rounds, which alternate between the modes.
-*call*: host time of a call, back to back. *device*: from the begin of its first phase to the end of
+*call*: host time of a call, back to back. *device*: from the start of its first phase to the end of
 its last one. *phase*: device time, where the rows have long arrived at the end of the first leg; in
 the hierarchical mode dispatch_recv and combine_send contain the relay and the wait for the second
 leg. Both are those of rank 0. *adds*: device time that a dispatch adds to a chain of products of

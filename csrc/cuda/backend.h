@@ -48,7 +48,7 @@ struct Memory {
 
 // The replica is the group's own number among those of its mesh.
 //
-// One phase of one rank as it ran: device time in ns (%globaltimer), from the begin of its first
+// One phase of one rank as it ran: device time in ns (%globaltimer), from the start of its first
 // block to the end of its last one, and the bytes it has to move at least. `number` counts the
 // rank's operations from 0, as errors do.
 struct PhaseRecord {
@@ -108,7 +108,7 @@ class Group {
   // When the group is closed, what was counted by then.
   StatusOr<GroupStats> stats() const;
   Memory memory() const;
-  // The most recent phases of all ranks, up to some hundred per rank, in the order of their begin.
+  // The most recent phases of all ranks, up to some hundred per rank, in the order of their start.
   StatusOr<std::vector<PhaseRecord>> Trace() const;
   // From now on the movers note the times of their copies, up to 1024 of each rank, which costs
   // them some microseconds per copy; until EndWireTrace, which waits for these copies and returns

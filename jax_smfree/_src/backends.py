@@ -110,12 +110,12 @@ def choose(replicas: Replicas, meeting: Meeting) -> Backend:
 
 
 def _why_portable(replicas: Replicas, meeting: Meeting) -> str | None:
-    """What neither GPUs of NVIDIA nor the CPU devices of one host are."""
+    """What neither NVIDIA GPUs nor the CPU devices of one host are."""
     device = replicas[0][0]
     if device.platform != "cpu":
         return (
             f"a mesh of {device.device_kind} (platform {device.platform!r}), where the other "
-            "backends need GPUs of NVIDIA or CPU devices"
+            "backends need NVIDIA GPUs or CPU devices"
         )
     for devices in replicas:
         first, *others = sorted({device.process_index for device in devices})

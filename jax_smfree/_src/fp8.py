@@ -32,8 +32,8 @@ class Fp8:
 
     Attributes:
       block: elements that share a scale: 32, 64 or 128. The width of a row is a multiple of it.
-      dtype: of the values: float8_e4m3fn (3 bits of mantissa) or float8_e5m2 (2, and a wider range
-        within a block).
+      dtype: type of the values: float8_e4m3fn (3 bits of mantissa) or float8_e5m2 (2, and a wider
+        range within a block).
       power_of_two: whether a scale is rounded up to a power of two, as MXFP8 has it.
 
     Raises:

@@ -88,10 +88,10 @@ class EpGroup(Reports):
         """Creates the group; collective over all processes of ``mesh``.
 
         Args:
-          mesh: of NVIDIA GPUs of one process that reach one another's memory; of NVIDIA GPUs of
-            several processes with one each, all processes of the job, on one host or several
-            (NVSHMEM); or of CPU devices of one host (in one process or several). On any other mesh
-            (CPU devices of several hosts, TPUs, GPUs of AMD) the group is portable: the same
+          mesh: NVIDIA GPUs of one process that reach one another's memory; NVIDIA GPUs of several
+            processes with one each, all processes of the job, on one host or several (NVSHMEM); or
+            CPU devices of one host, in one process or several. On any other mesh
+            (CPU devices of several hosts, TPUs, AMD GPUs) the group is portable: the same
             results by JAX's own collectives, without overlap, and a warning that says why; see
             `backend`. A mesh of devices that one can only compile for
             (``jax.experimental.topologies``) makes a group that only compiles.

@@ -44,7 +44,7 @@ class Instruction:
 
     Attributes:
       name, opcode: e.g. ``fusion.3`` and ``fusion``.
-      type: of the result, e.g. ``(f32[6]{0}, bf16[8,4]{1,0})``.
+      type: type of the result, e.g. ``(f32[6]{0}, bf16[8,4]{1,0})``.
       arguments: what stands between the parentheses.
       attributes: what follows them.
       is_root: whether it is the result of its computation.

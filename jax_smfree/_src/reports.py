@@ -44,7 +44,7 @@ class Reports:
         - ``dispatch_send_calls``, …: how often it ran.
         - ``dispatch_send_rows``, …: rows of the messages that it sent or unpacked.
         - ``dispatch_send_bytes``, …: bytes of these rows; on CPUs with weights and expert ids.
-        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the begin of the
+        - ``dispatch_recv_wait_ns``, ``combine_recv_wait_ns``: nanoseconds from the start of the
           phase to the last arrival.
 
         For the group:
@@ -76,7 +76,7 @@ class Reports:
         return _sum([native.memory_report() for native in self._life.natives])
 
     def trace(self) -> list[dict[str, Any]]:
-        """The most recent phases on the GPUs of this process, in the order of their begin.
+        """The most recent phases on the GPUs of this process, in the order in which they began.
 
         Each is a dict of ``replica``, ``rank``, ``lane``, ``mirrored`` (an operation of the
         backward pass), ``replay`` (of a rematerialised forward pass), ``number`` (of the operation

@@ -41,8 +41,9 @@ def check_sent(
     rows = _checked_rows(name, "x", group, x, paths, wire, grad_wire)
     if not 1 <= tokens <= most:
         raise ValueError(
-            f"{name}: got x with {tokens} rows on each rank (num_ranks = {group.num_ranks}), expected "
-            f"1 to EpConfig.max_tokens = {most}. Raise it, or split the rows over more devices."
+            f"{name}: got x with {tokens} rows on each rank (num_ranks = {group.num_ranks}), "
+            f"expected 1 to EpConfig.max_tokens = {most}. Raise it, or split the rows over more "
+            "devices."
         )
     return rows
 

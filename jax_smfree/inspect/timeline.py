@@ -83,7 +83,7 @@ class Timeline:
 
     @property
     def has_one_clock(self) -> bool:
-        """Whether times of different ranks compare; else each rank's count from its own begin."""
+        """Whether times of different ranks compare; else each rank's count from its own start."""
         begins = self._begins.values()
         return max(begins) - min(begins) < _MAX_SKEW_NS
 

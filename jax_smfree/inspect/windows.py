@@ -17,8 +17,8 @@ class Step:
         this library), ``"collective"``, or ``"kernel"`` for all else.
       op_name: the JAX operation that it comes from, with the names of ``jax.named_scope``.
       flops: floating-point operations of its matrix multiplications; ``None`` where the program
-        does not say, as for kernels of Pallas.
-      bytes: of its operands and results, each counted once.
+        does not say, as for Pallas kernels.
+      bytes: size of its operands and results, each counted once.
     """
 
     instruction: str
@@ -35,7 +35,7 @@ class Operation:
     Attributes:
       computation: where it stands in the compiled program: the entry, or the body of a loop.
       operation: ``"dispatch"`` or ``"combine"``; the backward pass of one is the other.
-      lane: of its token.
+      lane: the lane of its token.
       derivation: 0 as written; else base-4 digits, 1 tangent, 2 transpose, 3 replay.
       call_site: the line of the user's send, e.g. ``model.py:31 in moe``.
     """

@@ -41,7 +41,7 @@ class MoeLayer(equinox.Module):
     ``equinox.tree_at`` replaces.
 
     Args:
-      group: of ``EpConfig`` with ``differentiable=True`` for training.
+      group: the `EpGroup`; for training its config has ``differentiable=True``, the default.
       expert_width, shared_width, shared_gate, gated, biases: see `jax_smfree.nn.init_moe`.
       param_dtype, fsdp_axis, tensor_axis: see `jax_smfree.nn.init_moe_on_mesh`.
       balanced: whether the layer has a bias for `update_balance`.

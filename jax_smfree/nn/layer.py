@@ -79,7 +79,7 @@ def moe_layer(
     Sharding: to be called inside ``jax.shard_map``, manual over the group's mesh. ``x`` is this
     rank's rows and ``params.experts`` this rank's experts; the other parameters and
     ``balance_bias`` are replicated (`moe_specs`).
-    Differentiation: of everything but ``balance_bias`` and the choice of experts. In the backward
+    Differentiation: in everything but ``balance_bias`` and the choice of experts. In the backward
     pass the gradient of the shared expert is computed while the gradients of the rows move, to the
     experts and back.
 
@@ -94,9 +94,9 @@ def moe_layer(
       mask: bool [T]; rows that are False (padding) visit no expert and come out as zero, and what
         is in them reaches nothing, NaN included.
       balance_bias: float32 [E], see `update_balance_bias`.
-      placement: of redundant copies of experts, where ``config.num_experts`` counts the copies
-        and ``params.experts`` are those (`move_parameters`); the router, its bias, ``routes`` and
-        ``aux`` are of the logical experts.
+      placement: where redundant copies of experts are. ``config.num_experts`` then counts the
+        copies, and ``params.experts`` are theirs (`move_parameters`); the router, its bias,
+        ``routes`` and ``aux`` know logical experts.
       experts: ``experts(x, group_sizes, local_expert, params) -> y``, the compute of this rank's
         experts: ``x`` [N, H] grouped by expert, ``group_sizes`` int32 [E / R], ``local_expert``
         int32 [N] (see `local_expert`), ``params.experts``, and ``y`` [N, H]; [E / R, C] in the

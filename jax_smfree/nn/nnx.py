@@ -60,7 +60,7 @@ class MoeLayer(nnx.Module):
     others than an MLP take them from ``layer.experts = Parameters(tree)``.
 
     Args:
-      group: of ``EpConfig`` with ``differentiable=True`` for training.
+      group: the `EpGroup`; for training its config has ``differentiable=True``, the default.
       expert_width, shared_width, shared_gate, gated, biases: see `jax_smfree.nn.init_moe`.
       param_dtype, fsdp_axis, tensor_axis: see `jax_smfree.nn.init_moe_on_mesh`.
       balanced: whether the layer has a `BalanceBias`, for `update_balance`.

@@ -48,8 +48,8 @@ def init_moe_on_mesh(
       key: a PRNG key.
       group: its config has H, E and the dtype.
       expert_width, shared_width, shared_gate, gated, biases: see `init_moe`.
-      param_dtype: of the experts, by default that of the group. The layer casts to that one, so
-        ``jnp.float32`` makes masters for an optimizer.
+      param_dtype: type of the experts' parameters, by default that of the group. The layer casts to
+        the group's, so ``jnp.float32`` makes masters for an optimizer.
       fsdp_axis, tensor_axis: see `moe_specs`.
 
     Example:
@@ -173,12 +173,12 @@ def moe_layer_on_mesh(
     expert.
 
     Args:
-      group: of ``EpConfig`` with ``differentiable=True`` for training.
-      params: of the layer.
+      group: the `EpGroup`; for training its config has ``differentiable=True``, the default.
+      params: those of the layer.
       x: the rows.
-      token: of the group, made outside of ``jax.shard_map``: the call begins after the one that
-        returned it.
-      lane: of the fresh token, without ``token``.
+      token: a token of the group from outside of ``jax.shard_map``: the call begins after the one
+        that returned it.
+      lane: the lane of the fresh token that is taken where no ``token`` is given.
       routes: as of `moe_layer`, [..., K] and [..., E] for ``x`` [..., H].
       mask: as of `moe_layer`, [...] for ``x`` [..., H].
       balance_bias: float32 [E], see `update_balance_bias`.

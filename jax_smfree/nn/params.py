@@ -71,7 +71,7 @@ def init_mlp(
       leading: axes before the others, as [E] for one MLP per expert.
       gated: whether there is a gate; not for ``relu_squared``.
       biases: whether every matmul has one.
-      dtype: of the weights, floating-point.
+      dtype: type of the weights, floating-point.
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.
@@ -130,7 +130,7 @@ def init_moe(
       shared_gate: whether the shared expert has a sigmoid gate: `SigmoidGatedParams`.
       gated: whether the experts have a gate, as ``swiglu`` needs; not for ``relu_squared``.
       biases: whether the router and all matmuls of the experts have biases, zero at first.
-      dtype: of the experts. The router is float32 always.
+      dtype: type of the experts' parameters. The router is always float32.
 
     Raises:
       ValueError, TypeError: for a value outside of what is said above.

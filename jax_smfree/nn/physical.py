@@ -108,9 +108,11 @@ def plan_placement(
     Args:
       load: numbers [E], rows per logical expert, of some recent steps and all ranks.
       num_physical: P, a multiple of ``num_ranks`` and at least E.
-      num_ranks: over which the physical experts are split, in order.
-      num_nodes: of ``num_ranks / num_nodes`` ranks each; divides E, or ``num_groups``.
-      num_groups: of neighbouring experts that stay together; None: every expert by itself.
+      num_ranks: how many ranks the physical experts are split over, in order.
+      num_nodes: how many nodes, of ``num_ranks / num_nodes`` ranks each; it divides E, or
+        ``num_groups``.
+      num_groups: how many groups of neighbouring experts stay together; None: every expert by
+        itself.
 
     Raises:
       ValueError, TypeError: for numbers that do not divide as said above, or a traced load.
@@ -268,7 +270,7 @@ def spread(routes: Routes, placement: ExpertPlacement, *, rank: Array | int = 0)
 
     Args:
       routes: from `route`, with ``topk_idx`` [T, K] below E.
-      placement: of E logical experts.
+      placement: where the copies of the E logical experts are.
       rank: an offset, such as ``jax.lax.axis_index``, so that ranks with few rows do not all begin
         with the first copy. An integer scalar.
 

@@ -141,7 +141,7 @@ def route(
 
     Args:
       x: the rows.
-      weight: of the router.
+      weight: the router's parameters, float32 [H, E].
       config: a `RouterConfig`.
       bias: added to the logits (gpt-oss).
       balance_bias: added to the scores where groups and experts are chosen, never in the weights

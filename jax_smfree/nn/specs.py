@@ -30,7 +30,7 @@ def moe_specs(
 
     Args:
       params: from `init_moe`, or their shapes.
-      axis: of the group.
+      axis: the axis, or axes, of the group.
       fsdp_axis: further mesh axes, over which H of the MLPs is split between the steps (FSDP).
       tensor_axis: further mesh axes, over which F of the MLPs is split (tensor parallelism).
 

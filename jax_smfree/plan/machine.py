@@ -19,7 +19,7 @@ class PhaseCost:
     """What a phase takes beside its bytes at the rate of a copy.
 
     Attributes:
-      fixed_us: with no rows at all: launches and routing.
+      fixed_us: time with no rows at all: launches and routing.
       efficiency: its rate over that of a copy: what else uses the memory meanwhile, as the copy
         engines do under a send, and how well it bears a mixture of reads and writes.
     """
@@ -63,11 +63,11 @@ class Machine:
     measured.
 
     Attributes:
-      nvlink_gb_s: to the GPUs of its node, each direction.
-      network_gb_s: to other nodes, each direction.
-      hbm_gb_s: of its memory, bytes read plus bytes written.
-      matmul_tflop_s: of large matrix products.
-      phases: by name.
+      nvlink_gb_s: rate to the GPUs of its node, in each direction.
+      network_gb_s: rate to other nodes, in each direction.
+      hbm_gb_s: rate of its memory, bytes read plus bytes written.
+      matmul_tflop_s: rate of large matrix products.
+      phases: the cost of each phase, by name.
     """
 
     nvlink_gb_s: float = 378.0

@@ -23,16 +23,16 @@ class Prediction:
     """What one rank holds and does, the busiest one where they differ.
 
     Attributes:
-      ranks: in the group.
+      ranks: how many the group has.
       mode: ``"direct"``: each rank sends to each. ``"hierarchical"``: once to each node, which
         forwards; of what it says of GPUs only the bytes were compared with a measurement.
-      buffer_bytes: of the group's buffers.
-      network_bytes, nvlink_bytes: of a dispatch over each link in the busier direction.
-      phase_us: on the SMs, by phase.
-      wire_us: of a dispatch on its way, while the SMs are free; and of a combine, where the rows of
-        a dispatch travel as they are (``config.wire``).
-      forward_us: of the forwarding inside of the node, of a dispatch or a combine, which a phase
-        waits for; 0 if direct.
+      buffer_bytes: memory that the group's buffers take.
+      network_bytes, nvlink_bytes: what a dispatch moves over each link, in the busier direction.
+      phase_us: time on the SMs, by phase.
+      wire_us: time that a dispatch is on its way while the SMs are free. A combine takes as long,
+        unless the rows of a dispatch are quantised (``config.wire``).
+      forward_us: time of the forwarding inside the node, of a dispatch or a combine, for which a
+        phase waits; 0 in direct mode.
       hiding_gflop: matrix products that last as long as ``wire_us``.
       hiding_width: F of a SwiGLU MLP, the shared expert, that lasts as long as ``wire_us``.
     """
@@ -71,7 +71,7 @@ def predict(
       config: sizes and mode; ``ranks_per_node`` is how many GPUs NVLink connects, ``None`` all.
       num_ranks: a multiple of ``ranks_per_node``, and a divisor of ``num_experts``.
       machine: rates; by default those of an H200.
-      routing: by default uniform.
+      routing: uniform by default.
 
     Raises:
       ValueError, TypeError: for ranks that do not divide, ``mode="hierarchical"`` where there are

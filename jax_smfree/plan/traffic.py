@@ -17,10 +17,10 @@ class Traffic:
     Attributes:
       network: to or from ranks of other nodes, whichever is more.
       nvlink: to or from ranks of the own node, whichever is more.
-      sent: packed by a send, its own included.
-      received: unpacked by a recv, its own included.
-      forwarded: that a recv hands on inside of the node (hierarchical).
-      copies: of rows after the dispatch, one for each expert visited.
+      sent: rows packed by a send, its own included.
+      received: rows unpacked by a recv, its own included.
+      forwarded: rows that a recv hands on inside the node (hierarchical).
+      copies: rows after the dispatch, one for each expert visited.
     """
 
     network: float

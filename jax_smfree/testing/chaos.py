@@ -40,8 +40,8 @@ def chaos(
 
     Args:
       group: the `EpGroup`, open.
-      seed: of the random numbers. The delays are the same for the same seed only as far as the
-        program sends in the same order.
+      seed: the seed of the random numbers. The delays are the same for the same seed only as far as
+        the program sends in the same order.
       max_delay_us: every message is held back by a random time up to this.
       reorder: whether messages may overtake those of other peers and other operations; it takes
         delays or stalls for them to do so.
@@ -78,7 +78,7 @@ def chaos(
     if len(natives) < len(group._life.natives):
         raise ValueError(
             f"chaos: got an EpGroup of backend {group.backend!r}, expected 'cpu', whose mover is "
-            "a thread of ours."
+            "a thread that can be delayed."
         )
 
     for replica, native in enumerate(natives):

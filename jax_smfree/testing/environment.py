@@ -34,7 +34,7 @@ class Rank:
     Attributes:
       launcher: who says so, for messages.
       process_id: from 0 to ``num_processes - 1``.
-      num_processes: of the whole program, over all hosts.
+      num_processes: how many the whole program has, over all hosts.
       options: the arguments of ``jax.distributed.initialize`` that follow from it.
     """
 

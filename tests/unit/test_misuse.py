@@ -199,7 +199,8 @@ MISUSES = {
         TypeError, "add of bfloat16, expected float32",
     ),
     "too many rows": (
-        lambda g, x, i, w: sent(g, jnp.tile(x, (2, 1)), i, w), ValueError, "max_tokens = 8. Raise it",
+        lambda g, x, i, w: sent(g, jnp.tile(x, (2, 1)), i, w), ValueError,
+        r"num_ranks = \d.*max_tokens = 8",
     ),
     "idx shape": (lambda g, x, i, w: sent(g, x, i[:, :1], w), ValueError, r"topk_idx\[6, 1\]"),
     "idx dtype": (

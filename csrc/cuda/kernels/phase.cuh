@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of all phases share: memory order, faults, and the begin and end of a phase.
+// What the kernels of all phases share: memory order, faults, and the start and end of a phase.
 // Steps S1 … S10 are those of PROTOCOL.md.
 #ifndef SMFREE_CSRC_CUDA_KERNELS_PHASE_CUH_
 #define SMFREE_CSRC_CUDA_KERNELS_PHASE_CUH_
@@ -121,7 +121,7 @@ __device__ __noinline__ inline void Report(const GroupConstants& g, const Operat
   }
 }
 
-// ---- begin and end of a phase -------------------------------------------------------------------
+// ---- start and end of a phase -------------------------------------------------------------------
 
 struct Begun {
   bool ok;         // else the phase does nothing but to poison its outputs
