@@ -73,8 +73,8 @@ std::string BrokenPlace(int64_t row, int64_t place) {
 }
 
 std::string BrokenCount(int64_t seen, int32_t rank, int64_t most) {
-  return BrokenHandle("it has " + std::to_string(seen) + " for rank " + std::to_string(rank) +
-                      ", and at most " + std::to_string(most) + " is possible");
+  return BrokenHandle("a count or row number of rank " + std::to_string(rank) + " is " +
+                      std::to_string(seen) + ", out of the range up to " + std::to_string(most));
 }
 
 Status InvalidRouting(const std::string& call, int64_t row, int64_t expert, int32_t num_experts,

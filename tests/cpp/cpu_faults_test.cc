@@ -197,9 +197,9 @@ TEST(BrokenHandlesAreRefused) {
     }
     CheckFault(status, FaultKind::kInvalidArgument, {words, "rank 0 in combine_"});
   };
-  broken([](Arrays& a) { a.rows[3] = 1000; }, "1000 for rank 0, and at most 19");
-  broken([](Arrays& a) { a.rows[3] = -2; }, "-2 for rank 0, and at most 19");
-  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "11 for rank 0, and at most 10");
+  broken([](Arrays& a) { a.rows[3] = 1000; }, "rank 0 is 1000, out of the range up to 19");
+  broken([](Arrays& a) { a.rows[3] = -2; }, "rank 0 is -2, out of the range up to 19");
+  broken([](Arrays& a) { a.recv_counts[0] = 11; }, "rank 0 is 11, out of the range up to 10");
   broken([](Arrays& a) { a.places[4] = 5; }, "row 4 has place 5");
   broken([](Arrays& a) { a.places[4] = 1 << 30; }, "row 4 has place");
   broken([](Arrays& a) { a.send_counts[0] = 3; }, "10 rows to rank 0 by its places and 3");
@@ -211,7 +211,7 @@ TEST(MoreReceivedRowsThanFitAreRefused) {
   a.rows.assign(a.rows.size(), -1);
   a.recv_counts = {10, 3};
   CheckFault(SendBack(*setup.group, 0, MakeIdentity(1), a, nullptr, nullptr),
-             FaultKind::kInvalidArgument, {"3 for rank 1, and at most 2"});
+             FaultKind::kInvalidArgument, {"rank 1 is 3, out of the range up to 2"});
 }
 
 TEST(InvalidRoutingNamesTheRow) {

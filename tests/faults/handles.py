@@ -37,13 +37,13 @@ BAD = {
         "rows",
         lambda a: a.at[0, 0].set(FAR),
         "combine_send",
-        f"{FAR} for rank 0",
+        f"rank 0 is {FAR}, out of the range",
     ),
     "too many rows": Bad(
         "recv_counts",
         lambda a: a.at[0].set(7),
         "combine_send",
-        "7 for rank 0, and at most 6",
+        "rank 0 is 7, out of the range up to 6",
     ),
 }
 
