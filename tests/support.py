@@ -28,6 +28,8 @@ in_both_modes = _with_groups(direct={}, hierarchical=IN_NODES)
 """Runs a test with groups of one node, and of nodes of two ranks."""
 portable_too = _with_groups(direct={}, portable=PORTABLE)
 """Runs a test with groups of the backend under test, and with portable ones on its devices."""
+in_all_kinds = _with_groups(direct={}, hierarchical=IN_NODES, portable=PORTABLE)
+"""Runs a test with all three."""
 
 
 @contextlib.contextmanager

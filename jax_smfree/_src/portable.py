@@ -144,7 +144,8 @@ def combine_send_weighted(
 ) -> list[Array]:  # fmt: skip
     del relay
     weighted = [v.astype(jnp.float32) * weights[:, None] for v in y]
-    return [_return(token, weighted, jnp.zeros((rows.shape[0], 0)), rows, recv_counts, call)]
+    no_slots = jnp.zeros((rows.shape[0], 0), jnp.float32)
+    return [_return(token, weighted, no_slots, rows, recv_counts, call)]
 
 
 def combine_recv(
@@ -238,7 +239,7 @@ def _scatter(
     rows = _rows(reference.take(words, from_place), call)
     x = [v.astype(leaf.dtype) for leaf, v in zip(call.leaves, rows, strict=True)]
     if not call.carries_slots:
-        return jnp.zeros((0,)), *x
+        return jnp.zeros((0,), jnp.float32), *x
     slot = jnp.where(copy < 0, -1, from_place * top_k + copy % top_k)
     return reference.take(slots.reshape(-1), slot), *x
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree import nn
 from jax_smfree._src import reference
-from support import as_many, ep_mesh, in_both_modes
+from support import as_many, ep_mesh, in_all_kinds, portable_too
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, ROWS, BLOCK = 8, 2, 16, 24, 8, 4
 CONFIG = {
@@ -144,7 +144,7 @@ def assert_same(got, expected):
         )
 
 
-@in_both_modes
+@in_all_kinds
 @SETTINGS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("ops", [smfree, reference], ids=["smfree", "reference"])
@@ -210,6 +210,7 @@ def test_routers(name):
         assert_same(router_program(), expected)
 
 
+@portable_too
 @SETTINGS
 def test_checkpoint_and_second_order(groups, name):
     group = groups(ep_mesh(as_many(4)), **CONFIG, dtype=jnp.float32)
