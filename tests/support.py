@@ -83,6 +83,11 @@ def mesh_of(kind: str) -> Mesh:
     raise ValueError(kind)
 
 
+def x64() -> Any:
+    """64 bits as the default, whatever JAX calls it."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
 def chaos_on_cpu(group: Any, **options: Any) -> Any:
     """`chaos` where the mover is a thread of ours; copy engines and collectives take no orders."""
     return chaos(group, **options) if group.backend == "cpu" else contextlib.nullcontext()

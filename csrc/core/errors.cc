@@ -119,11 +119,14 @@ std::string IsNaNUnlessRaised(const std::string& option) {
   return "; the outputs are NaN. Fix: raise " + option + ", or take overflow='drop'.";
 }
 
+// A group without a capacity (0) has room for the worst case: only a call can be short of it.
+bool IsOfCall(int64_t capacity, int64_t of_group) { return of_group == 0 || capacity != of_group; }
+
 }  // namespace
 
 Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity,
                   const GroupConfig& config) {
-  const bool of_call = capacity != config.recv_capacity;
+  const bool of_call = IsOfCall(capacity, config.recv_capacity);
   return Fault(FaultKind::kOverflow,
                call + ": " + std::to_string(dropped) + " rows exceed " +
                    (of_call ? "capacity " : "recv_capacity ") + std::to_string(capacity) +
@@ -134,7 +137,7 @@ Status Overflowed(const std::string& call, int64_t dropped, int64_t capacity,
 Status OverflowedGroup(const std::string& call, int64_t dropped, int32_t expert, int64_t copies,
                        int64_t capacity, const GroupConfig& config) {
   const int32_t local_experts = config.num_experts / config.num_ranks;
-  const bool of_call = capacity != config.recv_capacity / local_experts;
+  const bool of_call = IsOfCall(capacity, config.recv_capacity / local_experts);
   return Fault(FaultKind::kOverflow,
                call + ": " + std::to_string(dropped) + " rows exceed " +
                    (of_call ? "capacity " + std::to_string(capacity) + " of this call"

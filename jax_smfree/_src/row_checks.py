@@ -168,6 +168,8 @@ def check_capacity(name: str, capacity: Any, num_rows: int, axes: frozenset[str]
             f"{name}: got capacity {capacity.dtype}{list(capacity.shape)}, expected an int32 "
             "scalar: how many rows of d.x may be filled on this rank, or for each local expert."
         )
+    elif capacity.dtype.name in ("uint32", "int64", "uint64"):
+        capacity = jnp.clip(capacity, 0, arguments.INT32_MAX)
     limit = jnp.asarray(capacity, jnp.int32).reshape(1)
     if further := sorted(compat.varying_axes(limit) - axes):
         raise ValueError(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 import oracle
 from faults.running import CONFIG, assert_told, run
-from support import ep_mesh, make_problem, portable_too
+from support import ep_mesh, make_problem, portable_too, x64
 
 RANKS = 4
 CAPACITY = 15
@@ -191,6 +191,42 @@ def test_drop(groups):
     np.testing.assert_array_equal(num_dropped, routing.num_dropped)
     expected = oracle.combine(routing, np.ones_like(x), weights)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@portable_too
+@pytest.mark.parametrize("layout", ["grouped", "padded"])
+def test_a_call_without_room(groups, layout):
+    """The error names the capacity of the call, though 0 is what a group without one has."""
+    group = groups(ep_mesh(RANKS), **CONFIG, layout=layout)
+
+    def local(x, idx, weights):
+        d, token = smfree.dispatch(group.token(), x, idx, weights, capacity=0)
+        return d.num_rows, smfree.combine(token, d, d.x)[0]
+
+    problem = problem_with_overflow_on(rank=1)
+    smap = jax.shard_map(local, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    num_rows, out = jax.jit(smap)(*problem.arrays[:3])
+    assert not num_rows.any() and np.isnan(out).all()
+    words = ("rows exceed capacity 0 of this call", "Fix: raise capacity")
+    assert_told(group, r"rank [12] in dispatch_recv \(", words)
+
+
+@portable_too
+@pytest.mark.parametrize("capacity", [2**32 - 1, 2**40, -(2**40)])
+def test_a_capacity_of_more_than_32_bits(groups, capacity):
+    """It is as much as there are rows, or nothing, and not what its lower bits say."""
+    group = groups(ep_mesh(RANKS), **CONFIG, overflow="drop")
+
+    def local(x, idx, weights):
+        given = jnp.asarray(capacity, jnp.uint32 if capacity == 2**32 - 1 else jnp.int64)
+        return smfree.dispatch(group.token(), x, idx, weights, capacity=given)[0].num_rows
+
+    problem = problem_with_overflow_on(rank=1)
+    smap = jax.shard_map(local, mesh=group.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with x64():
+        num_rows = jax.jit(smap)(*problem.arrays[:3])
+    copies = int((np.asarray(problem.topk_idx) >= 0).sum())
+    assert num_rows.sum() == (copies if capacity > 0 else 0)
 
 
 @portable_too

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jax_smfree as smfree
 from jax_smfree import nn
 from jax_smfree._src import reference
-from support import as_many, ep_mesh, in_all_kinds, portable_too
+from support import as_many, ep_mesh, in_all_kinds, portable_too, x64
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, ROWS, BLOCK = 8, 2, 16, 24, 8, 4
 CONFIG = {
@@ -24,10 +24,6 @@ CONFIG = {
     "expert_alignment": BLOCK,
     "num_lanes": 2,
 }
-
-
-def x64():
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
 
 
 @contextlib.contextmanager
