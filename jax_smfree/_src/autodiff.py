@@ -140,7 +140,7 @@ def _linear_send(primitive: Primitive, num_routing: int, transpose_of: Primitive
         return primitive.bind(token, floats, *primals[2:leaves_at], *sent, call=derived)
 
     def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
-        routing = operands[2:leaves_at]
+        routing = _known(operands[2:leaves_at], call)
         if _is_zero(cotangents[0]):
             return _zero_bars(operands)
         token, floats, *leaves = transpose_of.bind(
@@ -170,7 +170,7 @@ def _linear_recv(primitive: Primitive, num_routing: int, transpose_of: Primitive
         )
 
     def transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> Any:
-        routing, add = operands[1:add_at], operands[add_at:]
+        routing, add = _known(operands[1:add_at], call), operands[add_at:]
         if all(_is_zero(c) for c in cotangents):
             return _zero_bars(operands)
         token, floats, *leaves = map(ad.instantiate_zeros, cotangents)
@@ -200,6 +200,21 @@ def _received_tangent(
     pairs = zip(dots, leaves, strict=True)
     alike = (d if _is_zero(d) else compat.varying(d, compat.varying_axes(o)) for d, o in pairs)
     return [token_dot, floats_dot, *alike]
+
+
+def _refuse_transpose(*_: Any, call: Call) -> Any:
+    raise ValueError(
+        f"jax_smfree: the operation at {call.call_site} is transposed as it stands, expected its "
+        "derivative: it is linear where its routing and weights are fixed, and not else. Take "
+        "jax.vjp in the place of jax.linear_transpose."
+    )
+
+
+def _known(routing: Sequence[Any], call: Call) -> Sequence[Any]:
+    """``routing``, which is not transposed with the operation: another one has made it."""
+    if any(map(ad.is_undefined_primal, routing)):
+        _refuse_transpose(call=call)
+    return routing
 
 
 def _zero_bars(operands: Sequence[Any]) -> list[Any]:
@@ -343,6 +358,8 @@ def _differentiable_by(meaning: Any, primitive: Primitive) -> None:
 
 
 _differentiable(combine_send_weighted_p, _combine_send_weighted_tangent)
+for _primitive in (dispatch_send_p, dispatch_recv_p, combine_send_weighted_p):
+    ad.primitive_transposes[_primitive] = _refuse_transpose
 _differentiable_by(_combine_tangent, combine_tangent_p)
 _differentiable_by(_recv_weighted, dispatch_recv_weighted_p)
 ad.primitive_transposes[combine_tangent_p] = _combine_tangent_transpose

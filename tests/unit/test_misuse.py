@@ -132,6 +132,18 @@ MISUSES = {
         )(x),
         ValueError, "gradients take 128 bytes for each row.*at most 64.*or set grad_wire",
     ),
+    "transposed dispatch": (
+        lambda g, x, i, w: jax.linear_transpose(
+            lambda x: smfree.dispatch(g.token(), x, i)[0].x, x
+        )(dispatched(g, x, i, w)[0].x),
+        ValueError, r"test_misuse\.py.*transposed as it stands.*jax\.vjp",
+    ),
+    "transposed with its dispatch": (
+        lambda g, x, i, w: jax.linear_transpose(
+            lambda x: (lambda d, t: smfree.combine(t, d, d.x, None)[0])(*dispatched(g, x, i, w)), x
+        )(x),
+        ValueError, r"test_misuse\.py.*transposed as it stands.*jax\.vjp",
+    ),
     "neither index nor routing": (
         lambda g, x, i, w: smfree.dispatch_send(g.token(), x),
         ValueError, "neither topk_idx and routing, expected one of them",
