@@ -208,7 +208,8 @@ def combine(
     A row that was sent to a rank and lost all its copies there is NaN where that is an error.
     """
     handle = d.handle
-    none_here = jnp.where(handle.came, jnp.nan, 0.0)[..., None] if handle.is_error else 0.0
+    of_lost = jnp.nan if handle.is_error else 0.0
+    none_here = jnp.where(handle.came, of_lost, NO_TERM)[..., None]
 
     def combined(y: Array, add: Array | None) -> Array:
         weighted = y.astype(jnp.float32)
