@@ -78,7 +78,7 @@ class MoeLayer(equinox.Module):
         key: Array,
         **options: Unpack[LayerOptions],
     ) -> None:
-        Layer.of("MoeLayer", group.config, **options)  # checks them
+        Layer("MoeLayer", group.config, **options)  # checks them
         self.group, self.fsdp_axis, self.tensor_axis = group, fsdp_axis, tensor_axis
         self.options = tuple(options.items())
         self.params = init_moe_on_mesh(

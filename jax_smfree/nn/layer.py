@@ -134,8 +134,10 @@ def moe_layer(
     """
     name = "moe_layer"
     ops, op_token = operations.enter(name, implementation, token)
-    config = token.group.config
-    layer = Layer.of(name, config, router, placement, experts, shared, weight_on, grouped_matmul)
+    layer = Layer(
+        name, token.group.config, router=router, placement=placement, experts=experts,
+        shared=shared, weight_on=weight_on, grouped_matmul=grouped_matmul,
+    )  # fmt: skip
     x = layer.check(experts_here(name, token.group), params, x, routes, mask, balance_bias)
     x = layer.masked(x, mask)
     routes = layer.route(x, params.router, params.router_bias, routes, mask, balance_bias)

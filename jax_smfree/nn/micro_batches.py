@@ -80,16 +80,20 @@ def moe_two_batches(
     implementation = options.get("implementation", "smfree")
     ops, token0 = operations.enter(name, implementation, tokens[0])
     ops, token1 = operations.enter(name, implementation, tokens[1])
-    checked = []
-    for token, x, given, mask in zip(tokens, xs, routes, masks, strict=True):
-        layer = Layer.of(name, token.group.config, **options)
-        here = experts_here(name, token.group)
-        x = layer.check(here, params, x, given, mask, balance_bias)
-        checked.append(layer.masked(x, mask))
-    x0, x1 = checked
+    group = tokens[0].group
+    if tokens[1].group != group:
+        raise ValueError(
+            f"{name}: got tokens of two groups, expected two lanes of one: group.token(0) and "
+            "group.token(1)."
+        )
+    layer, here = Layer(name, group.config, **options), experts_here(name, group)
+    x0, x1 = (
+        layer.masked(layer.check(here, params, x, given, mask, balance_bias), mask)
+        for x, given, mask in zip(xs, routes, masks, strict=True)
+    )
 
     shared0 = shared1 = None
-    router, axis = (params.router, params.router_bias), tokens[0].group.axis
+    router, axis = (params.router, params.router_bias), group.axis
     routes0 = layer.route(x0, *router, routes[0], masks[0], balance_bias)
     token0 = ops.dispatch_send(token0, x0, *layer.sent(routes0, axis))
     given1 = (x1, *router, routes[1], masks[1], balance_bias)

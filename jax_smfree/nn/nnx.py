@@ -90,7 +90,7 @@ class MoeLayer(nnx.Module):
         rngs: nnx.Rngs,
         **options: Unpack[LayerOptions],
     ) -> None:
-        Layer.of("MoeLayer", group.config, **options)  # checks them
+        Layer("MoeLayer", group.config, **options)  # checks them
         self.group, self.fsdp_axis, self.tensor_axis = group, fsdp_axis, tensor_axis
         self._options = tuple(options.items())
         params = init_moe_on_mesh(

@@ -224,7 +224,7 @@ def moe_layer_on_mesh(
     rows, given = Rows(mesh, P(axes), x.shape[:-1]), x
     _check_rows(name, rows, routes, mask)
     x, routes, mask = jax.tree.map(rows.flat, (x, routes, rows.mask(mask)))
-    layer = Layer.of(name, config, **options)
+    layer = Layer(name, config, **options)
     layer.check(config.num_experts, params, x, routes, mask, balance_bias)
 
     def on_each_rank(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer does between the operations, and what it refuses."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -26,24 +25,20 @@ from jax_smfree.nn.shared import Part, Shared, in_two, mlp
 WeightOn = Literal["output", "hidden", "input"]
 
 
-@dataclasses.dataclass(frozen=True)
 class Layer:
-    """The steps of a layer between the operations, by its static arguments, which are right."""
+    """The steps of a layer between the operations, by its static arguments.
 
-    where: str  # the function that was called, for errors
-    config: EpConfig
-    router: RouterConfig
-    placement: ExpertPlacement | None
-    experts: Experts
-    shared: Shared
-    weight_on: WeightOn
-    implementation: Implementation
+    ``where`` is the function that was called, for errors.
 
-    @classmethod
-    def of(
-        cls,
+    Raises:
+      ValueError, TypeError: for arguments that are not right, or do not fit ``config``.
+    """
+
+    def __init__(
+        self,
         where: str,
         config: EpConfig,
+        *,
         router: RouterConfig | None = None,
         placement: ExpertPlacement | None = None,
         experts: Experts = grouped_mlp,
@@ -51,7 +46,7 @@ class Layer:
         weight_on: WeightOn = "output",
         grouped_matmul: GroupedMatmul | None = None,
         implementation: Implementation = "smfree",
-    ) -> "Layer":
+    ) -> None:
         if router is None:
             router = RouterConfig(config.top_k, normalise=config.top_k > 1)
         arguments.instance(where, "router", router, RouterConfig)
@@ -86,7 +81,9 @@ class Layer:
                 )
             experts = functools.partial(experts, grouped_matmul=grouped_matmul)
         arguments.choice(where, "implementation", implementation, ("smfree", "reference"))
-        return cls(where, config, router, placement, experts, shared, weight_on, implementation)
+        self.where, self.config = where, config
+        self.router, self.placement = router, placement
+        self.experts, self.shared, self.weight_on = experts, shared, weight_on
 
     @property
     def num_logical(self) -> int:

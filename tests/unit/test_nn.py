@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MoE layers against the same layer written without any expert parallelism."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -159,6 +160,14 @@ def test_two_batches_equal_the_dense_layer(group: Any, implementation: Any, shar
     expected, load = run(dense_layer, params, x)
     assert_close(results, expected)
     np.testing.assert_array_equal(sum(aux.load.sum(axis=0) for aux in auxs), load)
+
+
+def test_two_batches_are_of_one_group(group: Any) -> None:
+    configs = (group.config, dataclasses.replace(group.config, max_tokens=1))
+    tokens = tuple(nn.ReferenceGroup("ep", config).token() for config in configs)
+    xs = (make_rows(), make_rows())
+    with pytest.raises(ValueError, match="tokens of two groups, expected two lanes of one"):
+        nn.moe_two_batches(tokens, make_params(), xs, implementation="reference")
 
 
 def test_reference_needs_no_group(mesh: Mesh, group: Any) -> None:
