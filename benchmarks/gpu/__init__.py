@@ -5,6 +5,7 @@ Commands (``python -m benchmarks.gpu COMMAND``), a file each:
 
 operations   whole calls, phases, overlap, an MoE layer and JAX's own ways, at all shapes
 quick        the first shape and 128 rows in a minute; two builds of the library side by side
+decode       few rows: phases, whole operations, and a step of all layers of a model
 processes    a process per GPU beside one process
 nodes        the hierarchical mode beside the direct one
 kernels      every kernel under NVIDIA's profiler
@@ -18,6 +19,13 @@ library      the library's programs of a case, checked against the oracle
 trace        what the library records about its kernels and copies
 measures     what is measured of the library: calls, phases, overlap
 peers        JAX's own ways
-moe, training, crossover, links     one part of ``operations`` each
-report, plot                        the results of ``operations`` as Markdown and as pictures
+moe          an MoE layer, of the library and of JAX's own ways
+report       the results of ``operations`` as Markdown, and what others show of them
+
+Of one command each:
+
+training, crossover, links, plot    parts of ``operations``, and its pictures
+node_bytes                          what ``nodes`` expects of the counters
+matmul_cases, matmul_candidates     what ``matmul`` multiplies, and by what
+matmul_rings, ring                  one of the candidates
 """

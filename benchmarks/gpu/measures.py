@@ -33,15 +33,14 @@ def mover(
     gemms: Gemms,
     with_overlap: bool,
     name: str,
-    kind: type[Library] = Library,
 ) -> None:
     """One way to move rows. Nothing is timed if the check fails."""
     part, result = session.part, session.result
-    with kind(case, scale, **MOVERS[name]) as library:
+    with Library(case, scale, **MOVERS[name]) as library:
         into["check"] = {}
         library.check(into["check"])
         part(into, "native", native, library)
-        if hasattr(smfree, "Fp8") and case.shape.hidden % smfree.Fp8().block == 0:
+        if case.shape.hidden % smfree.Fp8().block == 0:
             part(into, "fp8", fp8, library)
         if library.tracer:
             part(into, "phases", phases, library, gemms, result["copy_rate"]["gb_s"])

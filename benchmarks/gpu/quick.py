@@ -23,12 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
-import jax_smfree as smfree
 from benchmarks import ROOT, machine, results
-from benchmarks.gpu import library, measures
+from benchmarks.gpu import measures
 from benchmarks.gpu.cases import SHAPES, SMOKE, SMOKE_SHAPES, Scale, make_case, make_mesh
 from benchmarks.gpu.measures import DEFAULT
 from benchmarks.gpu.report import Headline, headlines, targets_for
@@ -41,14 +38,6 @@ ROUNDS = 2
 BUDGET_S = 90
 
 
-class AnyBuild(library.Library):
-    """Also of builds whose results had a scalar, which cannot leave a ``shard_map``."""
-
-    def dispatch(self, *inputs: Array) -> smfree.DispatchResult:
-        d: smfree.DispatchResult = jax.tree.map(jnp.atleast_1d, super().dispatch(*inputs))
-        return d
-
-
 def measure(session: Session, smoke: bool) -> None:
     scale, mesh = (SMOKE if smoke else Scale()), make_mesh(jax.device_count())
     result, gemms = session.result, Gemms(mesh, scale)
@@ -59,7 +48,7 @@ def measure(session: Session, smoke: bool) -> None:
         case = make_case(mesh, name)
         shape = result["shapes"][case.shape.name] = {**case.describe(), "movers": {}}
         overlap = len(result["shapes"]) == 1
-        args = case, scale, session, gemms, overlap, DEFAULT, AnyBuild
+        args = case, scale, session, gemms, overlap, DEFAULT
         session.part(shape["movers"], DEFAULT, measures.mover, *args)
     session.save()
 

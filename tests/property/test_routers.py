@@ -20,7 +20,6 @@ from property.strategies import examples
 
 ROWS, EXPERTS, GROUPS, KEPT, TOP_K = 4, 8, 4, 2, 3
 EYE = jnp.eye(EXPERTS)
-NOTHING = np.zeros(EXPERTS, np.float32)
 
 
 def largest(scores, number):
