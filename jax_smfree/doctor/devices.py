@@ -11,7 +11,7 @@ import jax
 
 from jax_smfree.doctor.findings import Finding
 
-# Below it the buffers of an ordinary group (docs/sharp_bits.md, "GPU memory") do not fit.
+# Below it the buffers of an ordinary group (docs/memory.md) do not fit.
 _MIN_FREE_SHARE = 0.2
 # NVML_P2P_CAPS_INDEX_READ, which nvidia-ml-py defines with a comma too many, as a tuple.
 _P2P_READ = 0

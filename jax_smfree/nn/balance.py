@@ -262,8 +262,7 @@ def load_metrics(load: Array) -> dict[str, Array]:
       >>> nn.load_metrics(jnp.array([6, 2, 0, 0]))["max_over_mean"]
       Array(3., dtype=float32)
     """
-    load = arguments.array("load_metrics", "load", load, ("E",), jnp.number)
-    counts = load.astype(jnp.float32)
+    counts = _load("load_metrics", load, "E")
     experts = counts.shape[0]
     if not experts:
         raise ValueError("load_metrics: got load[0], expected that of at least one expert.")
@@ -312,7 +311,7 @@ def _axes(where: str, axes: Axis) -> tuple[str, ...]:
     return given
 
 
-def _load(where: str, load: Array, experts: int) -> Array:
+def _load(where: str, load: Array, experts: int | str) -> Array:
     """Counts of rows, as float32: exact up to 2**24, and the shares of larger ones are too."""
     counts = arguments.array(where, "load", load, (experts,), jnp.number)
     return counts.astype(jnp.float32)
