@@ -49,6 +49,9 @@ def nvl_size_hint(config: EpConfig, num_ranks: int) -> int:
     hierarchical mode each set has two areas of ``wire_capacity`` rows. A GPU gives whole pages of
     2 MiB.
 
+    Raises:
+      ValueError, TypeError: as `rdma_size_hint`.
+
     Example:
       >>> large = smfree.EpConfig(num_experts=64, top_k=8, hidden=7168, max_tokens=8192,
       ...                         recv_capacity=81920, num_sets=1)

@@ -103,6 +103,8 @@ def dispatch(
     Returns: ``(d, token)`` as `dispatch_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
 
+    Raises: as `dispatch_send`.
+
     Example:
       >>> @on_ranks
       ... def by_hook(x, topk_idx):
@@ -163,6 +165,8 @@ def combine(
 
     Returns: ``(out, token)`` as `combine_recv`; with ``return_recv_hook=True`` a `RecvHook` whose
       call returns that.
+
+    Raises: as `dispatch_send`.
 
     Example:
       >>> @on_ranks

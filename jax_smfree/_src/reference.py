@@ -416,7 +416,23 @@ def _sum_in_order(terms: Iterable[Array]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What the reference needs to know of an ``EpGroup``."""
+    """In the place of an `EpGroup` for the reference: it has no devices and no memory.
+
+    Attributes:
+      axis: of the mesh, or several, as `EpGroup.create` takes it.
+      config: an `EpConfig`.
+
+    Raises:
+      ValueError, TypeError: for what names no axes, or is no config.
+
+    Example:
+      >>> stand_in = nn.ReferenceGroup("ep", config)
+      >>> def layer(params, x):  # inside shard_map
+      ...     return nn.moe_layer(stand_in.token(), params, x, implementation="reference")[1]
+      >>> step = jax.shard_map(layer, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"))
+      >>> jax.jit(step)(params, x).shape
+      (16, 16)
+    """
 
     axis: group_axis.Axis
     config: Config

@@ -24,6 +24,9 @@ from jax_smfree.nn.router import RouterConfig, Routes, scores_of_choice
 def expert_load(topk_idx: Array, num_experts: int) -> Array:
     """int32 [E]: how many rows of ``topk_idx`` (integers [T, K], -1 for none) go to each expert.
 
+    Raises:
+      ValueError, TypeError: for wrong shapes or dtypes.
+
     Example:
       >>> nn.expert_load(jnp.array([[0, 2], [2, -1]]), num_experts=3)
       Array([1, 0, 2], dtype=int32)
@@ -134,6 +137,9 @@ def router_z_loss(routes: Routes, *, axes: Axis = ()) -> Array:
       routes: from `route`.
       axes: mesh axes whose ranks' rows are all counted; inside of ``jax.shard_map``.
 
+    Raises:
+      ValueError, TypeError: for wrong shapes or dtypes, or axes of no ``jax.shard_map`` here.
+
     Example:
       >>> f"{nn.router_z_loss(nn.balanced_routes(16, 8, 2)):.3f}"  # log(8) ** 2
       '4.324'
@@ -150,14 +156,17 @@ def router_z_loss(routes: Routes, *, axes: Axis = ()) -> Array:
     return loss
 
 
-def update_balance_bias(bias: Array, load: Array, rate: float = 1e-3) -> Array:
+def update_balance_bias(bias: Array, load: Array, rate: Array | float = 1e-3) -> Array:
     """The next ``balance_bias`` [E], once per step, from the load [E] summed over all ranks.
 
     Every expert's bias moves by ``rate``: down if it had more rows than the mean, up if less. It is
     state, not a parameter: keep it away from the optimizer. The result has the dtype of ``bias``.
-    Without any load it stays as it is.
+    Without any load it stays as it is. ``rate`` may be a scalar array, as a schedule returns.
     Sources: Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024 (arXiv:2408.15664);
     DeepSeek-AI, "DeepSeek-V3", 2024 (arXiv:2412.19437), section 2.1.2.
+
+    Raises:
+      ValueError, TypeError: for wrong shapes or dtypes.
 
     Example:
       >>> nn.update_balance_bias(jnp.zeros(3), jnp.array([5, 0, 1]), rate=0.5)
@@ -257,6 +266,9 @@ def load_metrics(load: Array) -> dict[str, Array]:
     rank compute. ``min_over_mean``: of the idlest. ``idle_share``: experts without any row over
     all. ``entropy``: of the shares, over the logarithm of E; 1 is balanced, 0 one expert for all.
     Without any row the first two and the entropy are 0 and all experts are idle.
+
+    Raises:
+      ValueError, TypeError: for a load of another shape or dtype, or of no expert.
 
     Example:
       >>> nn.load_metrics(jnp.array([6, 2, 0, 0]))["max_over_mean"]

@@ -140,7 +140,7 @@ class MoeLayer(equinox.Module):
         )
         return result
 
-    def update_balance(self, aux: MoeAux, rate: float = 1e-3) -> MoeLayer:
+    def update_balance(self, aux: MoeAux, rate: Array | float = 1e-3) -> MoeLayer:
         """Once per step, with what the layer returned: a layer with less bias for busy experts.
 
         Raises:

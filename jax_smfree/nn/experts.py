@@ -119,6 +119,9 @@ def grouped_mlp(
 def local_expert(group_sizes: Array, num_rows: int) -> Array:
     """int32 [N]: the local expert of each row of ``d.x``, and E / R past the last group.
 
+    Raises:
+      ValueError, TypeError: for wrong shapes or dtypes, or a number that is no size.
+
     Example:
       >>> nn.local_expert(jnp.array([2, 0, 1]), num_rows=5)
       Array([0, 0, 2, 3, 3], dtype=int32)

@@ -165,7 +165,7 @@ class MoeLayer(nnx.Module):
         )
         return result
 
-    def update_balance(self, aux: MoeAux, rate: float = 1e-3) -> None:
+    def update_balance(self, aux: MoeAux, rate: Array | float = 1e-3) -> None:
         """Once per step, with what the layer returned: lowers the bias of busy experts.
 
         Raises:

@@ -52,6 +52,9 @@ def init_moe_on_mesh(
         the group's, so ``jnp.float32`` makes masters for an optimizer.
       fsdp_axis, tensor_axis: see `moe_specs`.
 
+    Raises:
+      ValueError, TypeError: as `init_moe` and `moe_specs`.
+
     Example:
       >>> params = nn.init_moe_on_mesh(jax.random.key(0), group, expert_width=32)
       >>> params.experts.gate.shape, params.experts.gate.sharding.spec
@@ -104,6 +107,9 @@ def _placed(params: MoeParams, mesh: Mesh, specs: MoeParams) -> MoeParams:
 
 def init_balance_bias_on_mesh(group: EpGroup) -> Array:
     """The bias that `update_balance_bias` begins with: float32 [E], zero, on all devices.
+
+    Raises:
+      TypeError: for what is no group.
 
     Example:
       >>> nn.init_balance_bias_on_mesh(group)

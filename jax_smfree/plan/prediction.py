@@ -136,6 +136,9 @@ def sweep(
 
     A group of fewer ranks than ``config.ranks_per_node`` is one node.
 
+    Raises:
+      ValueError, TypeError: as `predict`.
+
     Example:
       >>> config = dataclasses.replace(config, ranks_per_node=2)
       >>> [(p.ranks, p.mode) for p in plan.sweep(config, [2, 4])]
