@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jax_smfree._src.group import EpGroup
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GroupKey:
     """Stands for an `EpGroup` in the structure of tokens and in the parameters of primitives.
 
@@ -109,6 +109,10 @@ class GroupKey:
             return (1, 1, 1)
         per_node = self.config.ranks_per_node or self.num_ranks
         return (self.num_ranks // per_node, num_tokens, min(self.config.top_k, per_node))
+
+    def __repr__(self) -> str:
+        """Short, because JAX shows it, as a part of types that differ."""
+        return f"EpGroup(axis={self.axis!r}, num_ranks={self.num_ranks}, id={self.group_id:#x})"
 
     def __copy__(self) -> GroupKey:
         return self
