@@ -96,7 +96,6 @@ void GroupState::Release() {
   for (const auto& rank : ranks) {
     rank->memory.reset();
     rank->state = {};
-    rank->growing.reset();
     rank->scratch = {};
     rank->peer_table = {};
     rank->queue = {};

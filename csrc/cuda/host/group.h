@@ -21,7 +21,6 @@
 #include "csrc/cuda/memory/allocation.h"
 #include "csrc/cuda/memory/announcements.h"
 #include "csrc/cuda/memory/memory.h"
-#include "csrc/cuda/memory/memory_local.h"
 #include "csrc/cuda/memory/memory_nvshmem.h"
 #include "csrc/cuda/network/put_kernel.h"
 
@@ -36,7 +35,6 @@ class Rank {
   GroupState* group = nullptr;
 
   std::shared_ptr<SymmetricMemory> memory;
-  std::shared_ptr<LocalMemory> growing;  // the same; null among processes, where it has all sets
   Allocation state;         // RankState
   Allocation scratch;       // [set], also of those to come, see SetScratchLayout
   Allocation peer_table;    // [R] pointers to the memories

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "csrc/cuda/host/group.h"
+#include "csrc/cuda/memory/memory_local.h"
 
 namespace smfree::cuda {
 namespace {
@@ -113,8 +114,7 @@ Status GroupState::AllocateHere(const std::vector<int32_t>& devices) {
         LocalMemory::Reserve(devices[r], devices, static_cast<size_t>(layout.TotalBytes()));
     if (!memory.ok()) return memory.status();
     memories.push_back(memory.value()->data());
-    status = AllocateRank(static_cast<int32_t>(r), devices[r], memory.value());
-    ranks.back()->growing = std::move(memory.value());
+    status = AllocateRank(static_cast<int32_t>(r), devices[r], std::move(memory.value()));
   }
   if (status.ok()) status = MakeSets(FirstSets(config));
   return status.ok() ? Connect() : status;
@@ -125,10 +125,7 @@ Status GroupState::MakeSets(int32_t count) {
   if (count <= num_sets) return {};
   int64_t device_bytes = 0;
   for (const auto& rank : ranks) {
-    Status status;
-    if (rank->growing) {
-      status = rank->growing->Grow(static_cast<size_t>(layout.BytesOfSets(count)));
-    }
+    const Status status = rank->memory->Grow(static_cast<size_t>(layout.BytesOfSets(count)));
     if (!status.ok()) return status;
     device_bytes += static_cast<int64_t>(rank->memory->bytes());
   }

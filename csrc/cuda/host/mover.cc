@@ -48,9 +48,7 @@ StatusOr<std::unique_ptr<Mover>> Mover::Start(Wiring wiring) {
     if (status.ok()) mover->streams_.push_back(stream);
   }
   if (!status.ok()) return status;
-  const auto sets = static_cast<size_t>(mover->wiring_.layout.num_sets);
-  mover->releases_.resize(sets * kLegs);
-  mover->told_.resize(sets);
+  mover->releases_.resize(static_cast<size_t>(mover->wiring_.layout.num_sets) * kLegs);
   status = mover->ConnectFar();
   if (!status.ok()) return status;
   mover->thread_ = std::thread([self = mover.get()] { self->Run(); });
@@ -67,8 +65,7 @@ Status Mover::ConnectFar() {
   }
   auto made = FarAnnouncements::Make(
       {wiring_.rank, std::move(far_ranks), wiring_.layout,
-       wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()},
-      wiring_.layout.num_sets);
+       wiring_.memories[static_cast<size_t>(wiring_.rank)], wiring_.announced, wiring_.far.get()});
   if (!made.ok()) return made.status();
   far_announcements_ = std::move(made.value());
   return {};
@@ -129,20 +126,13 @@ void Mover::Run() {
 }
 
 Status Mover::Move(const Descriptor& chunk) {
-  const Layout& layout = wiring_.layout;
-  const Nodes nodes = NodesOf(wiring_.config);
-  const int64_t number = NumberOf(chunk.signal);
   const int32_t peer = PeerOf(chunk);
-  const int32_t there = nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
-  const int64_t from =
-      layout.SendRegionOffset(chunk.leg, chunk.set, number, chunk.region);
-  const int64_t to = layout.RecvRegionOffset(chunk.leg, chunk.set, number, there);
-  const int64_t signal = layout.SignalOffset(chunk.leg, chunk.set, number, there);
+  const auto [from, to, signal] = EndsOf(chunk);
   // The message is contiguous, and chunk 0 begins with its header.
   const int64_t stride = chunk.stride;
   const MessageLayout message(chunk.rows, chunk.experts, chunk.slots, stride);
   const Chunks chunks(chunk.rows, chunk.chunks);
-  const int64_t rows_begin = layout.header_bytes + message.rows_offset;
+  const int64_t rows_begin = wiring_.layout.header_bytes + message.rows_offset;
   const int64_t begin =
       chunk.chunk == 0 ? 0 : rows_begin + chunks.Begin(chunk.chunk) * stride;
   const int64_t bytes = rows_begin + chunks.End(chunk.chunk) * stride - begin;
@@ -150,18 +140,25 @@ Status Mover::Move(const Descriptor& chunk) {
     return Copy(chunk, peer, {{from + begin, to + begin, bytes}}, signal);
   }
   wiring_.far->Put(peer, {begin == 0, from + begin, to + begin, bytes, signal, chunk.signal});
-  if (AllArrived(chunk.signal, number)) wiring_.on_put();
+  if (AllArrived(chunk.signal, NumberOf(chunk.signal))) wiring_.on_put();
   return {};
 }
 
-void Mover::Hold(const Descriptor& chunk) {
-  const auto set = static_cast<size_t>(chunk.set);
-  releases_[set * kLegs + static_cast<size_t>(chunk.leg)].Add(chunk);
+Mover::Ends Mover::EndsOf(const Descriptor& chunk) const {
+  const Layout& layout = wiring_.layout;
   const int64_t number = NumberOf(chunk.signal);
-  if (!far_announcements_ || chunk.leg != kWire || told_[set] == number) return;
+  const int32_t there =
+      NodesOf(wiring_.config).RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
+  return {layout.SendRegionOffset(chunk.leg, chunk.set, number, chunk.region),
+          layout.RecvRegionOffset(chunk.leg, chunk.set, number, there),
+          layout.SignalOffset(chunk.leg, chunk.set, number, there)};
+}
+
+void Mover::Hold(const Descriptor& chunk) {
+  releases_[static_cast<size_t>(chunk.set) * kLegs + static_cast<size_t>(chunk.leg)].Add(chunk);
+  if (!far_announcements_ || chunk.leg != kWire) return;
   if (wiring_.config.puts_on_device) return;  // the kernel that puts has told them
-  far_announcements_->Tell(chunk.set, number);
-  told_[set] = number;
+  far_announcements_->Tell(chunk.set, NumberOf(chunk.signal));
 }
 
 StatusOr<bool> Mover::MoveReleased(Release& release) {
@@ -175,29 +172,23 @@ StatusOr<bool> Mover::MoveReleased(Release& release) {
     if (!status.ok()) return status;
   }
   const Release::Plan& plan = release.plan();
-  const Nodes nodes = NodesOf(wiring_.config);
   for (const Descriptor& chunk : chunks) {
-    const int64_t number = NumberOf(chunk.signal);
     const auto region = static_cast<size_t>(chunk.region);
     const int32_t peer = PeerOf(chunk);
-    const int32_t there = nodes.RegionAtPeer(chunk.leg, wiring_.rank, chunk.region);
-    const int64_t header_from =
-        layout.SendRegionOffset(chunk.leg, chunk.set, number, chunk.region);
-    const int64_t header_to = layout.RecvRegionOffset(chunk.leg, chunk.set, number, there);
-    const int64_t signal = layout.SignalOffset(chunk.leg, chunk.set, number, there);
+    const Ends ends = EndsOf(chunk);
     // Where ranks run different operations, their headers tell, and no row moves.
     std::vector<Transfer> transfers;
     if (plan.agreed) {
       transfers = TransfersOf(chunk, plan.payload_at[region], plan.kept[region]);
     }
     if (wiring_.memories[static_cast<size_t>(peer)] == nullptr) {
-      PutReleased(chunk, header_from, header_to, transfers, signal);
+      PutReleased(chunk, ends, transfers);
       continue;
     }
     if (chunk.chunk == 0) {
-      transfers.insert(transfers.begin(), {header_from, header_to, layout.header_bytes});
+      transfers.insert(transfers.begin(), {ends.from, ends.to, layout.header_bytes});
     }
-    const Status status = Copy(chunk, peer, transfers, signal);
+    const Status status = Copy(chunk, peer, transfers, ends.signal);
     if (!status.ok()) return status;
   }
   return !chunks.empty();
@@ -205,11 +196,11 @@ StatusOr<bool> Mover::MoveReleased(Release& release) {
 
 // A put raises the signal when its own bytes are there. So the last one raises that of the chunk,
 // behind all others, and these raise what was there before.
-void Mover::PutReleased(const Descriptor& chunk, int64_t header_from, int64_t header_to,
-                        const std::vector<Transfer>& payload, int64_t signal) {
+void Mover::PutReleased(const Descriptor& chunk, const Ends& ends,
+                        const std::vector<Transfer>& payload) {
   std::vector<Transfer> transfers = payload;
   if (chunk.chunk == 0 || payload.empty()) {  // something has to move, to raise the signal
-    transfers.insert(transfers.begin(), {header_from, header_to, wiring_.layout.header_bytes});
+    transfers.insert(transfers.begin(), {ends.from, ends.to, wiring_.layout.header_bytes});
   }
   const int64_t number = NumberOf(chunk.signal);
   for (size_t i = 0; i < transfers.size(); ++i) {
@@ -217,7 +208,7 @@ void Mover::PutReleased(const Descriptor& chunk, int64_t header_from, int64_t he
     const bool first_of_message = chunk.chunk == 0 && i == 0;
     wiring_.far->Put(PeerOf(chunk),
                      {first_of_message, transfers[i].from, transfers[i].to, transfers[i].bytes,
-                      signal, last ? chunk.signal : SignalValue(number, chunk.chunk)});
+                      ends.signal, last ? chunk.signal : SignalValue(number, chunk.chunk)});
   }
   if (AllArrived(chunk.signal, number)) wiring_.on_put();
 }

@@ -79,16 +79,22 @@ class Mover {
     cudaEvent_t begin, end;
   };
 
+  // The region of a chunk's message here and at the peer, and the signal there; as offsets.
+  struct Ends {
+    int64_t from, to, signal;
+  };
+
   Status ConnectFar();
   void Run();
+  Ends EndsOf(const Descriptor& chunk) const;
   // A chunk that need not wait: its message stands in its region.
   Status Move(const Descriptor& chunk);
   // A chunk that waits for announcements.
   void Hold(const Descriptor& chunk);
   // What waits for announcements that are there now. Whether anything did.
   StatusOr<bool> MoveReleased(Release& release);
-  void PutReleased(const Descriptor& chunk, int64_t header_from, int64_t header_to,
-                   const std::vector<Transfer>& payload, int64_t signal);
+  void PutReleased(const Descriptor& chunk, const Ends& ends,
+                   const std::vector<Transfer>& payload);
   Status Copy(const Descriptor& chunk, int32_t peer, const std::vector<Transfer>& transfers,
               int64_t signal);
   int32_t PeerOf(const Descriptor& chunk) const {
@@ -105,7 +111,6 @@ class Mover {
   CUcontext context_;
   std::vector<cudaStream_t> streams_;  // by peer
   std::vector<Release> releases_;      // by set and leg
-  std::vector<int64_t> told_;          // by set: the last operation that far peers were told of
   std::unique_ptr<FarAnnouncements> far_announcements_;  // null: no far peers
   std::atomic<bool> stop_{false};
   std::atomic<bool> awake_{false};

@@ -23,15 +23,11 @@ template <typename T>
 StatusOr<std::vector<T>> ReadDevice(int32_t device, const void* from, size_t count) {
   static_assert(std::is_trivially_copyable_v<T>);
   std::vector<T> copy(count);
-  const DeviceScope scope(device);
-  cudaStream_t stream = nullptr;
-  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  if (error == cudaSuccess) {
-    error = cudaMemcpyAsync(copy.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, stream);
-    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-    (void)cudaStreamDestroy(stream);
-  }
-  const Status status = CudaStatus(error, "reading what a GPU has counted");
+  const Status status =
+      OnOwnStream(device, "reading what a GPU has counted", [&](cudaStream_t stream) {
+        return cudaMemcpyAsync(copy.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost,
+                               stream);
+      });
   if (!status.ok()) return status;
   return copy;
 }

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 
+#include "csrc/core/status.h"
+
 namespace smfree::cuda {
 
 class SymmetricMemory {
@@ -16,6 +18,10 @@ class SymmetricMemory {
 
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+
+  // From now on there are at least `bytes`; what is added is zero. What fails changes nothing. Does
+  // nothing where all memory is there from the beginning.
+  virtual Status Grow(size_t /*bytes*/) { return {}; }
 
  protected:
   SymmetricMemory() = default;

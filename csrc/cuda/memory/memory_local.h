@@ -31,9 +31,8 @@ class LocalMemory : public SymmetricMemory {
                                                         size_t most_bytes);
   ~LocalMemory() override;
 
-  // From now on there are at least `bytes`, in whole pages; what is added is zero. What fails
-  // changes nothing.
-  Status Grow(size_t bytes);
+  // In whole pages.
+  Status Grow(size_t bytes) override;
 
  private:
   LocalMemory(const Driver& driver, int32_t device, const std::vector<int32_t>& devices)

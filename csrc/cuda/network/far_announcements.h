@@ -33,12 +33,12 @@ class FarAnnouncements {
     uint64_t* announced;  // the table in host memory
     const FarPeers* far;
   };
-  static StatusOr<std::unique_ptr<FarAnnouncements>> Make(Wiring wiring, int32_t num_sets);
+  static StatusOr<std::unique_ptr<FarAnnouncements>> Make(Wiring wiring);
   ~FarAnnouncements();
 
-  // Tells the far peers what this rank has announced for an operation, which its kernels have
-  // written into the table and into its memory.
-  void Tell(int32_t set, int64_t number) const;
+  // Tells the far peers, once, what this rank has announced for an operation, which its kernels
+  // have written into the table and into its memory.
+  void Tell(int32_t set, int64_t number);
   // Looks for what the far peers have announced for it, which this rank waits for. Returns at once:
   // what has come is in the table when it was called again a little later.
   Status Look(int32_t set, int64_t number, cudaStream_t stream);
@@ -46,18 +46,19 @@ class FarAnnouncements {
  private:
   explicit FarAnnouncements(Wiring wiring)
       : wiring_(std::move(wiring)), table_(wiring_.layout.Announcements(kWire)) {}
-  // A copy of the words of one slot of a set. Each set has its own: operations of several sets may
-  // wait, and none may take away what another has asked for.
-  struct Copy {
-    Allocation words;  // pinned
-    cudaEvent_t done = nullptr;
-    int64_t number = kNoOperation;  // of the operation that it is for, while it is under way
+  // Each set has its own: operations of several sets may wait, and none may take away what another
+  // has asked for.
+  struct Set {
+    int64_t told = kNoOperation;  // the last operation that the far peers were told of
+    Allocation words;             // pinned: a copy of those of one slot
+    cudaEvent_t copied = nullptr;
+    int64_t copying = kNoOperation;  // the operation that the copy is for, while it is under way
   };
   void WriteDown(int32_t set, int64_t number) const;
 
   const Wiring wiring_;
   const AnnouncementTable table_;
-  std::vector<Copy> copies_;  // by set
+  std::vector<Set> sets_;
 };
 
 }  // namespace smfree::cuda
