@@ -256,9 +256,11 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
         call.group.check_devices(call.call_site, compat.lowering_mesh(ctx))
         if call.group.backend == "portable":
+            # Rows are what they are stored as, see `reference.as_stored`.
+            stored = _barrier((token, *operands))
             # The program may refuse promotion; its setting is not for code of the library.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                return _barrier(lower_portable(ctx, token, *operands, call=call))
+                return _barrier(lower_portable(ctx, *stored, call=call))
         token_aval, *avals = ctx.avals_in
         (position,) = lower_position(ctx.replace(avals_in=[]), group=call.group)
         ctx = ctx.replace(avals_in=[token_aval, compat.ShapedArray((2,), jnp.int32), *avals])
