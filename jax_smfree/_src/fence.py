@@ -62,5 +62,6 @@ class Fence:
 
     def join(self, timeout_s: float) -> None:
         """Waits for the threads of `wait`, which the exit of the process should not meet in XLA."""
+        end = time.monotonic() + timeout_s
         for thread in self._waiting:
-            thread.join(timeout_s)
+            thread.join(max(0.0, end - time.monotonic()))

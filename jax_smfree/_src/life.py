@@ -26,6 +26,8 @@ _logger = logging.getLogger("jax_smfree")
 
 # How long programs may go on where nobody waits for their results any more.
 GRACE_S = 0.5
+# How long a thread may take to notice that it has nothing to wait for.
+_NOTICE_S = 0.1
 # How often a group is asked for a fault. The fault itself ends what waits at once.
 _LOOK_EVERY_S = 0.1
 
@@ -50,7 +52,7 @@ class Life:
         self._ended = False
         self._fault_told_at: float | None = None
         self._last_words: str | None = None
-        self._final_stats: list[dict[str, int]] = []
+        self._final_stats: list[dict[str, int]] | RuntimeError = []
         # A SimpleQueue, because what puts into it may be a finaliser, in any thread at any time.
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name="smfree-watch", daemon=True)
@@ -72,8 +74,16 @@ class Life:
         return _first(native.fault() for native in self.natives)
 
     def stats(self) -> list[dict[str, int]]:
-        """The counters of each native group; after the end, as they were then."""
-        return [native.stats() for native in self.natives] or self._final_stats
+        """The counters of each native group; after the end, as they were then.
+
+        Raises:
+          RuntimeError: a GPU does not end what it runs, so that its counters cannot be read.
+        """
+        if self.natives:
+            return [native.stats() for native in self.natives]
+        if isinstance(self._final_stats, RuntimeError):
+            raise self._final_stats
+        return self._final_stats
 
     def launched_ended(self, timeout_s: float) -> bool:
         """Whether the programs that were launched until now end in time."""
@@ -102,9 +112,9 @@ class Life:
         _living.discard(self)
         # The interpreter aborts the process if it ends while a thread of its own is in C++.
         if self._fence is not None:
-            self._fence.join(GRACE_S)
+            self._fence.join(_NOTICE_S)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(GRACE_S)
+            self._thread.join(_NOTICE_S)
 
     def _close_natives(self) -> None:
         self._last_words = self.check()
@@ -113,7 +123,10 @@ class Life:
                 for native in self.natives:
                     closing.callback(native.close)
         finally:
-            self._final_stats = self.stats()
+            try:
+                self._final_stats = self.stats()
+            except RuntimeError as error:
+                self._final_stats = error
             self._ended = True
             # Memory and descriptors go now, whoever keeps this object alive.
             self.natives = []

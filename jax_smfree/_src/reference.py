@@ -134,7 +134,7 @@ def dispatch(
             travels = fp8.quantise(everywhere, wire)
             return Quantized(*(picked(exchange(part, axis)) for part in travels))
         came = _moved(everywhere, array.dtype, axis, wire, grad_wire)
-        return picked(came).astype(array.dtype)
+        return as_stored(picked(came).astype(array.dtype))
 
     def picked(came: Array) -> Array:
         rows = take(came.reshape(num_ranks * tokens, -1), row)
@@ -217,7 +217,8 @@ def combine(
             weighted = weighted * weights.reshape(-1, 1)
         partial = sum_of_slots(weighted, handle.rows, none_here)
         of_ranks = _moved(partial, y.dtype, handle.axis, wire, grad_wire)
-        return sum_of_ranks(of_ranks, handle.ranks_per_sum, y.dtype, wire, handle.sent, add)
+        sums = sum_of_ranks(of_ranks, handle.ranks_per_sum, y.dtype, wire, handle.sent, add)
+        return as_stored(sums)
 
     y = jax.tree.map(lambda v: v.reshape(-1, *v.shape[len(handle.shape) :]), y)
     rows = Rows.of(y)
@@ -258,9 +259,10 @@ def _moved(
 
 
 def as_stored(rows: Array) -> Array:
-    """``rows`` as an operation reads them from memory, rounded to their dtype.
+    """``rows`` as an operation reads or writes them in memory, rounded to their dtype.
 
-    XLA for GPUs takes a rounding away where it meets the way back to float32.
+    XLA for GPUs takes a rounding away where it meets the way back to float32. The transpose is the
+    same: cotangents are stored, too.
     """
     stored: Array = jax.lax.optimization_barrier(rows)
     return stored

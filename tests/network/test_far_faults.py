@@ -44,7 +44,8 @@ def far(lab, mode):
 
         def start(steps, *more):
             arguments = (mode, steps, TIMEOUT_S, *more)
-            processes = lab.start(hosts, programs.runs, *arguments, per_host=PER_HOST[mode])
+            how = {"per_host": PER_HOST[mode], "heap": "256M"}  # making it takes time
+            processes = lab.start(hosts, programs.runs, *arguments, **how)
             wait_until_all_run(processes)
             return hosts, processes
 

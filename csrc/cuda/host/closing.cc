@@ -19,7 +19,9 @@ using std::chrono::milliseconds;
 
 // How long what was launched may go on; the host may pause between two launches of a program.
 constexpr milliseconds kGrace{500};
-// How long what was told to end, and giving back the memory, may take.
+// How long what was told to end may take.
+constexpr milliseconds kTold{200};
+// How long giving back the memory may take.
 constexpr milliseconds kEnd{5000};
 constexpr milliseconds kLook{1};
 
@@ -30,6 +32,12 @@ void Synchronize(const GroupState& state) {
   }
 }
 
+bool IsIdleWithin(const GroupState& state, milliseconds patience) {
+  const Clock::time_point end = Clock::now() + patience;
+  while (!state.idle && Clock::now() < end) std::this_thread::sleep_for(kLook);
+  return state.idle;
+}
+
 }  // namespace
 
 Status Group::Close() {
@@ -37,19 +45,21 @@ Status Group::Close() {
   GroupState& state = *state_;
   if (state.closed) return {};
   // A program under way ends by itself, also where one rank's part is not launched yet and
-  // another's waits for it, in a collective too.
-  (void)Background([state = state_] { Synchronize(*state); }).EndsWithin(kGrace);
+  // another's waits for it, in a collective too. After a fault all has been told to end.
+  if (!state.Failed()) {
+    (void)Background([state = state_] { Synchronize(*state); }).EndsWithin(kGrace);
+  }
   const std::shared_ptr<Group> removed = Unregister();  // perhaps the last but the caller's
   state.KeepFault();
   state.closed = true;
   // Nothing more is launched. A rank that still waits, waits for one whose part never was.
   const Background release([state = state_] { state->Release(); });
-  const Clock::time_point grace = Clock::now() + kGrace;
-  while (!state.idle && Clock::now() < grace) std::this_thread::sleep_for(kLook);
-  if (!state.idle) {
+  bool idle = IsIdleWithin(state, state.Failed() ? kTold : kGrace);
+  if (!idle && !state.Failed()) {
     state.Fail(Status(FaultKind::kClosed, "the group was closed while a rank was waiting"));
+    idle = IsIdleWithin(state, kGrace);
   }
-  if (release.EndsWithin(kEnd)) return {};
+  if (idle && release.EndsWithin(kEnd)) return {};
   std::string devices;
   for (const auto& rank : state.ranks) {
     devices += (devices.empty() ? "" : ", ") + std::to_string(rank->device);

@@ -24,16 +24,8 @@
 namespace smfree::cuda {
 namespace {
 
-struct GatherArrays {
-  const int32_t* places;  // of the handle
-  const int32_t* send_counts;
-  RowsIn add;    // of the format of out, or no leaves
-  RowsOut out;
-  float* slots;  // may be null
-};
-
 // slots[t] = value for every slot.
-__device__ void FillSlots(const GroupConstants& g, const GatherArrays& a, int32_t t, float value) {
+__device__ void FillSlots(const GroupConstants& g, const CombineRecvArrays& a, int32_t t, float value) {
   for (int32_t k = threadIdx.x % kWarp; a.slots && k < g.top_k; k += kWarp) {
     a.slots[int64_t{t} * g.top_k + k] = value;
   }
@@ -53,11 +45,12 @@ __device__ bool AtMost(const Messages& m, const int32_t* counts, const int32_t* 
 
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    Gather(const __grid_constant__ KernelParams params, const __grid_constant__ GatherArrays a) {
+    Gather(const __grid_constant__ KernelParams params,
+           const __grid_constant__ CombineRecvArrays a) {
   const GroupConstants& g = params.g;
   const OperationParams& op = params.op;
   __shared__ int32_t num_rows[kMaxRanks];
-  __shared__ Packing lying;  // of what is received, as of what is packed
+  __shared__ int64_t payload_at[kMaxRanks];  // of what is received
   __shared__ Incoming incoming[kMaxRanks];
   __shared__ Arrivals arrivals;
   __shared__ Term terms[kWarps][kMaxTopK + 1];  // and one to add
@@ -68,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!g.nodes.hierarchical) NoteBegin(set);
   const WirePlaces wire(g, set, a.places, a.send_counts);
   const Messages messages{
-      g, set, op, kWire, begun.number, set.scratch->packed_at[kWire], lying.payload_at};
+      g, set, op, kWire, begun.number, set.scratch->packed_at[kWire], payload_at};
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   const int32_t units = op.tokens * op.pieces;
@@ -87,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (ok && !all_return) ok = AtMost(messages, wire.counts, num_rows);
   if (ok && op.in_areas) {
     if (threadIdx.x < kWarp) {
-      (void)LayOutMessages(messages, num_rows, lying.first_row, lying.payload_at,
+      (void)LayOutMessages(messages, num_rows, nullptr, payload_at,
                            [&](int32_t region) { return messages.IsOwn(region); });
     }
     __syncthreads();
@@ -147,7 +140,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   int64_t wire_rows = 0;
   for (int32_t r = 0; ok && r < messages.count(); ++r) wire_rows += num_rows[r];
   const int64_t added_rows = a.add.format.count > 0 ? op.tokens : 0;
-  EndPhase(g, set, op, begun, ok && !Faulted(g), wire_rows,
+  const Ending ending(g, set);
+  EndPhase(g, set, op, begun, ending, ok && !ending.faulted, wire_rows,
            wire_rows * op.stride + added_rows * op.row_bytes, op.tokens * op.row_bytes);
 }
 
@@ -162,8 +156,6 @@ cudaError_t LoadCombineRecv() {
 
 cudaError_t LaunchCombineRecv(const KernelParams& k, const CombineRecvArrays& arrays,
                               const LaunchParams& launch) {
-  const GatherArrays gather{arrays.places, arrays.send_counts, arrays.add, arrays.out,
-                            arrays.slots};
   if (k.g.nodes.hierarchical) {
     const cudaError_t error = LaunchKernel(PlaceOnWire, LaunchParams::BlocksForPlaces(k.op.tokens),
                                            kThreads, 0, launch.stream, k, arrays.places);
@@ -171,7 +163,7 @@ cudaError_t LaunchCombineRecv(const KernelParams& k, const CombineRecvArrays& ar
   }
   return LaunchKernel(KernelFor(arrays.out.format, kGather),
                       launch.BlocksFor(int64_t{k.op.tokens} * k.op.pieces), kThreads, 0,
-                      launch.stream, k, gather);
+                      launch.stream, k, arrays);
 }
 
 }  // namespace smfree::cuda

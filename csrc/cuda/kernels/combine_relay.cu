@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
               });
   }
   if (!IsLastBlock(set) || threadIdx.x != 0) return;
-  const bool ok = begun.ok && !Faulted(g);
+  const Ending ending(g, set);
+  const bool ok = begun.ok && !ending.faulted;
   int64_t sent_rows = 0, read_rows = 0, wire_rows = 0;
   for (int32_t region = 0; ok && region < node.count(); ++region) {
     sent_rows += recv_counts[region];
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     NoteInternode(wire, set.scratch->relay_wire_rows);
     NoteRelayed(wire, set.scratch->relay_wire_rows);
   }
-  EndPhase(g, set, op, begun, ok, sent_rows,
+  EndPhase(g, set, op, begun, ending, ok, sent_rows,
            static_cast<int64_t>(set.scratch->copies) * op.row_bytes + read_rows * op.stride,
            (sent_rows + wire_rows) * op.stride);
 }

@@ -119,9 +119,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!IsLastBlock(set) || threadIdx.x != 0 || g.nodes.hierarchical) return;
   int64_t wire_rows = 0;
   for (int32_t peer = 0; peer < g.num_ranks; ++peer) wire_rows += a.recv_counts[peer];
-  const bool ok = begun.ok && !Faulted(g);
+  const Ending ending(g, set);
+  const bool ok = begun.ok && !ending.faulted;
   if (ok) NoteInternode(messages, a.recv_counts);
-  EndPhase(g, set, op, begun, ok, wire_rows,
+  EndPhase(g, set, op, begun, ending, ok, wire_rows,
            static_cast<int64_t>(set.scratch->copies) * op.row_bytes, wire_rows * op.stride);
 }
 
@@ -191,10 +192,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   }
   if (!IsLastBlock(set)) return;
-  ok = ok && !Faulted(g);
+  const Ending ending(g, set);
+  ok = ok && !ending.faulted;
   if (ok) HandOverAll(messages);
   if (threadIdx.x != 0) return;
-  EndPhase(g, set, op, begun, ok, num_rows,
+  EndPhase(g, set, op, begun, ending, ok, num_rows,
            static_cast<int64_t>(set.scratch->copies) * op.row_bytes, num_rows * op.stride);
 }
 

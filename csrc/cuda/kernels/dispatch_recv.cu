@@ -188,10 +188,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     relay_read += set.scratch->relay_wire_rows[n];
   }
   if (ok && g.nodes.hierarchical) NoteRelayed(messages, set.scratch->relay_node_rows);
+  const Ending ending(g, set);
   const auto copies_here = static_cast<int64_t>(set.scratch->copies);
   const int64_t y_read = kWeighted ? copies_here : 0;
   const int64_t written = g.padded_groups && !everything ? copies_here : a.capacity;
-  EndPhase(g, set, op, begun, ok && !Faulted(g), rows,
+  EndPhase(g, set, op, begun, ending, ok && !ending.faulted, rows,
            (rows + relay_read) * op.stride + y_read * op.row_bytes,
            written * op.row_bytes + relay_written * op.stride);
 }
@@ -245,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   if (!IsLastBlock(set)) return;
   // Blocks may disagree about a message that comes at the deadline: then no row counts as right.
-  const bool faulted = __syncthreads_or(Faulted(g)) != 0;
+  const Ending ending(g, set);
+  const bool faulted = __syncthreads_or(ending.faulted) != 0;
   if (faulted && !nothing_sent) {
     FillRows<Rows>(op, a, kNaNs, [](int32_t) { return true; }, 0, 1);
   }
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                               ? groups.Sum(g, [](const ExpertRows& e) { return e.rows; })
                               : a.capacity;
   if (warp_lane != 0) return;
-  EndPhase(g, set, op, begun, placed.ok && !faulted, placed.num_rows,
+  EndPhase(g, set, op, begun, ending, placed.ok && !faulted, placed.num_rows,
            placed.num_rows * op.stride, written * op.row_bytes);
 }
 

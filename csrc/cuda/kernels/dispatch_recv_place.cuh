@@ -26,8 +26,8 @@ struct Received {
   // kernels to come.
   __device__ void Plan(const Messages& m) {
     const GroupConstants& g = m.g;
-    if (threadIdx.x < kWarp) {
-      const auto warp_lane = static_cast<int32_t>(threadIdx.x);
+    if (threadIdx.x >= kThreads - kWarp) {  // it has the least to do before
+      const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
       bool lacks = false;
       const auto is_own = [&](int32_t source) { return m.IsOwn(source); };
       for (int32_t source = warp_lane; source < g.num_ranks; source += kWarp) {
@@ -68,10 +68,14 @@ struct ExpertRows {
   int32_t dropped;  // and those that did not fit
 };
 
-// Copies that a message has for a local expert, as its header says.
-__device__ int32_t SentCopies(const Messages& m, int32_t source, int32_t expert) {
-  const char* const header = m.HeaderFrom(source) + kHeaderIdentityBytes;
-  return __ldcg(reinterpret_cast<const int32_t*>(header) + expert);
+// Copies that each message has for each local expert, as its header says. By all threads of a
+// block, into shared memory; they have not met afterwards.
+__device__ void ReadCopies(const Messages& m, int32_t* copies) {
+  const int32_t local_experts = m.g.local_experts();
+  for (int32_t i = threadIdx.x; i < m.g.num_experts; i += blockDim.x) {
+    const char* const header = m.HeaderFrom(i / local_experts) + kHeaderIdentityBytes;
+    copies[i] = __ldcg(reinterpret_cast<const int32_t*>(header) + i % local_experts);
+  }
 }
 
 // The CopyCodes of a message, a row's one behind the other.
@@ -79,10 +83,9 @@ __device__ const int32_t* CodesFrom(const Messages& m, int32_t source) {
   return reinterpret_cast<const int32_t*>(m.PayloadFrom(source));
 }
 
-// Copies of the kept rows of each message for each local expert, where not all rows are kept: the
-// headers count all. By all threads of a block, into shared memory. Returns, to all of them, how
-// many copies are not kept.
-__device__ int32_t CountCopies(const Messages& m, const Received& received, int32_t* copies) {
+// Makes `copies`, as ReadCopies has left them, those of the kept rows, where not all are kept. By
+// all threads of a block, which have met. Returns, to all of them, how many copies are not kept.
+__device__ int32_t CountKeptCopies(const Messages& m, const Received& received, int32_t* copies) {
   const GroupConstants& g = m.g;
   __shared__ int32_t cut;
   const int32_t local_experts = g.local_experts();
@@ -90,10 +93,9 @@ __device__ int32_t CountCopies(const Messages& m, const Received& received, int3
   __syncthreads();
   for (int32_t i = threadIdx.x; i < g.num_experts; i += blockDim.x) {
     const int32_t source = i / local_experts;
-    const bool whole = received.rows[source] == received.by_source[source];
-    const int32_t sent = SentCopies(m, source, i % local_experts);
-    copies[i] = whole ? sent : 0;
-    if (!whole) atomicAdd(&cut, sent);
+    if (received.rows[source] == received.by_source[source]) continue;
+    atomicAdd(&cut, copies[i]);
+    copies[i] = 0;
   }
   __syncthreads();
   for (int32_t source = 0; source < g.num_ranks; ++source) {
@@ -111,51 +113,50 @@ __device__ int32_t CountCopies(const Messages& m, const Received& received, int3
   return cut;
 }
 
-// Groups, and in first[s * El + e] the row of the first copy from source s for expert e; where rows
-// were cut, CountCopies has filled it in. Of the array, or of each part of `part_rows` where groups
-// are padded, `capacity` rows are filled. By all threads of a block.
-__device__ void LayOutGroups(const Messages& m, bool is_cut, int32_t part_rows, int32_t capacity,
+// Groups, and in first[s * El + e], where there were the copies from source s for expert e, the row
+// of the first of them. Of the array, or of each part of `part_rows` where groups are padded,
+// `capacity` rows are filled. By all threads of a block, which have met.
+__device__ void LayOutGroups(const GroupConstants& g, int32_t part_rows, int32_t capacity,
                              ExpertRows* groups, int32_t* first) {
-  const GroupConstants& g = m.g;
+  __shared__ int64_t of_warp[kWarps];  // rows of the groups of its threads
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   const int32_t local_experts = g.local_experts();
-  for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
+  int64_t before = 0;  // rows of the groups before those of this round
+  for (int32_t base = 0; base < local_experts; base += kThreads) {
+    const int32_t e = base + static_cast<int32_t>(threadIdx.x);
+    const bool is_expert = e < local_experts;
     int32_t count = 0;
 #pragma unroll 4
-    for (int32_t source = 0; source < g.num_ranks; ++source) {
+    for (int32_t source = 0; is_expert && source < g.num_ranks; ++source) {
       int32_t& of_source = first[source * local_experts + e];
-      const int32_t copies = is_cut ? of_source : SentCopies(m, source, e);
+      const int32_t copies = of_source;
       of_source = count;
       count += copies;
     }
-    groups[e].dropped = count;  // for now
-  }
-  __syncthreads();
-  // An exclusive sum of the aligned counts, or equal parts; cut at the capacity.
-  if (threadIdx.x < kWarp) {
-    const int32_t warp_lane = static_cast<int32_t>(threadIdx.x);
-    int64_t start = 0;
-    for (int32_t base = 0; base < local_experts; base += kWarp) {
-      const int32_t e = base + warp_lane;
-      const int32_t count = e < local_experts ? groups[e].dropped : 0;
-      const int32_t aligned =
-          (count + g.expert_alignment - 1) / g.expert_alignment * g.expert_alignment;
-      const auto up_to = SumUpToLane<int64_t>(aligned);
-      if (e < local_experts) {
-        const int64_t part = g.padded_groups ? int64_t{e} * part_rows : 0;
-        const int64_t at = g.padded_groups ? part : start + up_to - aligned;
-        const auto begin = static_cast<int32_t>(min(at, part + capacity));
-        const auto end = static_cast<int32_t>(min(at + aligned, part + capacity));
-        const int32_t rows = min(count, end - begin);
-        groups[e] = {begin, end, rows, count - rows};
-      }
-      start += __shfl_sync(~0u, up_to, kWarp - 1);
+    // An exclusive sum of the aligned counts, or equal parts; cut at the capacity.
+    const int32_t aligned =
+        (count + g.expert_alignment - 1) / g.expert_alignment * g.expert_alignment;
+    const auto up_to = SumUpToLane<int64_t>(aligned);
+    if (threadIdx.x % kWarp == kWarp - 1) of_warp[warp] = up_to;
+    __syncthreads();
+    int64_t start = before + up_to - aligned;
+    for (int32_t w = 0; w < kWarps; ++w) {
+      before += of_warp[w];
+      if (w < warp) start += of_warp[w];
     }
+    if (is_expert) {
+      const int64_t part = g.padded_groups ? int64_t{e} * part_rows : 0;
+      const int64_t at = g.padded_groups ? part : start;
+      const auto begin = static_cast<int32_t>(min(at, part + capacity));
+      const auto end = static_cast<int32_t>(min(at + aligned, part + capacity));
+      const int32_t rows = min(count, end - begin);
+      groups[e] = {begin, end, rows, count - rows};
+      for (int32_t source = 0; source < g.num_ranks; ++source) {
+        first[source * local_experts + e] += begin;
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < g.num_experts; i += blockDim.x) {
-    first[i] += groups[i % local_experts].start;
-  }
-  __syncthreads();
 }
 
 // Which expert has got the most copies. By one thread.
@@ -252,12 +253,13 @@ __device__ Placed PlaceGroups(const Messages& messages, const PlaceArrays& a, co
     if (thread == 0) *a.num_dropped = 0;
     return {};
   }
+  ReadCopies(messages, groups.first);
   received.Plan(messages);
-  const int32_t cut = received.is_cut ? CountCopies(messages, received, groups.first) : 0;
+  const int32_t cut = received.is_cut ? CountKeptCopies(messages, received, groups.first) : 0;
   const int32_t part_rows = g.padded_groups ? a.rows_capacity / local_experts : a.rows_capacity;
   const int32_t capacity = min(max(*a.capacity, 0) / g.expert_alignment * g.expert_alignment,
                                part_rows);
-  LayOutGroups(messages, received.is_cut, part_rows, capacity, groups.of, groups.first);
+  LayOutGroups(g, part_rows, capacity, groups.of, groups.first);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < local_experts; e += blockDim.x) {
       a.group_sizes[e] = groups.of[e].end - groups.of[e].start;

@@ -141,9 +141,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!IsLastBlock(set) || threadIdx.x != 0) return;
   int64_t wire_rows = 0;
   for (int32_t region = 0; region < messages.count(); ++region) wire_rows += wire.counts[region];
-  const bool ok = begun.ok && !Faulted(g);
+  const Ending ending(g, set);
+  const bool ok = begun.ok && !ending.faulted;
   if (ok) NoteInternode(messages, wire.counts);
-  EndPhase(g, set, op, begun, ok, wire_rows, op.tokens * op.row_bytes, wire_rows * op.stride);
+  EndPhase(g, set, op, begun, ending, ok, wire_rows, op.tokens * op.row_bytes,
+           wire_rows * op.stride);
 }
 
 size_t FusedRouteBytes(const KernelParams& k) {
@@ -163,12 +165,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ int32_t places[kWarps * kMaxTopK];  // of the rows of a tile
   __shared__ char* targets[kWarps][kMaxTopK];
   const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t first_expert = RoutedRows::FirstExpert(params, a, 0);
   const Begun begun = BeginSendPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   NoteBegin(set);
   const Messages messages{g, set, op, kWire, begun.number};
   const RoutedRows rows(messages, a, RowBits{shared, op.tokens}, 0);
-  rows.SetBits(begun);
+  rows.SetBits(begun, first_expert);
   for (int32_t rank = thread; rank < g.num_ranks; rank += kThreads) {
     rows_to[rank] = rows.bits.Count(g.num_experts + rank);
     first_row_at[rank] = OutgoingTo(messages, rank, rows_to[rank]).first_row;
@@ -210,12 +213,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     __syncthreads();  // the places have been read
   }
   if (!IsLastBlock(set)) return;
-  const bool ok = begun.ok && !Faulted(g);
+  const Ending ending(g, set);
+  const bool ok = begun.ok && !ending.faulted;
   if (ok) HandOverAll(messages);
   if (thread != 0) return;
   int64_t wire_rows = 0;
   for (int32_t rank = 0; rank < g.num_ranks; ++rank) wire_rows += rows_to[rank];
-  EndPhase(g, set, op, begun, ok, wire_rows, op.tokens * op.row_bytes, wire_rows * op.stride);
+  EndPhase(g, set, op, begun, ending, ok, wire_rows, op.tokens * op.row_bytes,
+           wire_rows * op.stride);
 }
 
 constexpr auto kPack = [](auto rows) { return Pack<decltype(rows)>; };

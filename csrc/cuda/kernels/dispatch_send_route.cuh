@@ -68,9 +68,16 @@ struct RoutedRows {
   }
   __device__ int32_t wire_experts() const { return wire.g.num_experts / wire.count(); }
 
+  // What this thread needs first, and far away: to be asked for early.
+  __device__ static int32_t FirstExpert(const KernelParams& k, const DispatchSendArrays& a,
+                                        int64_t first_row) {
+    const int64_t slot = first_row * k.g.top_k + threadIdx.x;
+    return slot < int64_t{k.op.tokens} * k.g.top_k ? a.topk_idx[slot] : -1;
+  }
+
   // By all threads of a block, which have met afterwards. Reports what is no routing, if the phase
   // has begun.
-  __device__ void SetBits(const Begun& begun) const {
+  __device__ void SetBits(const Begun& begun, int32_t first_expert) const {
     const GroupConstants& g = wire.g;
     const auto thread = static_cast<int32_t>(threadIdx.x);
     const auto threads = static_cast<int32_t>(blockDim.x);
@@ -78,7 +85,7 @@ struct RoutedRows {
     for (int32_t i = thread; i < num_words; i += threads) bits.words[i] = 0;
     __syncthreads();
     for (int32_t slot = thread; slot < num_rows * g.top_k; slot += threads) {
-      const int32_t expert = experts[slot];
+      const int32_t expert = slot == thread ? first_expert : experts[slot];
       const int32_t row = slot / g.top_k;
       if (expert == -1) continue;
       if (expert < -1 || expert >= g.num_experts || bits.Set(expert, row)) {
@@ -207,6 +214,8 @@ __global__ void __launch_bounds__(kRouteThreads)
   int32_t* const wire_rows = before + bins;
   const auto thread = static_cast<int32_t>(threadIdx.x);
 
+  const int32_t first_expert =
+      RoutedRows::FirstExpert(params, a, int64_t{blockIdx.x} * rows_per_block);
   const Begun begun = BeginSendPhase(g, op, params.sets);
   const SetPointers set = params.sets.At(begun.set);
   NoteBegin(set);
@@ -216,7 +225,7 @@ __global__ void __launch_bounds__(kRouteThreads)
                         static_cast<int32_t>(blockIdx.x) * rows_per_block);
   const bool by_node = rows.by_node();
   const int32_t wire_bin = rows.wire_bin();
-  rows.SetBits(begun);
+  rows.SetBits(begun, first_expert);
 
   int32_t* const counts = set.route_counts + int64_t{blockIdx.x} * bins;
   for (int32_t bin = thread; bin < bins; bin += kRouteThreads) counts[bin] = rows.bits.Count(bin);

@@ -29,17 +29,20 @@ struct Messages {
   __device__ int32_t Peer(int32_t region) const { return g.nodes.Peer(leg, g.rank, region); }
   // A rank's message to itself is built where it will be read, by an earlier kernel of the stream.
   __device__ bool IsOwn(int32_t region) const { return Peer(region) == g.rank; }
-  // Whether the kernel itself stores the message at its peer: a small one, to a near peer.
-  __device__ bool Pushes(int32_t region) const {
-    return op.push && g.memories[Peer(region)] != nullptr;
+  // Null for a far peer. Read once for an SM: the table never changes.
+  __device__ char* MemoryOf(int32_t region) const {
+    const auto* const words = reinterpret_cast<const unsigned long long*>(g.memories);
+    return reinterpret_cast<char*>(__ldg(words + Peer(region)));
   }
+  // Whether the kernel itself stores the message at its peer: a small one, to a near peer.
+  __device__ bool Pushes(int32_t region) const { return op.push && MemoryOf(region) != nullptr; }
 
   // Where a message is built: its header in the send region, or where the peer will read it; its
   // payload behind the header, or in the area.
   __device__ char* HeaderTo(int32_t region) const {
     if (IsOwn(region) || Pushes(region)) {
       const int32_t there = g.nodes.RegionAtPeer(leg, g.rank, region);
-      return g.memories[Peer(region)] + g.layout.RecvRegionOffset(leg, set.index, number, there);
+      return MemoryOf(region) + g.layout.RecvRegionOffset(leg, set.index, number, there);
     }
     return g.memory + g.layout.SendRegionOffset(leg, set.index, number, region);
   }
@@ -156,7 +159,7 @@ __device__ inline void RaiseAtPeer(const Messages& m, int32_t region, uint64_t s
   const GroupConstants& g = m.g;
   const int32_t there = g.nodes.RegionAtPeer(m.leg, g.rank, region);
   char* const word =
-      g.memories[m.Peer(region)] + g.layout.SignalOffset(m.leg, m.set.index, m.number, there);
+      m.MemoryOf(region) + g.layout.SignalOffset(m.leg, m.set.index, m.number, there);
   store_release_system(reinterpret_cast<uint64_t*>(word), signal);
 }
 
@@ -178,7 +181,7 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Outgoin
   const uint64_t signal = SignalAfterChunk(m.number, chunk, chunks.count);
   if (m.Pushes(region)) return RaiseAtPeer(m, region, signal);
   // The kernel behind this one puts what is for other nodes (put_messages.cu).
-  if (g.puts_on_device && g.memories[m.Peer(region)] == nullptr) return;
+  if (g.puts_on_device && m.MemoryOf(region) == nullptr) return;
   const uint64_t ticket = atomicAdd(&g.state->queue_tail, 1ull);
   Descriptor& entry = g.queue[ticket & g.queue_mask];
   entry.signal = signal;

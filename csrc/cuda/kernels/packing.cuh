@@ -18,7 +18,7 @@ struct Totals {
 
 // How many rows the messages before each one have, and where its payload begins in an area where
 // they stand one behind the other; `left_out(region)`: it does not stand there. Neither is written
-// where it is null. By the first warp.
+// where it is null. By one warp.
 template <typename LeftOut>
 __device__ Totals LayOutMessages(const Messages& m, const int32_t* rows, int32_t* first_row,
                                  int64_t* payload_at, const LeftOut& left_out) {
@@ -33,6 +33,8 @@ __device__ Totals LayOutMessages(const Messages& m, const int32_t* rows, int32_t
     const int64_t bytes_up_to = SumUpToLane(bytes);
     if (region < m.count() && first_row != nullptr) {
       first_row[region] = static_cast<int32_t>(totals.rows + rows_up_to - mine);
+    }
+    if (region < m.count() && payload_at != nullptr) {
       payload_at[region] = totals.payload_bytes + bytes_up_to - bytes;
     }
     totals.rows += __shfl_sync(~0u, rows_up_to, kWarp - 1);

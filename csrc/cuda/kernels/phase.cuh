@@ -144,14 +144,14 @@ __device__ inline LaneState LoadSetOfThread(const GroupConstants& g, const SetsO
 // moment.
 __device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationParams& op,
                                        const SetsOfRank& sets) {
-  // All loads at once: they are far apart.
+  // All loads at once: they are far away.
   const LaneState mine = LoadSetOfThread(g, sets);
   const uint32_t in_flight = g.state->in_flight;
   const int32_t num_sets = g.state->num_sets;
   const int64_t sends = g.state->sends;
-  const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
   const int32_t position = op.position[0];
+  const bool faulted = Faulted(g);  // an acquire, behind which other loads would wait for it
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   const int32_t set = FirstFreeSet(in_flight, num_sets);
   const LaneState state = StateOf(mine, set % kMaxSets);
@@ -175,8 +175,8 @@ __device__ inline Begun BeginSendPhase(const GroupConstants& g, const OperationP
 __device__ inline Begun BeginRecvPhase(const GroupConstants& g, const OperationParams& op,
                                        const SetsOfRank& sets) {
   const LaneState mine = LoadSetOfThread(g, sets);
-  const bool faulted = Faulted(g);
   const Token token = Token::Read(op.token);
+  const bool faulted = Faulted(g);  // the last of all loads, see BeginSendPhase
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   const bool known = !token.zero() && token.set() >= 0 && token.set() < sets.count;
   Begun begun{false, token.zero() ? kNoOperation : token.number, known ? token.set() : 0};
@@ -221,26 +221,40 @@ __device__ inline bool IsLastBlock(const SetPointers& set) {
   return last;
 }
 
+// What EndPhase reads, and whether the rank has failed, as the last block finds it: all loads at
+// once.
+struct Ending {
+  int64_t begin_ns, arrival_ns, sends;
+  uint32_t phases_begun, phases_ended;
+  bool faulted;
+
+  __device__ Ending(const GroupConstants& g, const SetPointers& set)
+      : begin_ns(set.scratch->begin_ns),
+        arrival_ns(static_cast<int64_t>(set.scratch->last_arrival_ns)),
+        sends(g.state->sends),
+        phases_begun(set.scratch->phases_begun),
+        phases_ended(set.scratch->phases_ended),
+        faulted(Faulted(g)) {}
+};
+
 // S10, or the end of a send phase: by one thread of the last block. Counters are added to without
 // being read: each read would cost a microsecond. S1 takes no set whose operation has been sent;
 // one that is being sent at the same time (a CUDA graph may run side by side what no data orders)
 // is seen here, since it takes the same set.
 __device__ inline void EndPhase(const GroupConstants& g, const SetPointers& set,
-                                const OperationParams& op, const Begun& begun, bool ok,
-                                int64_t wire_rows, int64_t bytes_read, int64_t bytes_written) {
+                                const OperationParams& op, const Begun& begun,
+                                const Ending& ending, bool ok, int64_t wire_rows,
+                                int64_t bytes_read, int64_t bytes_written) {
   SetScratch& scratch = *set.scratch;
-  const int64_t begin_ns = scratch.begin_ns;
-  const auto arrival_ns = static_cast<int64_t>(scratch.last_arrival_ns);
-  const uint32_t phases_begun = scratch.phases_begun;
-  const int64_t sends = g.state->sends;
+  const int64_t sends = ending.sends;
   const bool send = IsSend(op.phase);
   // A send that began beside this one may have ended since, and counted.
   const bool overtaken = send && ok && OperationOfNumber(begun.number) != sends;
-  if (phases_begun != scratch.phases_ended + 1 || overtaken) {
+  if (ending.phases_begun != ending.phases_ended + 1 || overtaken) {
     Report(g, op, FaultKind::kTwoInFlight, begun.number, {-1, -1, begun.number, begun.number});
     ok = false;
   }
-  scratch.phases_ended = phases_begun;
+  scratch.phases_ended = ending.phases_begun;
   const auto phase = static_cast<int32_t>(op.phase);
   if (send) atomicAdd(&scratch.epoch, 1ull);
   RankState& rank = *g.state;
@@ -259,12 +273,13 @@ __device__ inline void EndPhase(const GroupConstants& g, const SetPointers& set,
   atomicAdd(&g.state->calls[phase], 1ull);
   atomicAdd(&g.state->rows[phase], static_cast<unsigned long long>(wire_rows));
   atomicAdd(&g.state->bytes[phase], static_cast<unsigned long long>(wire_rows * op.stride));
-  if (arrival_ns > begin_ns) {
-    atomicAdd(&g.state->wait_ns[phase], static_cast<unsigned long long>(arrival_ns - begin_ns));
+  if (ending.arrival_ns > ending.begin_ns) {
+    atomicAdd(&g.state->wait_ns[phase],
+              static_cast<unsigned long long>(ending.arrival_ns - ending.begin_ns));
   }
   const int64_t operation = OperationOfNumber(begun.number);
   scratch.trace[operation % kTracedOperations][phase] = {
-      op.lane, op.derivation, begun.number, begin_ns, NowNs(), bytes_read, bytes_written};
+      op.lane, op.derivation, begun.number, ending.begin_ns, NowNs(), bytes_read, bytes_written};
 }
 
 }  // namespace smfree::cuda

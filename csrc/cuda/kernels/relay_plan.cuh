@@ -20,12 +20,11 @@ namespace {
 struct DispatchPlan {
   int32_t wire_sent[kMaxLists];  // rows of each message on the wire
   int32_t wire_rows[kMaxLists];  // the same, or 0 where it is not taken
-  int32_t wire_first[kMaxLists];
-  int64_t wire_at[kMaxLists];  // received
+  int64_t wire_at[kMaxLists];    // received
   int32_t sent[kMaxRanks];     // rows that the source of each message inside the node has sent
   int32_t rows[kMaxRanks];     // that are handed on
-  int32_t first_row[kMaxRanks];
-  int64_t node_at[kMaxRanks];  // packed
+  int32_t first_row[kMaxRanks];  // of what was sent
+  int64_t node_at[kMaxRanks];    // packed
 
   // R1: waits for the headers. By all threads of a block; false in all of them if the rank has
   // failed.
@@ -58,9 +57,9 @@ struct DispatchPlan {
             static_cast<int32_t>(KeptRows(first_row[region], sent[region], op.wire_rows));
       }
       __syncwarp();
-      (void)LayOutMessages(wire, wire_rows, wire_first, wire_at,
+      (void)LayOutMessages(wire, wire_rows, nullptr, wire_at,
                            [&](int32_t region) { return wire.IsOwn(region); });
-      (void)LayOutMessages(node, rows, first_row, node_at, [](int32_t) { return false; });
+      (void)LayOutMessages(node, rows, nullptr, node_at, [](int32_t) { return false; });
     }
     __syncthreads();
     if (blockIdx.x != 0) return true;
@@ -73,10 +72,8 @@ struct DispatchPlan {
 
 struct CombinePlan {
   int32_t returned[kMaxRanks];  // rows of each message inside the node
-  int32_t first_row[kMaxRanks];
   int64_t node_at[kMaxRanks];    // received
   int32_t wire_rows[kMaxLists];  // of each message on the wire
-  int32_t wire_first[kMaxLists];
   int64_t wire_at[kMaxLists];  // packed
 
   // R1, in the same way.
@@ -90,9 +87,9 @@ struct CombinePlan {
     if (!OpenMessages(node, nullptr, returned, arrivals)) return false;
     bool ok = true;
     if (threadIdx.x < kWarp) {
-      (void)LayOutMessages(node, returned, first_row, node_at,
+      (void)LayOutMessages(node, returned, nullptr, node_at,
                            [&](int32_t region) { return node.IsOwn(region); });
-      const Totals totals = LayOutMessages(wire, wire_rows, wire_first, wire_at,
+      const Totals totals = LayOutMessages(wire, wire_rows, nullptr, wire_at,
                                            [](int32_t) { return false; });
       const int64_t most = min(int64_t{wire.count()} * op.tokens,
                                int64_t{op.wire_rows} + op.tokens);  // RelayRows
