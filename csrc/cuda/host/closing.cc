@@ -21,8 +21,9 @@ using std::chrono::milliseconds;
 constexpr milliseconds kGrace{500};
 // How long what was told to end may take.
 constexpr milliseconds kTold{200};
-// How long giving back the memory may take.
-constexpr milliseconds kEnd{5000};
+// How long giving back the memory may take; and after a fault among processes, where a put to a
+// peer that has died may never end.
+constexpr milliseconds kEnd{5000}, kEndAfterFault{300};
 constexpr milliseconds kLook{1};
 
 void Synchronize(const GroupState& state) {
@@ -59,13 +60,15 @@ Status Group::Close() {
     state.Fail(Status(FaultKind::kClosed, "the group was closed while a rank was waiting"));
     idle = IsIdleWithin(state, kGrace);
   }
-  if (idle && release.EndsWithin(kEnd)) return {};
+  const bool may_never_end = state.nvshmem_memory && state.Failed();
+  if (idle && release.EndsWithin(may_never_end ? kEndAfterFault : kEnd)) return {};
   std::string devices;
   for (const auto& rank : state.ranks) {
     devices += (devices.empty() ? "" : ", ") + std::to_string(rank->device);
   }
   return Status(FaultKind::kDeadline,
                 "the group is closed, but what runs on GPU " + devices +
+                    (idle ? ", or a put to another process," : "") +
                     " has not ended; its memory (" + std::to_string(memory().device_bytes) +
                     " bytes on the GPUs of this process) is given back when that ends, or with "
                     "the process. Fix: see what waits there, such as a collective that another "

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "csrc/cuda/memory/allocation.h"
+#include "csrc/cuda/network/exit_of_thread.h"
 
 namespace smfree::cuda {
 namespace {
@@ -115,6 +116,8 @@ StatusOr<Nvshmem*> Nvshmem::Get(const std::string& library) {
     return NoLibrary("the library is of version " + std::to_string(major) + "." +
                      std::to_string(minor) + "." + std::to_string(patch));
   }
+  // Deadlines tell of a peer that has died. The thread that meets it first would end the process.
+  (void)StopThreadsThatExit(reinterpret_cast<const void*>(found.get_version));
   nvshmem = new Nvshmem(found);
   return nvshmem;
 }

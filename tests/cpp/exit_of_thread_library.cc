@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A library that ends the process, for exit_of_thread_test.cc.
+#include <cstdlib>
+#include <thread>
+
+extern "C" void ExitOnCallingThread(int status) { std::exit(status); }
+extern "C" void ExitOnThreadOfItsOwn(int status) {
+  std::thread([status] { ExitOnCallingThread(status); }).join();
+}
