@@ -8,9 +8,9 @@ import os
 
 import jax
 
-from benchmarks.gpu import decode, kernels, matmul, nodes, operations, processes, quick
+from benchmarks.gpu import decode, deepep, kernels, matmul, nodes, operations, processes, quick
 
-COMMANDS = (operations, quick, decode, processes, nodes, kernels, matmul)
+COMMANDS = (operations, quick, decode, deepep, processes, nodes, kernels, matmul)
 SMOKE_DEVICES = 4  # where there are no GPUs
 
 
