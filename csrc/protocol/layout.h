@@ -107,7 +107,6 @@ struct Layout {
   int32_t peers[kLegs];          // regions per direction of one set and parity; 0: no such leg
   int32_t num_sets;              // that there is room for
   int32_t num_nodes;
-  int32_t top_k;
 
   // The caller has checked the config: sizes are positive, num_experts is a multiple of num_ranks,
   // num_ranks a multiple of ranks_per_node.
@@ -119,7 +118,6 @@ struct Layout {
     Layout layout{};
     const Nodes nodes = NodesOf(config);
     layout.num_nodes = nodes.count();
-    layout.top_k = config.top_k;
     layout.num_sets = num_sets;
     layout.peers[kWire] = nodes.Regions(kWire);
     layout.peers[kNode] = nodes.Regions(kNode);
@@ -249,7 +247,7 @@ struct Layout {
     return pushed < config.max_tokens ? pushed : config.max_tokens;
   }
 };
-static_assert(sizeof(Layout) == 152 && alignof(Layout) == 8);
+static_assert(sizeof(Layout) == 144 && alignof(Layout) == 8);
 static_assert(std::is_trivially_copyable_v<Layout>);
 
 // Bytes that NumSets sets of a rank's group take, by link.

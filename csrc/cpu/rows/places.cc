@@ -40,7 +40,7 @@ WirePlaces::WirePlaces(const GroupConfig& config, int64_t tokens, const int32_t*
     counts_.assign(send_counts, send_counts + config.num_ranks);
     return;
   }
-  width_ = std::min(config.top_k, nodes.count());
+  width_ = WirePlacesPerRow(config);
   by_node_.assign(static_cast<size_t>(tokens * width_), -1);
   counts_.assign(static_cast<size_t>(nodes.count()), 0);
   for (int64_t row = 0; row < tokens; ++row) {

@@ -185,7 +185,7 @@ __device__ inline void HandOver(const Messages& m, int32_t region, const Outgoin
   const uint64_t ticket = atomicAdd(&g.state->queue_tail, 1ull);
   Descriptor& entry = g.queue[ticket & g.queue_mask];
   entry.signal = signal;
-  entry.payload = outgoing.first_row - LayoutOf(op, chunks.rows).rows_offset - g.memory;
+  entry.payload = m.PayloadTo(region) - g.memory;
   entry.set = set.index;
   entry.leg = m.leg;
   entry.region = region;

@@ -26,17 +26,14 @@ struct RowOrder {
   int32_t num_rows;  // of all of them
   ChunkRows chunks[kMaxChunksOfLeg];
 
-  // By the first warp. rows_of: the rows of each message. Of `period` regions that follow one another, one is a message of the rank to itself.
+  // By the first warp. rows_of: the rows of each message. Of `period` regions that follow one
+  // another, one is a message of the rank to itself.
   __device__ void Build(const Messages& m, const int32_t* rows_of, bool own_first) {
     const GroupConstants& g = m.g;
     const OperationParams& op = m.op;
     const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-    const int32_t period = !g.nodes.hierarchical ? g.num_ranks
-                           : m.leg == kWire      ? g.nodes.count()
-                                                 : g.nodes.ranks_per_node;
-    const int32_t own = !g.nodes.hierarchical ? g.rank
-                        : m.leg == kWire      ? g.nodes.NodeOf(g.rank)
-                                              : g.nodes.IndexOf(g.rank);
+    const int32_t period = g.nodes.Members(m.leg);
+    const int32_t own = g.nodes.RegionAtPeer(m.leg, g.rank, /*region=*/0) % period;
     const int32_t num_own = m.count() / period;
     const int32_t num_others = m.count() - num_own;
     count = op.chunks * num_others + num_own;
