@@ -90,18 +90,7 @@ __device__ inline bool WaitForChunks(const Messages& m, int32_t region, int32_t 
     if (turn % 16 != 15) continue;
     if (Faulted(g)) return false;
     const bool asks = looks && (arrivals.asks || turn % kTurnsOfTheOthers == kTurnsOfTheOthers - 1);
-    if (asks && load_relaxed_system(g.group_failed)) {
-      atomicExch(&g.state->faulted, 1u);
-      return false;
-    }
-    if (asks && g.among_processes) {
-      const auto* const fault =
-          reinterpret_cast<const uint32_t*>(g.memory + g.layout.FaultWordOffset());
-      if (const uint32_t told = load_relaxed_system(fault)) {
-        Report(g, op, FaultKind::kPeerFailed, m.number, {static_cast<int32_t>(told) - 1});
-        return false;
-      }
-    }
+    if (asks && OthersFailed(g, op, m.number)) return false;
     const bool for_relay = m.leg != g.nodes.FirstLeg(op.operation);
     if (NowNs() - begin > PatienceNs(g.timeout_ns, for_relay)) {
       // No row moves before all have announced: whoever has not is the one that is waited for.

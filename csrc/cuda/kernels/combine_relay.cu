@@ -75,8 +75,7 @@ __device__ void LayOutTile(const Messages& wire, const Messages& node, const Rel
   }
   if (!op.slots) return;
 
-  auto* const to = reinterpret_cast<float*>(wire.PayloadTo(tile.node) +
-                                            LayoutOf(op, lists.num_rows).slots_offset);
+  float* const to = SlotsTo(wire, tile.node, lists.num_rows);
   const int32_t num_slots = min(tile.num_rows, lists.num_rows - tile.first_row) * g.top_k;
   for (int32_t slot = threadIdx.x; slot < num_slots; slot += blockDim.x) {
     const int32_t at = slot / g.top_k;

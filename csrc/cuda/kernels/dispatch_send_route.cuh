@@ -165,11 +165,7 @@ __device__ bool WaitForBlock(const GroupConstants& g, const SetPointers& set,
     __nanosleep(50);
     if (turn % kTurnsBeforeAsking != 0) continue;
     if (begin == 0) begin = NowNs();
-    if (Faulted(g)) return false;
-    if (load_relaxed_system(g.group_failed)) {
-      atomicExch(&g.state->faulted, 1u);
-      return false;
-    }
+    if (Faulted(g) || OthersFailed(g, op, number)) return false;
     if (NowNs() - begin > g.timeout_ns) {
       Report(g, op, FaultKind::kDeadline, number, {-1, -1, static_cast<int32_t>(gridDim.x), block});
       return false;

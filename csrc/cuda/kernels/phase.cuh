@@ -121,6 +121,23 @@ __device__ __noinline__ inline void Report(const GroupConstants& g, const Operat
   }
 }
 
+// Whether another rank has failed, here or in another process: then this one has failed as well.
+// The words are in host memory, or written by other hosts: to be asked for rarely.
+__device__ inline bool OthersFailed(const GroupConstants& g, const OperationParams& op,
+                                    int64_t number) {
+  if (load_relaxed_system(g.group_failed)) {
+    atomicExch(&g.state->faulted, 1u);
+    return true;
+  }
+  if (!g.among_processes) return false;
+  const auto* const word =
+      reinterpret_cast<const uint32_t*>(g.memory + g.layout.FaultWordOffset());
+  const uint32_t told = load_relaxed_system(word);
+  if (told == 0) return false;
+  Report(g, op, FaultKind::kPeerFailed, number, {static_cast<int32_t>(told) - 1});
+  return true;
+}
+
 // ---- start and end of a phase -------------------------------------------------------------------
 
 struct Begun {

@@ -58,10 +58,7 @@ __device__ Announcement AwaitWord(const Packed& p, int32_t rank, int32_t word) {
     __nanosleep(2000);
     if (turn % 16 != 0) continue;
     if (Faulted(g)) return {};
-    if (turn % 4096 == 0 && load_relaxed_system(g.group_failed)) {
-      atomicExch(&g.state->faulted, 1u);
-      return {};
-    }
+    if (turn % 4096 == 0 && OthersFailed(g, p.op, p.number)) return {};
     if (NowNs() - begin <= PatienceNs(g.timeout_ns, by_relay)) continue;
     Report(g, p.op, FaultKind::kDeadline, p.number, {rank, -1, p.number, 0});
     return {};
