@@ -9,6 +9,8 @@ By number of rows per rank, with the mover that the library chooses and with row
 kernels. Phases are those of rows that have long arrived; an operation is from the first block of
 its send to the last one of its recv. Both in device time.
 
+A round trip of 128 rows is repeated 10,000 times for its longest (``jitter.py``).
+
 A step is as many layers as DeepSeek-V3 has, one after the other in one program, over the library
 and over all_gather, with the same router, experts and grouped matmul. All have the weights of one
 layer, which no cache holds. There are 16 experts on each GPU, as on one of 16.
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks import machine, results
-from benchmarks.gpu import measures, moe
+from benchmarks.gpu import jitter, measures, moe
 from benchmarks.gpu.cases import SMOKE, SMOKE_SHAPES, Case, Scale, make_case, make_mesh
 from benchmarks.gpu.library import Library
 from benchmarks.gpu.measures import DEFAULT, SM_PUSH
@@ -38,6 +40,8 @@ from benchmarks.results import Json, Session
 from jax_smfree import nn
 
 ROWS = (1, 8, 32, 128, 512)
+STEP_ROWS = (1, 32, 128, 512)  # most of their time is compiling
+JITTER_ROWS = 128
 SHAPE = "7168:8of256"
 BUDGET_S = 300
 LAYERS, SMOKE_LAYERS = 58, 3
@@ -105,8 +109,10 @@ def measure(session: Session, smoke: bool) -> None:
         for mover in (DEFAULT, SM_PUSH):
             args = case, scale, session, gemms, False, mover
             session.part(shape["movers"], mover, measures.mover, *args)
+    case = make_case(mesh, SMOKE_SHAPES[-1] if smoke else f"{JITTER_ROWS}x{SHAPE}")
+    session.part(result, "jitter", jitter.measure, case, scale, smoke)
     steps = result["steps"] = {}
-    for rows in (4,) if smoke else ROWS:
+    for rows in (4,) if smoke else STEP_ROWS:
         hidden, experts = (128, 4) if smoke else (7168, EXPERTS_PER_RANK)
         case = make_case(mesh, f"{rows}x{hidden}:{2 if smoke else 8}of{experts * mesh.size}")
         layers = SMOKE_LAYERS if smoke else LAYERS
@@ -119,6 +125,10 @@ def lines(result: Json) -> Iterator[str]:
     yield from (machine_line(result["machine"], result["ranks"]), "")
     yield from ("Microseconds of device time, medians:", "")
     yield from table(["shape", "mover", *COLUMNS], _rows(result["shapes"]))
+    if spreads := list(jitter.rows(result.get("jitter", {}))):
+        shape = f"{JITTER_ROWS}x{SHAPE}"
+        yield from (f"Microseconds of round trips, {shape}, and cores kept busy by movers:", "")
+        yield from table(jitter.HEADER, spreads)
     if steps := result.get("steps"):
         yield from ("Microseconds per layer of a step, medians, and its launches:", "")
         header = ["shape", "jax_smfree", "launches", "all_gather", "launches", "speed-up"]

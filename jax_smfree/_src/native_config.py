@@ -6,7 +6,7 @@ from jax_smfree._src.config import EpConfig
 
 # The default of EpConfig.sm_push_bytes: where the copy engine overtakes (docs/performance.md), and
 # so much for all peers together that these buffers do not grow with the ranks.
-_OVERTAKEN_BYTES = 2 << 20
+_OVERTAKEN_BYTES = 8 << 20
 _ALL_PEERS_BYTES = 16 << 20
 
 

@@ -21,6 +21,9 @@ COMMANDS = {
     "gpu-quick-builds-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
     "gpu-quick-builds-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
     "gpu-quick-builds-areas-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
+    "gpu-quick-builds-sets-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
+    "gpu-quick-builds-ends-nvidia-h200-x2": ("benchmarks.gpu", "quick"),
+    "gpu-decode-nvidia-h200-x2": ("benchmarks.gpu", "decode"),
     "gpu-quick-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
     "gpu-quick-fused-nvidia-h200-x1": ("benchmarks.gpu", "quick"),
 }
