@@ -62,13 +62,13 @@ def _spread(library: Library, run: Run, steps: int, pause_s: float) -> Json:
         wall_s += time.monotonic() - began
         if library.tracer is None:  # on CPUs there is no device time
             return {}
-        times += _round_trips(library.group.trace())[-AT_ONCE:]
+        times += round_trips(library.group.trace())[-AT_ONCE:]
     found = dict(zip(map(str, PERCENTILES), np.percentile(times, PERCENTILES), strict=True))
     spread = {name: round(float(value), 2) for name, value in found.items()}
     return {"steps": len(times), **spread, "cores": round(busy_s / wall_s, 2)}
 
 
-def _round_trips(records: list[Json]) -> list[float]:
+def round_trips(records: list[Json]) -> list[float]:
     """From the start of each dispatch's send to the end of the next combine's recv, in order."""
     by_rank = []
     for rank in sorted({record["rank"] for record in records}):

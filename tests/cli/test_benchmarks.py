@@ -70,6 +70,23 @@ def test_one_line_per_case(tmp_path):
     assert all(lines.count(json.dumps(case)) == 2 for case in cases)
 
 
+def test_round_trips_of_a_trace():
+    """Of the ranks the slowest; a step that the trace has the end of alone is left out."""
+
+    def phase(rank, name, begin_ns, end_ns):
+        return {"rank": rank, "phase": name, "begin_ns": begin_ns, "end_ns": end_ns}
+
+    records = [phase(0, "combine_recv", 0, 500)]
+    for rank, lasts_ns in ((0, 3_000), (1, 7_000)):
+        for step in (1, 2):
+            begin = step * 100_000
+            records.append(phase(rank, "dispatch_send", begin, begin + 1_000))
+            records.append(phase(rank, "combine_recv", begin + 2_000, begin + step * lasts_ns))
+    code = "import json, sys; from benchmarks.gpu import jitter; "
+    code += "print(jitter.round_trips(json.loads(sys.argv[1])))"
+    assert python("-c", code, json.dumps(records)).strip() == "[7.0, 14.0]"
+
+
 def test_cpu(tmp_path):
     python("-m", "benchmarks.cpu", "--smoke", "--out", tmp_path)
     (path,) = tmp_path.glob("*.json")

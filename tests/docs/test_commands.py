@@ -93,6 +93,7 @@ ELSEWHERE = {
     "mpirun -n 16 --map-by ppr:8:node --hostfile hosts jax-smfree doctor --network": "two hosts",
     "mpirun -n 2 pytest tests": "Open MPI",
     "nvidia-smi topo -p2p r": "a GPU",
+    "python -m benchmarks.gpu decode": "GPUs",
     "python -m benchmarks.gpu deepep --source PATH": "GPUs, PyTorch and DeepEP",
     "python -m benchmarks.gpu kernels": "a GPU",
     "python -m benchmarks.gpu matmul": "a GPU",
