@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <thread>
 
-extern "C" void ExitOnCallingThread(int status) { std::exit(status); }
-extern "C" void ExitOnThreadOfItsOwn(int status) {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void ExitOnCallingThread(int status) { std::exit(status); }
+EXPORTED void ExitOnThreadOfItsOwn(int status) {
   std::thread([status] { ExitOnCallingThread(status); }).join();
 }
