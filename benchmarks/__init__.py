@@ -16,6 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# ``python -m`` puts the clone first on the path, where jax_smfree lacks its native module unless
-# the installation is an editable one. So whatever is installed, or on PYTHONPATH, comes first.
-sys.path.sort(key=str(ROOT).__eq__)
+# ``python -m`` and ``-c`` put the clone first on the path, where jax_smfree lacks its native module
+# unless the installation is an editable one. So what is installed, or on PYTHONPATH, comes first.
+sys.path.sort(key=lambda entry: entry in ("", str(ROOT)))
