@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A library that ends the process, for exit_of_thread_test.cc.
+// A library that ends the process, for exit_of_thread_test.
 #include <cstdlib>
 #include <thread>
 
