@@ -55,15 +55,15 @@ class Shape:
 
     @property
     def capacity(self) -> int:
-        """Rows of the grouped array, for everybody: 1.25 times what balanced routing needs."""
-        return -(-5 * self.rows * self.top_k // 4)
+        """Rows of the grouped array, for everybody: what `room` says."""
+        return room(self.rows * self.top_k, 1 / self.ranks)
 
     @property
     def pair_capacity(self) -> int:
-        """Rows that the all_to_all way sends per pair: 1.25 times what is to be expected."""
+        """Rows that the all_to_all way sends per pair: what `room` says, and at most all."""
         there, total, drawn = self.experts - self.local_experts, self.experts, self.top_k
         missed = np.prod([(there - i) / (total - i) for i in range(drawn)])  # no expert on a rank
-        return min(self.rows, int(np.ceil(1.25 * (1 - missed) * self.rows)))
+        return min(self.rows, room((1 - missed) * self.rows, 1 - missed))
 
     @property
     def itemsize(self) -> int:
@@ -75,6 +75,12 @@ class Shape:
             f"{self.ranks} ranks{where}, {self.rows} rows × {self.hidden} {self.dtype}, "
             f"top-{self.top_k} of {self.experts}"
         )
+
+
+def room(expected: float, chance: float) -> int:
+    """For so many events of that chance: 1.25 times, or three standard deviations more if few."""
+    deviation = (expected * (1 - chance)) ** 0.5
+    return int(np.ceil(max(1.25 * expected, expected + 3 * deviation)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +103,8 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     per_rank = np.bincount(topk_idx.ravel() // shape.local_experts, minlength=shape.ranks)
     if per_rank.max() > shape.capacity or wire_rows(shape, inputs).max() > shape.pair_capacity:
         raise ValueError(
-            f"got a random routing (seed {seed}) that exceeds 1.25 times balanced routing, the "
-            f"capacity of all that is compared, for {shape}. Give the ranks more rows."
+            f"got a random routing (seed {seed}) that exceeds the capacity of all that is "
+            f"compared, 1.25 times balanced routing, for {shape}. Give the ranks more rows."
         )
     return inputs
 
