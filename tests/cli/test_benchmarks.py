@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 COMMANDS = {
     "cpu-amd-epyc-2": ("benchmarks.cpu",),
+    "cpu-few-amd-epyc-2": ("benchmarks.cpu",),
     "gpu-nvidia-h200-x2": ("benchmarks.gpu", "operations"),
     "gpu-processes-nvidia-h200-x2": ("benchmarks.gpu", "processes"),
     "gpu-nodes-nvidia-h200-x2": ("benchmarks.gpu", "nodes"),
