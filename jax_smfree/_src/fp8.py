@@ -86,6 +86,16 @@ class Quantized(NamedTuple):
     scales: Array
 
 
+def as_stored(rows: Array) -> Array:
+    """``rows`` as an operation reads or writes them in memory, rounded to their dtype.
+
+    XLA for GPUs takes a rounding away where it meets the way back to float32. The transpose is the
+    same: cotangents are stored, too.
+    """
+    stored: Array = jax.lax.optimization_barrier(rows)
+    return stored
+
+
 def quantise(rows: Array, wire: Fp8) -> Quantized:
     """``rows`` [..., W] as values [..., W] and scales [..., W / block]."""
     blocks = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, wire.block)
@@ -94,9 +104,7 @@ def quantise(rows: Array, wire: Fp8) -> Quantized:
     if wire.power_of_two:
         scales = _power_of_two_from(scales)
     scales = jnp.where(jnp.isfinite(magnitude), scales, jnp.nan)
-    values = (blocks * (1 / scales)[..., None]).astype(wire.dtype)
-    # XLA for GPUs takes the rounding to 8 bits away where it meets the way back.
-    values = jax.lax.optimization_barrier(values)
+    values = as_stored((blocks * (1 / scales)[..., None]).astype(wire.dtype))
     return Quantized(values.reshape(rows.shape), scales)
 
 

@@ -256,7 +256,7 @@ def _primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     def lower(ctx: Any, token: Any, *operands: Any, call: Call) -> Any:
         call.group.check_devices(call.call_site, compat.lowering_mesh(ctx))
         if call.group.backend == "portable":
-            # Rows are what they are stored as, see `reference.as_stored`.
+            # Rows are what they are stored as, see `fp8.as_stored`.
             stored = _barrier((token, *operands))
             # The program may refuse promotion; its setting is not for code of the library.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

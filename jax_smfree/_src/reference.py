@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_smfree._src import arguments, fp8, group_axis
-from jax_smfree._src.fp8 import Fp8, Quantized
+from jax_smfree._src.fp8 import Fp8, Quantized, as_stored
 from jax_smfree._src.rows import FLOATS, Rows, local_expert, lost
 
 Result = TypeVar("Result")
@@ -256,16 +256,6 @@ def _moved(
     )
     result: Array = moved(rows)
     return result
-
-
-def as_stored(rows: Array) -> Array:
-    """``rows`` as an operation reads or writes them in memory, rounded to their dtype.
-
-    XLA for GPUs takes a rounding away where it meets the way back to float32. The transpose is the
-    same: cotangents are stored, too.
-    """
-    stored: Array = jax.lax.optimization_barrier(rows)
-    return stored
 
 
 def sum_of_slots(weighted: Array, rows: Array, of_none: Array | float) -> Array:
