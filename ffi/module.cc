@@ -9,6 +9,7 @@
 #include <string>
 
 #include "csrc/core/describe.h"
+#include "csrc/core/patience.h"
 #include "csrc/protocol/group_config.h"
 #include "csrc/protocol/layout.h"
 
@@ -80,6 +81,7 @@ NB_MODULE(_native, m) {
   m.attr("MAX_LEAVES") = kMaxLeaves;
   m.attr("ROW_ALIGNMENT") = kRowAlignment;
   m.attr("LEAST_MAGNITUDE") = kLeastMagnitude;
+  m.attr("MAKE_SECONDS") = kMakeSeconds;
   m.def("register_call_site", &RegisterCallSite, nb::arg("call_site"), nb::arg("name"));
 
   m.def("rdma_size_hint", &RdmaSizeHint, nb::arg("config"));

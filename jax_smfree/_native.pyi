@@ -106,6 +106,7 @@ MAX_TIMEOUT_S: float
 MAX_LEAVES: int
 ROW_ALIGNMENT: int
 LEAST_MAGNITUDE: float
+MAKE_SECONDS: int
 
 def cpu_targets() -> dict[str, Any]: ...
 def cpu_types() -> dict[str, tuple[Any, Any]]: ...

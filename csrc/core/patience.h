@@ -10,6 +10,10 @@
 
 namespace smfree {
 
+// What making a group, or sets of it, may take beside timeout_s: kernels are loaded, memory is
+// zeroed.
+constexpr int32_t kMakeSeconds = 30;
+
 constexpr int64_t Nanoseconds(double seconds) { return static_cast<int64_t>(seconds * 1e9); }
 
 // Whoever waits for a relay is more patient than the relay, so that the fault names the rank that

@@ -31,9 +31,6 @@ Replicas: TypeAlias = list[list[jax.Device]]  # by rank, see `group_axis.replica
 CUDA_GROUP: Any = _native.CudaGroup if _native.has_cuda else ()
 
 _CREATE = "EpGroup.create"  # the call that errors name
-# What the others may take beside timeout_s, as csrc/cuda/host/group.cc has it: kernels are loaded,
-# memory is zeroed.
-_MAKE_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +228,8 @@ def _cuda_group_among_processes(
         name=f"/jax_smfree-{meeting.secret[:16]}-{replica}",
     )
     made.callback(group.close)
-    # All memory is zero before anybody sends.
-    patience_s = config.timeout_s + _MAKE_S
+    # All memory is zero before anybody sends. The others have so long for theirs.
+    patience_s = config.timeout_s + _native.MAKE_SECONDS
     bootstrap.exchange(_CREATE, f"{meeting.rendezvous}/ready", "", world, me, patience_s)
     group.all_are_here()
     return group

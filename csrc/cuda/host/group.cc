@@ -16,8 +16,7 @@
 namespace smfree::cuda {
 namespace {
 
-// What making a group may take beside timeout_s: kernels are loaded, memory is zeroed.
-constexpr std::chrono::seconds kMake{30};
+constexpr std::chrono::seconds kMake{kMakeSeconds};
 
 using Groups = Registry<Group>;
 
