@@ -6,6 +6,7 @@ Commands (``python -m benchmarks.gpu COMMAND``), a file each:
 operations   whole calls, phases, overlap, an MoE layer and JAX's own ways, at all shapes
 quick        the first shape and 128 rows in a minute; two builds of the library side by side
 decode       few rows: phases, whole operations, and a step of all layers of a model
+deepep       DeepEP V1 beside the library
 processes    a process per GPU beside one process
 nodes        the hierarchical mode beside the direct one
 kernels      every kernel under NVIDIA's profiler
@@ -25,6 +26,8 @@ report       the results of ``operations`` as Markdown, and what others show of 
 Of one command each:
 
 training, crossover, links, plot    parts of ``operations``, and its pictures
+jitter                              the longest of many round trips, for ``decode``
+deepep_figures                      what ``deepep`` compares, and how it is printed
 node_bytes                          what ``nodes`` expects of the counters
 matmul_cases, matmul_candidates     what ``matmul`` multiplies, and by what
 matmul_rings, ring                  one of the candidates

@@ -8,6 +8,7 @@ import os
 
 import jax
 
+from benchmarks import results
 from benchmarks.gpu import decode, deepep, kernels, matmul, nodes, operations, processes, quick
 
 COMMANDS = (operations, quick, decode, deepep, processes, nodes, kernels, matmul)
@@ -28,8 +29,11 @@ def main() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_options(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, show_all=module.show_all)
     options = parser.parse_args()
+    if options.load:
+        options.show_all(results.load(options.load), options.load)
+        return
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", SMOKE_DEVICES)
     options.run(options)

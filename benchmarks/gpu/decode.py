@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,18 +152,19 @@ def _rows(shapes: Json) -> Iterator[list[str]]:
             yield [name, mover, *(number(median, 1) for median in medians)]
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     results.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     with results.folder(options) as folder:
         described = machine.describe_gpus(options.commit)
         device, count = results.slug(described["device"]), described["devices"]
         path = folder / f"gpu-decode-{device}-x{count}.json"
         session = Session(path, described, BUDGET_S)
         measure(session, options.smoke)
-        show(path, lines(session.result))
+        show_all(session.result, path)

@@ -213,6 +213,10 @@ def _printed(runs: list[Json], shapes: Json) -> Iterator[list[str]]:
                 yield [shape, what, str(turn + 1), *found]
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, metavar="PATH", help="a checkout of DeepEP V1")
     this = Path(sys.executable)
@@ -221,9 +225,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     with results.folder(options) as folder:
         result, path = by_turns(options, folder)
-        show(path, lines(result))
+        show_all(result, path)

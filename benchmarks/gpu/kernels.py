@@ -124,6 +124,10 @@ def _row(entry: Json) -> list[str]:
     return [entry["shape"], entry["phase"], f"`{entry['kernel']}`", *moved, rate]
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", help=f"default {' '.join(SHAPES)}")
     parser.add_argument("--profiled", nargs="+", help=argparse.SUPPRESS)  # the program under ncu
@@ -131,9 +135,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     if options.profiled or options.smoke:
         round_trips(options.profiled or list(SMOKE_SHAPES))
         return
@@ -146,4 +147,4 @@ def run(options: argparse.Namespace) -> None:
     with results.folder(options) as folder:
         path = folder / f"gpu-kernels-{results.slug(described['device'])}.json"
         results.write(path, result)
-        show(path, lines(result))
+        show_all(result, path)

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from benchmarks import machine, results
 from benchmarks.gpu.matmul_candidates import CANDIDATES, DENSE, VARIANTS, Candidate, Kernels
@@ -181,6 +182,10 @@ def of_options(options: argparse.Namespace) -> tuple[tuple[Candidate, ...], tupl
     return candidates, SMOKE_SHAPES if options.smoke else shapes
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="variants of our kernels")
     parser.add_argument("--check", metavar="NAME", help="checks one candidate and measures nothing")
@@ -188,9 +193,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     if options.check:
         widths = SMOKE_CHECK_WIDTHS if options.smoke else CHECK_WIDTHS
         named = {candidate.name: candidate for candidate in of_options(options)[0]}
@@ -202,4 +204,4 @@ def run(options: argparse.Namespace) -> None:
         path = folder / f"{name}-{results.slug(described['device'])}.json"
         session = Session(path, described, BUDGET_S)
         measure(session, options)
-        show(path, lines(session.result))
+        show_all(session.result, path)

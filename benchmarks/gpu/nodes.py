@@ -222,6 +222,10 @@ def lines(result: Json) -> Iterator[str]:
     yield from comparison(result, (DIRECT, HIERARCHICAL), rows, shown)
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=4, help="ranks; default 4")
     parser.add_argument("--ranks-per-node", type=int, default=2, help="default 2")
@@ -232,9 +236,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     count, per_node = options.processes, options.ranks_per_node
     if count % per_node:
         raise SystemExit(
@@ -262,6 +263,6 @@ def run(options: argparse.Namespace) -> None:
             result,
             lambda m: folder / f"gpu-nodes-{results.slug(m['device'])}-x{len(set(gpus))}.json",
         )
-        show(path, lines(result))
+        show_all(result, path)
     if result["failed"]:
         raise SystemExit(1)

@@ -87,9 +87,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show_all(results.load(options.load), options.load)
-        return
     known = SMOKE_SHAPES if options.smoke else SHAPES
     names = {"all": list(known), "first": [known[0]]}.get(options.shapes[0], options.shapes)
     ranks = options.ranks or jax.device_count()

@@ -84,6 +84,10 @@ def lines(result: Json) -> Iterator[str]:
     yield from comparison(result, (ONE, MANY), rows)
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     default = (SHAPES[0], SHAPES[1], SHAPES[4])
     parser.add_argument("--shapes", nargs="+", help=f"default {' '.join(default)}")
@@ -92,9 +96,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     gpus = SMOKE_RANKS if options.smoke else len(visible_gpus())
     settings = {
         "shapes": options.shapes or [*(SMOKE_SHAPES if options.smoke else options.default_shapes)],
@@ -114,6 +115,6 @@ def run(options: argparse.Namespace) -> None:
             result,
             lambda m: folder / f"gpu-processes-{results.slug(m['device'])}-x{gpus}.json",
         )
-        show(path, lines(result))
+        show_all(result, path)
     if result["failed"]:
         raise SystemExit(1)

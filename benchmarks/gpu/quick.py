@@ -118,15 +118,16 @@ def _best(of_runs: list[Headline]) -> float | None:
     return (max if of_runs[0].at_least else min)(values, default=None)
 
 
+def show_all(result: Json, path: Path) -> None:
+    show(path, lines(result))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before", type=Path, metavar="PATH", help="another build, see above")
     results.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.load:
-        show(options.load, lines(results.load(options.load)))
-        return
     with results.folder(options, default=None) as folder:
         if options.before:
             result, path = compare(options, folder)
@@ -137,4 +138,4 @@ def run(options: argparse.Namespace) -> None:
             session = Session(path, described, BUDGET_S)
             measure(session, options.smoke)
             result = session.result
-        show(path, lines(result))
+        show_all(result, path)
