@@ -44,8 +44,9 @@ def far(lab, mode):
 
         def start(steps, *more):
             arguments = (mode, steps, TIMEOUT_S, *more)
-            how = {"per_host": PER_HOST[mode], "heap": "256M"}  # making it takes time
-            processes = lab.start(hosts, programs.runs, *arguments, **how)
+            processes = lab.start(
+                hosts, programs.runs, *arguments, per_host=PER_HOST[mode], heap="256M"
+            )
             wait_until_all_run(processes)
             return hosts, processes
 
