@@ -25,7 +25,8 @@ namespace smfree::cuda {
 namespace {
 
 // slots[t] = value for every slot.
-__device__ void FillSlots(const GroupConstants& g, const CombineRecvArrays& a, int32_t t, float value) {
+__device__ void FillSlots(const GroupConstants& g, const CombineRecvArrays& a, int32_t t,
+                          float value) {
   for (int32_t k = threadIdx.x % kWarp; a.slots && k < g.top_k; k += kWarp) {
     a.slots[int64_t{t} * g.top_k + k] = value;
   }
