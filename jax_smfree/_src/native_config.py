@@ -4,14 +4,15 @@
 from jax_smfree import _native
 from jax_smfree._src.config import EpConfig
 
-# The default of EpConfig.sm_push_bytes: where the copy engine overtakes (docs/performance.md), and
-# so much for all peers together that these buffers do not grow with the ranks.
-_OVERTAKEN_BYTES = 8 << 20
-_ALL_PEERS_BYTES = 16 << 20
+# The default of EpConfig.sm_push_bytes: as far as storing was found to take less time on the SMs
+# than leaving rows to the copy engine (docs/performance.md), and so much for all ranks together
+# that these buffers do not grow with them.
+_MOST_BYTES = 8 << 20
+_ALL_RANKS_BYTES = 16 << 20
 
 
 def sm_push_bytes(num_ranks: int) -> int:
-    return min(_OVERTAKEN_BYTES, _ALL_PEERS_BYTES // num_ranks)
+    return min(_MOST_BYTES, _ALL_RANKS_BYTES // num_ranks)
 
 
 def native_config(config: EpConfig, num_ranks: int) -> _native.GroupConfig:
