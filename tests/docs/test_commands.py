@@ -51,6 +51,7 @@ BY_TEST = {
     ),
     "pip wheel . --no-deps": "packaging/test_installed.py::test_files",
     "python -m benchmarks.cpu": "cli/test_benchmarks.py::test_cpu",
+    "python -m benchmarks.cpu --rows 1 8 32 --budget 1": "cli/test_benchmarks.py::test_cpu",
     "python -m benchmarks.cpu --load benchmarks/results/cpu-amd-epyc-2.json": (
         "cli/test_benchmarks.py::test_tables_are_made_of_results"
     ),
