@@ -75,7 +75,7 @@ SHAPES = (
     Shape(65536, 7168, 2048, 32),
     Shape(1024, 7168, 2048, 128),
 )
-TUNE_SHAPES = SHAPES[:3]
+TUNE_SHAPES = SHAPES[:1]
 SMOKE_SHAPES = (Shape(256, 64, 32, 4),)
 CHECK_SIZES = (130, 0, 7, 700, 1, 0, 256, 513, 65, 0)
 CHECK_WIDTHS = (2048, 4096)  # several tiles for each SM
@@ -135,23 +135,22 @@ def as_jax(result: Any) -> Array:
 
 
 def relative_errors(runs: dict[str, Run], operands: Operands, groups: Any) -> dict[str, float]:
-    """Of some groups, against float32."""
+    """Of some groups, against float32 in NumPy: XLA would compile and tune each size of a group."""
     x, w, group_sizes, dy = operands
-    matmul = functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
     ends = np.cumsum(group_sizes)
     worst = {}
     for name, run in runs.items():
         found, worst[name] = as_jax(run()), 0.0
         for group in groups:
             rows = slice(int(ends[group] - group_sizes[group]), int(ends[group]))
-            xs, dys, ws = (a.astype(jnp.float32) for a in (x[rows], dy[rows], w[group]))
-            got = (found[group] if name == "dw" else found[rows]).astype(jnp.float32)
-            pairs = {"forward": (xs, ws), "dx": (dys, ws.T), "dw": (xs.T, dys)}
-            want = matmul(*pairs[name])
+            xs, dys, ws = (np.asarray(a, np.float32) for a in (x[rows], dy[rows], w[group]))
+            got = np.asarray(found[group] if name == "dw" else found[rows], np.float32)
+            left, right = {"forward": (xs, ws), "dx": (dys, ws.T), "dw": (xs.T, dys)}[name]
+            want = left @ right
             # Of an empty group nothing is left, or the zeros of dw.
-            error = jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-30)
+            error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
             # Of a NaN, which is no JSON, the error is as large as can be.
-            worst[name] = max(worst[name], min(float(jnp.nan_to_num(error, nan=1e9)), 1e9))
+            worst[name] = max(worst[name], min(float(np.nan_to_num(error, nan=1e9)), 1e9))
     return worst
 
 

@@ -68,9 +68,10 @@ def versions(packages: dict[str, str]) -> Iterator[Finding]:
 
 def kernels(packages: dict[str, str], gpus: int) -> Iterator[Finding]:
     """What the grouped matmul needs on the GPUs of this host."""
-    if gpus and _minor(packages.get("jax", "")) == ("0", "10") and "absl-py" not in packages:
-        cure = "The grouped matmul's Pallas kernels need it under JAX 0.10: pip install absl-py."
-        yield Finding("software", "absl-py", "none", "warning", cure)
+    version = packages.get("jax", "")
+    if gpus and _minor(version) == ("0", "10"):
+        cure = "The grouped matmul's kernels for Hopper need 0.11 or newer: pip install -U jax."
+        yield Finding("software", "grouped matmul", f"JAX {version}", "warning", cure)
 
 
 def build(gpus: int) -> Iterator[Finding]:

@@ -2,14 +2,17 @@
 # mypy: disable-error-code="attr-defined,abstract"
 """Grouped matrix multiplications for Hopper GPUs, in Pallas.
 
-    grouped_matmul          out[n] = x[n] @ w[g]        for the rows n of group g
+    grouped_matmul          out[n] = sum of x[n] @ w[g], over pairs (x, w), for rows n of group g
     grouped_outer_product   out[g] = x[rows of g]^T @ y[rows of g]
 
-Group g has the next group_sizes[g] rows; groups start and end at any row. Both kernels are one
-block per SM, which loops over tiles of the output: a memory warpgroup loads the operands of the
-next steps with TMA while two compute warpgroups multiply, each one half of the rows of the tile.
-Neither touches rows past sum(group_sizes), apart from what is said about ``y`` below, and their
-time does not depend on how many there are.
+Group g has the next group_sizes[g] rows; groups start and end at any row. Neither kernel touches
+rows past sum(group_sizes), apart from what is said about ``y`` below, and their time does not
+depend on how many there are. `jax_smfree.nn.hopper_ring` says how a block works.
+
+In ``grouped_matmul`` a tile is of the transposed result: the rows of a group are the columns of the
+instruction, of which it takes any multiple of 8. So a tile is about as large as what is left of its
+group, and not 128 rows. Two blocks of a cluster multiply neighbouring columns with the same rows,
+which they load once.
 
 Traits of the hardware that the code below is made of: TMA loads start at rows that are multiples of
 8 (a swizzle atom), and what a load finds past the end of an array is zero; TMA stores have a static
@@ -17,6 +20,7 @@ number of rows.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,214 +29,251 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ATOM = 8  # rows of a swizzle atom
-COLUMNS = 64  # of a swizzle atom: 128 bytes
-WARPGROUPS = 2  # that compute
-MEMORY_REGISTERS = 40  # of a thread that only issues loads; the others get the rest
+from jax_smfree.nn.hopper_ring import (
+    ATOM,
+    DEPTH,
+    HALF,
+    TILE,
+    WIDTH,
+    Ring,
+    block_of_cluster,
+    call,
+    copy_to_all,
+    load_steps,
+    multiply_steps,
+    run_tiles,
+    warpgroup,
+    with_ring,
+)
 
-
-class Tiles(NamedTuple):
-    """Sizes of one step: ``rows`` x ``columns`` of the output, ``depth`` of the contraction."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int  # steps whose operands are in shared memory at a time
-
-
-MATMUL_TILES = Tiles(rows=128, columns=256, depth=64, stages=4)
-OUTER_TILES = Tiles(rows=128, columns=256, depth=64, stages=4)
+# Rows of a tile of grouped_matmul: the least and so many units more. With fewer than the least a
+# group takes as long as its weights need to arrive.
+LEAST, UNIT = 128, 32
+WIDTHS = range(LEAST, WIDTH + 1, UNIT)
 
 
 def grouped_matmul(
-    x: Array,
-    w: Array,
+    xs: Sequence[Array],
+    ws: Sequence[Array],
     group_sizes: Array,
     *,
     num_sms: int,
     transpose: bool = False,
-    tiles: Tiles = MATMUL_TILES,
 ) -> Array:
-    """``x`` [N, K], ``w`` [G, K, M] (``transpose``: [G, M, K]), int32 [G] -> [N, M].
+    """``xs`` each [N, K], ``ws`` each [G, K, M] (``transpose``: [G, M, K]), int32 [G] -> [N, M].
 
-    16-bit floats, sums in float32. K is a multiple of 64 and M of 128. Rows of the result past
-    ``sum(group_sizes)`` are whatever the memory held.
+    16-bit floats, sums in float32, also those over the pairs. K is a multiple of 64 and M of 128.
+    Rows of the result past ``sum(group_sizes)`` are whatever the memory held.
     """
-    num_rows, contracted = x.shape
-    columns = w.shape[1] if transpose else w.shape[2]
-    table = _row_tiles(group_sizes, num_rows, tiles.rows)
-    column_tiles = pl.cdiv(columns, tiles.columns)
-    half = tiles.rows // WARPGROUPS
+    num_rows, contracted = xs[0].shape
+    columns = ws[0].shape[1] if transpose else ws[0].shape[2]
+    dtype = xs[0].dtype
+    blocks = 2 if columns % (2 * TILE) == 0 else 1
+    of_a_row = columns // (TILE * blocks)  # tiles, each of all blocks of a cluster
+    of_a_pair = contracted // DEPTH  # steps
+    steps = len(xs) * of_a_pair
+    w_step = (TILE, DEPTH) if transpose else (DEPTH, TILE)
 
-    x_spec = _block((tiles.rows, tiles.depth), lambda k: (0, k))
-    w_spec = (
-        _block((tiles.columns, tiles.depth), lambda k: (0, k))
-        if transpose
-        else _block((tiles.depth, tiles.columns), lambda k: (k, 0))
-    )
+    def kernel(count: Any, table: Any, *arrays: Any) -> None:
+        x_refs, w_refs, out = arrays[: len(xs)], arrays[len(xs) : -1], arrays[-1]
 
-    def kernel(
-        count: Any, group: Any, first: Any, begin: Any, end: Any, x: Any, w: Any, out: Any
-    ) -> None:
-        def pipeline(body: Any, context: Any) -> Any:
-            return _pipeline(body, context, contracted // tiles.depth, tiles, (x_spec, w_spec))
+        def place(index: Any) -> _Place:
+            """Of a group's tiles those of the same columns follow each other."""
+            row = jax.lax.div(index, jnp.int32(of_a_row))
+            base, number = table[row, 0], table[row, 1]
+            index = index - base * of_a_row
+            tile = base + jax.lax.rem(index, number)
+            column = jax.lax.div(index, number) * blocks + block_of_cluster(blocks)
+            group, begin, end, first, width = (table[tile, i] for i in range(2, 7))
+            return _Place(group, begin, end, first, width, column)
 
-        @functools.partial(
-            pl.run_scoped,
-            allocations=pipeline(_nothing, _nothing).get_allocations(x, w.at[0]),
-            staging=_staging(half, x.dtype),
-            collective_axes="warpgroup",
-        )
-        def _(allocations: Any, staging: Any) -> None:
-            warpgroup = jax.lax.axis_index("warpgroup")
+        def run(ring: Ring, staging: Any) -> None:
+            def load(at: _Place, done: Any) -> Any:
+                def of_width(width: int) -> None:
+                    def copies(x: Any, w: Any, step: Any, slot: Any, ready: Any) -> None:
+                        k = pl.ds(step * DEPTH, DEPTH)
+                        rows = pl.ds(pl.multiple_of(at.first, ATOM), width)
+                        copy_to_all(ring, x.at[rows, k], ring.b.at[slot, pl.ds(0, width)], ready)
+                        m = pl.ds(at.column * TILE, TILE)
+                        source = w.at[at.group, m, k] if transpose else w.at[at.group, k, m]
+                        plgpu.copy_gmem_to_smem(source, ring.a.at[slot], ready)
 
-            @plgpu.nd_loop((count[0] * column_tiles,), collective_axes="sm")
-            def _(loop: plgpu.NDLoopInfo) -> None:
-                tile = jax.lax.div(loop.index[0], jnp.int32(column_tiles))
-                column = jax.lax.rem(loop.index[0], jnp.int32(column_tiles)) * tiles.columns
-                first_row = pl.multiple_of(first[tile], ATOM)
-                own_row = first_row + warpgroup * half
-                begins, ends = begin[tile], end[tile]
+                    for pair, (x, w) in enumerate(zip(x_refs, w_refs, strict=True)):
+                        before = done + pair * of_a_pair
+                        load_steps(ring, before, of_a_pair, functools.partial(copies, x, w))
 
-                def multiply(_: Any, x_step: Any, w_step: Any, acc: Any) -> Any:
-                    w_step = w_step.transpose((1, 0)) if transpose else w_step
-                    plgpu.wgmma(acc, x_step.at[pl.ds(warpgroup * half, half)], w_step)
-                    plgpu.wgmma_wait(0)
-                    return acc
+                _switch(at.width, of_width)
+                return done + steps
 
-                def store(acc: Any) -> None:
-                    # Only rows of this group: the others of the tile belong to its neighbours.
-                    skip = jax.lax.clamp(0, begins - own_row, half)
-                    size = jax.lax.clamp(0, ends - own_row, half) - skip
-                    for part in range(tiles.columns // COLUMNS):
-                        slot = staging.at[warpgroup, part % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        columns = slice(part * COLUMNS, (part + 1) * COLUMNS)
-                        slot[...] = acc[:, columns].astype(out.dtype)
+            def multiply(at: _Place, done: Any) -> Any:
+                own = pl.ds(warpgroup() * HALF, HALF)
+
+                def of_width(width: int) -> None:
+                    def operands(slot: Any) -> tuple[Any, Any]:
+                        a = ring.a.at[slot]
+                        a = a.at[own] if transpose else a.at[:, own].transpose((1, 0))
+                        return a, ring.b.at[slot, pl.ds(0, width)].transpose((1, 0))
+
+                    acc = multiply_steps(ring, width, done, steps, operands)
+                    for part, begin in enumerate(range(0, width, HALF)):
+                        rows = min(HALF, width - begin)
+                        slot = staging.at[warpgroup(), part % 2, pl.ds(0, rows)]
+                        plgpu.wait_smem_to_gmem(min(part, 1), wait_read_only=True)
+                        values = acc[:, begin : begin + rows].astype(out.dtype)
+                        slot.transpose((1, 0))[...] = values
                         plgpu.commit_smem()
-                        to = out.at[:, pl.ds(column + part * COLUMNS, COLUMNS)]
-                        _store_rows(slot, to, own_row, skip, size)
+                        # Only rows of this group: the others belong to its neighbours.
+                        row = at.first + begin
+                        skip = jax.lax.clamp(0, at.begin - row, rows)
+                        size = jax.lax.clamp(0, at.end - row, rows) - skip
+                        to = out.at[:, pl.ds(at.column * TILE + warpgroup() * HALF, HALF)]
+                        _store_rows(slot, to, row, skip, size)
+                    # Waits for nothing, as two stores are under way at most. But it differs from
+                    # width to width, so LLVM does not merge the ends of their code, for which
+                    # ptxas would then have too few registers, and let each wgmma wait.
+                    plgpu.wait_smem_to_gmem(1 + width // UNIT, wait_read_only=True)
 
-                pipeline(multiply, _accumulate((half, tiles.columns), store))(
-                    x.at[pl.ds(first_row, tiles.rows), :],
-                    w.at[group[tile], pl.ds(column, tiles.columns), :]
-                    if transpose
-                    else w.at[group[tile], :, pl.ds(column, tiles.columns)],
-                    allocations=allocations,
-                )
+                _switch(at.width, of_width)
+                return done + steps
 
-            plgpu.wait_smem_to_gmem(0)
+            run_tiles(ring, place, count[0] * of_a_row, load, multiply)
 
-    shape = jax.ShapeDtypeStruct((num_rows, columns), x.dtype)
-    out: Array = _call(kernel, shape, num_sms, "grouped_matmul")(*table, x, w)
+        with_ring(run, w_step, (WIDTH, DEPTH), dtype, blocks)
+
+    table = _tiles_of_rows(group_sizes, num_rows)
+    shape = jax.ShapeDtypeStruct((num_rows, columns), dtype)
+    name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
+    out: Array = call(kernel, shape, num_sms, blocks, name)(*table, *xs, *ws)
     return out
 
 
-def grouped_outer_product(
-    x: Array, y: Array, group_sizes: Array, *, num_sms: int, tiles: Tiles = OUTER_TILES
-) -> Array:
+def grouped_outer_product(x: Array, y: Array, group_sizes: Array, *, num_sms: int) -> Array:
     """``x`` [N, K], ``y`` [N, M], int32 [G] -> [G, K, M]; zero for an empty group.
 
-    16-bit floats, sums in float32. K is a multiple of 128 and M of 64. The last step of a
-    group reads up to ``tiles.depth`` rows after it, whose ``x`` is masked and whose ``y`` must
-    be finite.
+    16-bit floats, sums in float32. K is a multiple of 128 and M of 64. The last step of a group
+    reads up to ``DEPTH`` rows after it, whose ``x`` is masked and whose ``y`` must be finite.
     """
-    num_rows, out_rows = x.shape
-    columns = y.shape[1]
-    num_groups = group_sizes.shape[0]
-    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    begins = ends - group_sizes
-    row_tiles = pl.cdiv(out_rows, tiles.rows)
-    column_tiles = pl.cdiv(columns, tiles.columns)
-    half = tiles.rows // WARPGROUPS
-
-    specs = (
-        _block((tiles.depth, tiles.rows), lambda k: (k, 0)),
-        _block((tiles.depth, tiles.columns), lambda k: (k, 0)),
-    )
-
-    def kernel(begin: Any, end: Any, x: Any, y: Any, out: Any) -> None:
-        def pipeline(body: Any, context: Any, steps: Any) -> Any:
-            return _pipeline(body, context, steps, tiles, specs)
-
-        @functools.partial(
-            pl.run_scoped,
-            allocations=pipeline(_nothing, _nothing, jnp.int32(1)).get_allocations(x, y),
-            staging=_staging(half, x.dtype),
-            collective_axes="warpgroup",
-        )
-        def _(allocations: Any, staging: Any) -> None:
-            warpgroup = jax.lax.axis_index("warpgroup")
-
-            @plgpu.nd_loop((num_groups, row_tiles, column_tiles), collective_axes="sm")
-            def _(loop: plgpu.NDLoopInfo) -> None:
-                group, row, column = loop.index
-                row, column = row * tiles.rows, column * tiles.columns
-                begins, ends = begin[group], end[group]
-                first_row = jax.lax.div(begins, jnp.int32(ATOM)) * ATOM
-                first_row = pl.multiple_of(first_row, ATOM)
-                # An empty group has one step, all of it masked, which leaves zeros.
-                steps = jnp.maximum(pl.cdiv(ends - first_row, tiles.depth), 1)
-
-                def multiply(index: Any, x_step: Any, y_step: Any, acc: Any) -> Any:
-                    own = x_step.at[:, pl.ds(warpgroup * half, half)]
-                    at = first_row + index[0] * tiles.depth
-
-                    @pl.when((at < begins) | (at + tiles.depth > ends))
-                    def _() -> None:
-                        rows = at + plgpu.broadcasted_iota(
-                            jnp.int32, (tiles.depth, half), 0, layout=plgpu.Layout.WGMMA
-                        )
-                        kept = (rows >= begins) & (rows < ends)
-                        values = plgpu.layout_cast(own[...], plgpu.Layout.WGMMA)
-                        own[...] = jnp.where(kept, values, jnp.zeros_like(values))
-                        plgpu.commit_smem()
-
-                    plgpu.wgmma(acc, own.transpose((1, 0)), y_step)
-                    plgpu.wgmma_wait(0)
-                    return acc
-
-                def store(acc: Any) -> None:
-                    for part in range(tiles.columns // COLUMNS):
-                        slot = staging.at[warpgroup, part % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        columns = slice(part * COLUMNS, (part + 1) * COLUMNS)
-                        slot[...] = acc[:, columns].astype(out.dtype)
-                        plgpu.commit_smem()
-                        own_row = row + warpgroup * half
-                        to = out.at[
-                            group, pl.ds(own_row, half), pl.ds(column + part * COLUMNS, COLUMNS)
-                        ]
-                        plgpu.copy_smem_to_gmem(slot, to)
-
-                pipeline(multiply, _accumulate((half, tiles.columns), store), steps)(
-                    x.at[pl.ds(first_row, num_rows), pl.ds(row, tiles.rows)],
-                    y.at[pl.ds(first_row, num_rows), pl.ds(column, tiles.columns)],
-                    allocations=allocations,
-                )
-
-            plgpu.wait_smem_to_gmem(0)
-
-    shape = jax.ShapeDtypeStruct((num_groups, out_rows, columns), x.dtype)
-    out: Array = _call(kernel, shape, num_sms, "grouped_outer_product")(begins, ends, x, y)
-    return out
-
-
-def _row_tiles(group_sizes: Array, num_rows: int, tile_rows: int) -> tuple[Array, ...]:
-    """The tiles of rows, of one group each: (their number, and of each its group, its first row,
-    and where the group's rows in it or after it begin and end)."""
+    out_rows, columns = x.shape[1], y.shape[1]
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     begins = ends - group_sizes
     firsts = begins // ATOM * ATOM
-    counts = jnp.where(group_sizes > 0, pl.cdiv(ends - firsts, tile_rows), 0)
+    # An empty group has one step, all of it masked, which leaves zeros.
+    steps = jnp.maximum(pl.cdiv(ends - firsts, DEPTH), 1)
+    table = jnp.stack([firsts, begins, ends, steps], axis=1).astype(jnp.int32)
+    column_tiles = pl.cdiv(columns, WIDTH)
+    of_a_group = (out_rows // TILE) * column_tiles
+
+    def kernel(table: Any, x: Any, y: Any, out: Any) -> None:
+        def place(index: Any) -> _Product:
+            group = jax.lax.div(index, jnp.int32(of_a_group))
+            index = jax.lax.rem(index, jnp.int32(of_a_group))
+            row = jax.lax.div(index, jnp.int32(column_tiles))
+            column = jax.lax.rem(index, jnp.int32(column_tiles))
+            return _Product(group, row, column, *(table[group, i] for i in range(4)))
+
+        def run(ring: Ring, staging: Any) -> None:
+            def load(at: _Product, done: Any) -> Any:
+                def copies(step: Any, slot: Any, ready: Any) -> None:
+                    rows = pl.ds(pl.multiple_of(at.first, ATOM) + step * DEPTH, DEPTH)
+                    source = y.at[rows, pl.ds(at.column * WIDTH, WIDTH)]
+                    copy_to_all(ring, source, ring.b.at[slot], ready)
+                    source = x.at[rows, pl.ds(at.row * TILE, TILE)]
+                    plgpu.copy_gmem_to_smem(source, ring.a.at[slot], ready)
+
+                load_steps(ring, done, at.steps, copies)
+                return done + at.steps
+
+            def multiply(at: _Product, done: Any) -> Any:
+                own = pl.ds(warpgroup() * HALF, HALF)
+
+                def mask(step: Any, slot: Any) -> None:
+                    row = at.first + step * DEPTH
+
+                    @pl.when((row < at.begin) | (row + DEPTH > at.end))
+                    def _() -> None:
+                        # Not in Layout.WGMMA_TRANSPOSED: its iota was off by one on an H200.
+                        block = ring.a.at[slot, :, own]
+                        rows = row + plgpu.broadcasted_iota(
+                            jnp.int32, (DEPTH, HALF), 0, layout=plgpu.Layout.WGMMA
+                        )
+                        kept = (rows >= at.begin) & (rows < at.end)
+                        values = plgpu.layout_cast(block[...], plgpu.Layout.WGMMA)
+                        block[...] = jnp.where(kept, values, jnp.zeros_like(values))
+                        plgpu.commit_smem()
+
+                def operands(slot: Any) -> tuple[Any, Any]:
+                    return ring.a.at[slot, :, own].transpose((1, 0)), ring.b.at[slot]
+
+                acc = multiply_steps(ring, WIDTH, done, at.steps, operands, mask)
+                for part, begin in enumerate(range(0, WIDTH, HALF)):
+                    slot = staging.at[warpgroup(), part % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    slot[...] = acc[:, begin : begin + HALF].astype(out.dtype)
+                    plgpu.commit_smem()
+                    rows = pl.ds(at.row * TILE + warpgroup() * HALF, HALF)
+                    to = out.at[at.group, rows, pl.ds(at.column * WIDTH + begin, HALF)]
+                    plgpu.copy_smem_to_gmem(slot, to)
+                return done + at.steps
+
+            run_tiles(ring, place, jnp.int32(num_groups * of_a_group), load, multiply)
+
+        with_ring(run, (DEPTH, TILE), (DEPTH, WIDTH), x.dtype, blocks=1)
+
+    shape = jax.ShapeDtypeStruct((num_groups, out_rows, columns), x.dtype)
+    out: Array = call(kernel, shape, num_sms, 1, "grouped_outer_product")(table, x, y)
+    return out
+
+
+class _Place(NamedTuple):
+    """A tile of grouped_matmul; ``column`` counts tiles, ``width`` units above the least."""
+
+    group: Any
+    begin: Any
+    end: Any
+    first: Any
+    width: Any
+    column: Any
+
+
+class _Product(NamedTuple):
+    """A tile of grouped_outer_product; ``row`` and ``column`` count tiles."""
+
+    group: Any
+    row: Any
+    column: Any
+    first: Any
+    begin: Any
+    end: Any
+    steps: Any
+
+
+def _tiles_of_rows(group_sizes: Array, num_rows: int) -> tuple[Array, Array]:
+    """The number of tiles, and of each: the first tile of its group, their number, the group,
+    where its rows begin and end, the first row of the tile, and its width, as a number of units
+    above the least. The tiles of a group are as few as can be, and differ by one unit at most."""
+    num_groups = group_sizes.shape[0]
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    begins = ends - group_sizes
+    firsts = begins // ATOM * ATOM
+    units = jnp.where(group_sizes > 0, pl.cdiv(ends - firsts, UNIT), 0)
+    counts = pl.cdiv(units, WIDTH // UNIT)
     last = jnp.cumsum(counts, dtype=jnp.int32)
-    most = pl.cdiv(num_rows + (ATOM - 1) * num_groups, tile_rows) + num_groups
+    most = pl.cdiv(num_rows + (ATOM - 1) * num_groups, WIDTH) + num_groups
     tile = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(last, tile, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
-    first = firsts[group] + (tile - (last - counts)[group]) * tile_rows
-    return last[-1:], group, first, begins[group], ends[group]
+    base, count = (last - counts)[group], jnp.maximum(counts[group], 1)
+    each, more = units[group] // count, units[group] % count
+    index = tile - base
+    first = firsts[group] + (index * each + jnp.minimum(index, more)) * UNIT
+    width = jnp.maximum(each + (index < more) - LEAST // UNIT, 0)
+    rows = [base, count, group, begins[group], ends[group], first, width]
+    return last[-1:], jnp.stack(rows, axis=1).astype(jnp.int32)
+
+
+def _switch(width: Any, body: Callable[[int], None]) -> None:
+    jax.lax.switch(width, [functools.partial(body, each) for each in WIDTHS])
 
 
 def _store_rows(staged: Any, out: Any, own_row: Any, skip: Any, size: Any) -> None:
@@ -251,55 +292,3 @@ def _store_rows(staged: Any, out: Any, own_row: Any, skip: Any, size: Any) -> No
         skip = skip + (size & bit)
         bit //= 2
     plgpu.commit_smem_to_gmem_group()
-
-
-def _accumulate(shape: tuple[int, int], store: Any) -> Any:
-    def context(run_pipeline: Any) -> None:
-        @functools.partial(pl.run_scoped, acc=plgpu.ACC(shape, jnp.float32))
-        def _(acc: Any) -> None:
-            run_pipeline(acc)
-            store(acc[...])
-
-    return context
-
-
-def _pipeline(body: Any, context: Any, steps: Any, tiles: Tiles, specs: Any) -> Any:
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(steps,),
-        memory_registers=MEMORY_REGISTERS,
-        in_specs=specs,
-        wg_axis="warpgroup",
-        num_compute_wgs=WARPGROUPS,
-        max_concurrent_steps=tiles.stages,
-        compute_context=context,
-    )
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In the place of functions that say nothing about the allocations of a pipeline."""
-
-
-def _swizzled(rows: int) -> tuple[plgpu.Transform, ...]:
-    return plgpu.TilingTransform((rows, COLUMNS)), plgpu.SwizzleTransform(128)
-
-
-def _block(shape: tuple[int, int], index_map: Any) -> plgpu.BlockSpec:
-    return plgpu.BlockSpec(shape, index_map, transforms=_swizzled(ATOM))
-
-
-def _staging(rows: int, dtype: Any) -> Any:
-    return plgpu.SMEM((WARPGROUPS, 2, rows, COLUMNS), dtype, transforms=_swizzled(1))
-
-
-def _call(kernel: Any, out: jax.ShapeDtypeStruct, num_sms: int, name: str) -> Any:
-    return plgpu.kernel(
-        kernel,
-        out_type=out,
-        grid=(num_sms,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )

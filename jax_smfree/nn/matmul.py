@@ -5,7 +5,7 @@ import functools
 import importlib
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +32,9 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     Raises:
       ValueError, TypeError: for wrong shapes, or ``x`` and ``w`` that are not of one float dtype.
 
-    On a Hopper GPU, for bfloat16 and float16 with H and F multiples of 128, these are the kernels
-    of `jax_smfree.nn.hopper`; anything else is ``jax.lax.ragged_dot``. Inside ``jax.shard_map``
-    the mesh says which device it is, outside the default device does.
+    On a Hopper GPU, for bfloat16 and float16 with H and F multiples of 128 and from JAX 0.11 on,
+    these are the kernels of `jax_smfree.nn.hopper`; anything else is ``jax.lax.ragged_dot``. Inside
+    ``jax.shard_map`` the mesh says which device it is, outside the default device does.
 
     Example:
       >>> w = jnp.stack([jnp.eye(16), 3 * jnp.eye(16)])
@@ -42,13 +42,24 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
       >>> jnp.allclose(y[:10], x[:10]), jnp.allclose(y[10:], 3 * x[10:])
       (Array(True, dtype=bool), Array(True, dtype=bool))
     """
-    x, w, group_sizes = _operands("grouped_matmul", x, w, group_sizes)
-    num_sms = _sms_of_hopper()
-    if num_sms is None or not _suits_kernels(x, w) or _kernels() is None:
-        return jax.lax.ragged_dot(x, w, group_sizes)
-    axes = compat.varying_axes(x) | compat.varying_axes(w)
-    x, w, group_sizes = (compat.varying(v, axes) for v in (x, w, group_sizes))
-    return _on_hopper(x, w, group_sizes, num_sms)
+    (y,) = grouped_matmuls(x, (w,), group_sizes)
+    return y
+
+
+def grouped_matmuls(x: Array, ws: Sequence[Array], group_sizes: Array) -> tuple[Array, ...]:
+    """`grouped_matmul` with each of the ``ws``, all of one shape.
+
+    On a Hopper GPU the gradient of ``x`` is one matmul over all of them, which reads and writes no
+    sums in between.
+    """
+    checked = [_operands("grouped_matmul", x, w, group_sizes) for w in ws]
+    (x, _, sizes), ws = checked[0], [w for _, w, _ in checked]
+    num_sms, alike = _sms_of_hopper(), len({w.shape for w in ws}) == 1
+    if num_sms is None or not (alike and _suits_kernels(x, ws[0])) or _kernels() is None:
+        return tuple(jax.lax.ragged_dot(x, w, sizes) for w in ws)
+    axes = frozenset().union(*map(compat.varying_axes, (x, *ws)))
+    x, sizes, *ws = (compat.varying(v, axes) for v in (x, sizes, *ws))
+    return _on_hopper(x, tuple(ws), sizes, num_sms)
 
 
 def block_matmul(x: Array, w: Array, group_sizes: Array, *, block_rows: int) -> Array:
@@ -122,35 +133,37 @@ def _suits_kernels(x: Array, w: Array) -> bool:
 @functools.cache
 def _kernels() -> Any:
     """`jax_smfree.nn.hopper`, which not every program needs and which takes a while to import."""
-    try:
+    if jax.__version_info__ >= (0, 11):
         return importlib.import_module("jax_smfree.nn.hopper")
-    except ImportError as error:
-        warnings.warn(
-            f"jax_smfree: grouped_matmul takes jax.lax.ragged_dot, which is many times slower than "
-            f"the kernels for this GPU, because Pallas is not complete: {error}. JAX 0.10 needs "
-            "'pip install absl-py' for it.",
-            stacklevel=3,
-        )
-        return None
+    warnings.warn(
+        "jax_smfree: grouped_matmul takes jax.lax.ragged_dot, which is many times slower than the "
+        f"kernels for this GPU: they need JAX 0.11 or newer, and this is {jax.__version__}. "
+        "pip install --upgrade jax",
+        stacklevel=3,
+    )
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _on_hopper(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Array:
+def _on_hopper(
+    x: Array, ws: tuple[Array, ...], group_sizes: Array, num_sms: int
+) -> tuple[Array, ...]:
+    matmul = functools.partial(_kernels().grouped_matmul, num_sms=num_sms)
+    return tuple(_varying_as(x, matmul([x], [w], group_sizes)) for w in ws)
+
+
+def _forward(x: Array, ws: tuple[Array, ...], group_sizes: Array, num_sms: int) -> Any:
+    return _on_hopper(x, ws, group_sizes, num_sms), (x, ws, group_sizes)
+
+
+def _backward(num_sms: int, residuals: Any, dys: tuple[Array, ...]) -> Any:
     hopper = _kernels()
-    return _varying_as(x, hopper.grouped_matmul(x, w, group_sizes, num_sms=num_sms))
-
-
-def _forward(x: Array, w: Array, group_sizes: Array, num_sms: int) -> Any:
-    return _on_hopper(x, w, group_sizes, num_sms), (x, w, group_sizes)
-
-
-def _backward(num_sms: int, residuals: Any, dy: Array) -> Any:
-    hopper = _kernels()
-    x, w, group_sizes = residuals
-    dy = _zeros_after_the_groups(dy, group_sizes, hopper.OUTER_TILES.depth)
-    dx = hopper.grouped_matmul(dy, w, group_sizes, num_sms=num_sms, transpose=True)
-    dw = hopper.grouped_outer_product(x, dy, group_sizes, num_sms=num_sms)
-    return _varying_as(x, dx), _varying_as(w, dw), None
+    x, ws, group_sizes = residuals
+    dys = tuple(_zeros_after_the_groups(dy, group_sizes, hopper.DEPTH) for dy in dys)
+    dx = hopper.grouped_matmul(dys, ws, group_sizes, num_sms=num_sms, transpose=True)
+    outer = functools.partial(hopper.grouped_outer_product, num_sms=num_sms)
+    dws = tuple(_varying_as(w, outer(x, dy, group_sizes)) for w, dy in zip(ws, dys, strict=True))
+    return _varying_as(x, dx), dws, None
 
 
 _on_hopper.defvjp(_forward, _backward)

@@ -65,7 +65,7 @@ def test_every_finding_that_is_not_ok_has_a_cure():
 
 
 def test_jax_and_its_parts_must_be_of_one_version():
-    good = {"jax": "0.12.0.1", "jaxlib": "0.12.0", "absl-py": "2", "jax-cuda13-plugin": "0.12.0"}
+    good = {"jax": "0.12.0.1", "jaxlib": "0.12.0", "jax-cuda13-plugin": "0.12.0"}
     good |= {"numpy": "2.4", "lazy-loader": "0.5"}
     assert not names(software.versions(good), "problem")
     (problem,) = (
@@ -106,10 +106,10 @@ def test_the_first_on_the_path_counts(monkeypatch, tmp_path):
     assert software.installed()["some-thing"] == "1.1"
 
 
-def test_jax_0_10_needs_absl_on_gpus():
+def test_the_grouped_matmul_needs_jax_0_11_on_gpus():
     old = {"jax": "0.10.2", "jaxlib": "0.10.2"}
-    assert names(software.kernels(old, gpus=1), "warning") == ["absl-py"]
-    assert not names(software.kernels(old | {"absl-py": "2"}, gpus=1), "warning")
+    assert names(software.kernels(old, gpus=1), "warning") == ["grouped matmul"]
+    assert not names(software.kernels({"jax": "0.11.0"}, gpus=1), "warning")
     assert not names(software.kernels(old, gpus=0), "warning")
 
 
