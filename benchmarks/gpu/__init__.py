@@ -4,6 +4,7 @@
 Commands (``python -m benchmarks.gpu COMMAND``), a file each:
 
 operations   whole calls, phases, overlap, an MoE layer and JAX's own ways, at all shapes
+layer        the MoE layer of three models: time over that of its matmuls, memory, kernels
 quick        the first shape and 128 rows in a minute; two builds of the library side by side
 decode       few rows: phases, whole operations, and a step of all layers of a model
 deepep       DeepEP V1 beside the library
@@ -27,6 +28,7 @@ Of one command each:
 
 training, crossover, links, plot    parts of ``operations``, and its pictures
 jitter                              the longest of many round trips, for ``decode``
+layer_steps, kernel_times            what ``layer`` times, and a step kernel by kernel
 deepep_figures                      what ``deepep`` compares, and how it is printed
 node_bytes                          what ``nodes`` expects of the counters
 matmul_cases, matmul_candidates     what ``matmul`` multiplies, and by what

@@ -9,9 +9,19 @@ import os
 import jax
 
 from benchmarks import results
-from benchmarks.gpu import decode, deepep, kernels, matmul, nodes, operations, processes, quick
+from benchmarks.gpu import (
+    decode,
+    deepep,
+    kernels,
+    layer,
+    matmul,
+    nodes,
+    operations,
+    processes,
+    quick,
+)
 
-COMMANDS = (operations, quick, decode, deepep, processes, nodes, kernels, matmul)
+COMMANDS = (operations, quick, layer, decode, deepep, processes, nodes, kernels, matmul)
 SMOKE_DEVICES = 4  # where there are no GPUs
 
 

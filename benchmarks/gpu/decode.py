@@ -61,7 +61,7 @@ COLUMNS = {
 
 def step_of_layers(into: Json, case: Case, scale: Scale, layers: int) -> None:
     """Microseconds per layer, of both ways; launches are the operations that XLA has left."""
-    model = moe.Model(case, scale.expert_width)
+    model = moe.Model(case, scale.expert_width, scale.expert_width)
     most = case.shape.ranks * case.shape.rows * min(case.shape.top_k, case.shape.local_experts)
     with Library(case, scale, recv_capacity=None) as library:
 

@@ -23,7 +23,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +46,7 @@ from benchmarks.gpu.matmul_cases import (
     start,
     wait,
 )
+from benchmarks.gpu.timing import turn_us
 from benchmarks.report import errors, machine_line, not_measured, number, show, table
 from benchmarks.results import Json, Session
 
@@ -89,22 +89,12 @@ def prepare(
     runs[candidate.name] = mine
 
 
-def milliseconds(run: Run) -> float:
-    def once(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        wait(result)
-        return (time.perf_counter() - start) / calls
-
-    return 1e3 * once(max(1, round(TURN_S / once(1))))
-
-
 def by_turns(place: Json, runs: dict[str, dict[str, Run]], operations: int, rounds: int) -> None:
     samples: dict[tuple[str, str], list[float]] = {}
     for _, what, (name, mine) in itertools.product(range(rounds), WHAT, runs.items()):
         if what in mine:
-            samples.setdefault((name, what), []).append(milliseconds(mine[what]))
+            us = turn_us(mine[what], TURN_S, wait)
+            samples.setdefault((name, what), []).append(us / 1e3)
     for (name, what), times in samples.items():
         time_ms = statistics.median(times)
         count = 3 if what == "all" else 1

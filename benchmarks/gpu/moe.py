@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
 
     everything = lax.all_gather(x, AXIS, tiled=True)
     picked = everything.at[row].get(mode="fill", fill_value=0)
-    shared = nn.mlp(x, params.shared)
+    shared = 0 if params.shared is None else nn.mlp(x, params.shared)
     local_expert = nn.local_expert(routing.group_sizes, shape.capacity)
     y = nn.grouped_mlp(picked, routing.group_sizes, local_expert, params.experts)
     # Not by a weight of zero: rows past the last group may be NaN.
@@ -58,14 +59,14 @@ def gathered_layer(shape: GpuShape, params: nn.MoeParams, x: Array) -> Array:
 class Model:
     """Parameters on the devices, and what a step over a layer is."""
 
-    def __init__(self, case: Case, width: int) -> None:
-        self._case = case
+    def __init__(self, case: Case, width: int, shared_width: int) -> None:
+        self._case, self._tracing = case, threading.Lock()
         init = functools.partial(
             nn.init_moe,
             hidden=case.shape.hidden,
             num_experts=case.shape.experts,
             expert_width=width,
-            shared_width=width,
+            shared_width=shared_width,
             dtype=jnp.dtype(case.shape.dtype),
         )
         key = jax.random.key(3)
@@ -75,35 +76,43 @@ class Model:
 
     def compiled(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Run]:
         """Each of the parameters and x, compiled side by side and bound to these."""
-        mapped = functools.partial(
-            jax.shard_map,
-            mesh=self._case.mesh,
-            in_specs=(self._specs, P(AXIS)),
-            out_specs=P(AXIS),
-            check_vma=False,
-        )
-        operands = self.params, self._case.x
-        lowered = [jax.jit(mapped(f)).lower(*operands) for f in functions.values()]
         with ThreadPoolExecutor() as pool:
-            executables = list(pool.map(lambda each: each.compile(), lowered))
-        return {
-            name: functools.partial(executable, *operands)
-            for name, executable in zip(functions, executables, strict=True)
-        }
+            compiling = {name: self.start(pool, f) for name, f in functions.items()}
+        return {name: self.bound(each.result()) for name, each in compiling.items()}
+
+    def start(self, pool: ThreadPoolExecutor, f: Callable[..., Any]) -> Future[Any]:
+        """Compiles it, beside what else the pool compiles."""
+
+        def compiled() -> Any:
+            with self._tracing:  # which is Python's work, so that two at a time gain nothing
+                lowered = jax.jit(self.mapped(f)).lower(*self.operands)
+            return lowered.compile()
+
+        return pool.submit(compiled)
+
+    def bound(self, executable: Any) -> Run:
+        return functools.partial(executable, *self.operands)
+
+    @property
+    def operands(self) -> tuple[nn.MoeParams, Array]:
+        return self.params, self._case.x
+
+    def mapped(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """What each rank does, of global arrays."""
+        specs = self._specs, P(AXIS)
+        mapped: Callable[..., Any] = jax.shard_map(
+            f, mesh=self._case.mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False
+        )
+        return mapped
 
     def steps(self, layers: Mapping[str, Layer]) -> dict[str, Run]:
-        """Output and all gradients; those of what is replicated are not summed over the ranks."""
+        return self.compiled({name: step_of(layer) for name, layer in layers.items()})
 
-        def forward_backward(layer: Layer, params: nn.MoeParams, x: Array) -> Any:
-            out, pull = jax.vjp(layer, params, x)
-            return out, *pull(x)
+    def shape(self) -> GpuShape:
+        """With the capacity that the router needs at the rank that it sends most."""
+        return dataclasses.replace(self._case.shape, needed=self._fullest() + SPARE_ROWS)
 
-        return self.compiled(
-            {name: functools.partial(forward_backward, layer) for name, layer in layers.items()}
-        )
-
-    def fullest(self) -> int:
-        """Rows of the rank that the router sends most."""
+    def _fullest(self) -> int:
         shape = self._case.shape
 
         def load(params: nn.MoeParams, x: Array) -> Array:
@@ -116,21 +125,33 @@ class Model:
         return int(loads.sum(axis=(0, 2)).max())
 
 
-def _compare(mine: Any, theirs: Any) -> float:
-    """The largest difference of any output or gradient, relative to its norm."""
+def step_of(layer: Layer) -> Callable[[nn.MoeParams, Array], Any]:
+    """Output and all gradients; those of what is replicated are not summed over the ranks."""
 
-    @jax.jit
-    def error(x: Array, y: Array) -> Array:
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return jnp.sqrt(((x - y) ** 2).sum() / (y**2).sum())
+    def forward_backward(params: nn.MoeParams, x: Array) -> Any:
+        out, pull = jax.vjp(layer, params, x)
+        return out, *pull(x)
 
-    errors = jax.tree.map(error, mine, theirs)
-    return max(map(float, jax.tree.leaves(errors)))
+    return forward_backward
+
+
+def check_same(into: Json, mine: Any, theirs: Any) -> None:
+    """Raises if any output or gradient differs by more than rounding, relative to its norm."""
+    errors = jax.tree.map(_relative_error, mine, theirs)
+    into["relative_error"] = max(map(float, jax.tree.leaves(errors)))
+    if not into["relative_error"] <= MAX_RELATIVE_ERROR:
+        raise AssertionError(f"the two layers differ by {into['relative_error']}")
+
+
+@jax.jit
+def _relative_error(x: Array, y: Array) -> Array:
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.sqrt(((x - y) ** 2).sum() / (y**2).sum())
 
 
 def measure(into: Json, case: Case, scale: Scale, **options: Any) -> None:
-    model = Model(case, scale.expert_width)
-    shape = dataclasses.replace(case.shape, needed=model.fullest() + SPARE_ROWS)
+    model = Model(case, scale.expert_width, scale.expert_width)
+    shape = model.shape()
     into.update(expert_width=scale.expert_width, capacity=shape.capacity)
     options = {"recv_capacity": shape.capacity, **options}
     with Library(case, scale, differentiable=True, **options) as library:
@@ -143,10 +164,8 @@ def measure(into: Json, case: Case, scale: Scale, **options: Any) -> None:
             "all_gather": functools.partial(gathered_layer, shape),
         }
         steps = model.steps(layers)
-        into["relative_error"] = _compare(*(step() for step in steps.values()))
+        check_same(into, *(step() for step in steps.values()))
         library.group.check()
-        if not into["relative_error"] <= MAX_RELATIVE_ERROR:
-            raise AssertionError(f"the two layers differ by {into['relative_error']}")
         calls = max(2, scale.calls // 4)
         for name, step in steps.items():
             into[name] = summary(batch_times(step, calls, scale.batches))

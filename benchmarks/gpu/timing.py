@@ -58,6 +58,28 @@ def batch_times(run: Run, calls: int, batches: int) -> list[float]:
     return samples
 
 
+def turn_us(run: Run, turn_s: float, wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+    """Microseconds per call, of calls back to back that take about ``turn_s``, after one more."""
+
+    def once(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = run()
+        wait(result)
+        return (time.perf_counter() - start) / calls
+
+    return 1e6 * once(max(1, round(turn_s / once(1))))
+
+
+def by_turns(runs: Mapping[str, Run], turn_s: float, rounds: int) -> dict[str, Json]:
+    """Of each one a turn, and again: the clock of a busy GPU falls, and falls for all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(turn_us(run, turn_s))
+    return {name: summary(times) for name, times in samples.items()}
+
+
 def timed(run: Run, scale: Scale) -> Json:
     return summary(batch_times(run, scale.calls, scale.batches))
 

@@ -104,3 +104,59 @@ def test_gpu(tmp_path, command):
     (path,) = tmp_path.glob("*.json")
     for shape in json.loads(path.read_text())["shapes"].values():
         assert shape["movers"]["default"]["native"]["round_trip"]["p50"] > 0
+
+
+def test_layer(tmp_path):
+    """All steps are right and timed, and keep what docs/moe_layer.md says of received rows."""
+    text = python("-m", "benchmarks.gpu", "layer", "--smoke", "--out", tmp_path)
+    assert "Not measured" not in text and "no kernels in the profile" in text
+    (path,) = tmp_path.glob("*.json")
+    for shape in json.loads(path.read_text())["shapes"].values():
+        steps, received = shape["steps"], 2 * shape["capacity"]  # bytes of a column in bfloat16
+        assert all(step["p50"] > 0 and step["tflop_s"] >= 0 for step in steps.values())
+        kept = {name: step["kept_of_rows_bytes"] for name, step in steps.items()}
+        rows, width = received * shape["hidden"], received * shape["expert"]
+        weights = 2 * received  # float32
+        assert kept["nothing kept"] == 0
+        assert kept["hidden, save_comm_policy"] == rows + weights
+        assert kept["hidden, save_mlp_policy"] == 2 * width
+        assert kept["hidden, both policies"] == rows + 2 * width + weights
+        assert 2 * kept["hidden, both policies"] < kept["default"]
+
+
+def test_kernels_of_a_profile():
+    """By names, per call; where one kernel runs under another there is no gap."""
+    smfree, local = "smfree::cuda::", "smfree::cuda::(anonymous namespace)::"
+    pack = f"{local}Pack<{local}PlainRows>({smfree}KernelParams"
+    names = {
+        "grouped_matmul_mosaic_gpu_kernel": (0, 4_000),
+        "grouped_matmul_transposed_mosaic_gpu_kernel": (5_000, 8_000),
+        "loop_multiply_fusion_3": (6_000, 7_000),
+        f"void {pack}, {smfree}RowsIn, {smfree}HandlePlaces)": (8_000, 9_000),
+        f"void {pack}, {smfree}CombineSendArrays)": (9_000, 11_000),
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT": (11_000, 12_000),
+        "MemcpyP2P": (4_000, 12_000),
+    }
+    events, metadata = "", ""
+    for key, (name, (begin, end)) in enumerate(names.items(), 1):
+        span = f"offset_ps: {begin}000 duration_ps: {end - begin}000"
+        events += f"events {{ metadata_id: {key} {span} }} "
+        metadata += f'event_metadata {{ key: {key} value {{ id: {key} name: "{name}" }} }} '
+    lines = f'lines {{ name: "Stream #7(Compute)" {events} }} lines {{ name: "other" {events} }}'
+    plane = f'planes {{ name: "/device:GPU:0" {lines} {metadata} }}'
+    code = "import json, sys, jax; from benchmarks.gpu import kernel_times; "
+    code += "data = jax.profiler.ProfileData; "
+    code += "profile = data(data.text_proto_to_serialized_xspace(sys.argv[1])); "
+    code += "print(json.dumps(kernel_times.of_profile(profile, 2)))"
+    found = json.loads(python("-c", code, plane))
+    assert (found["step_us"], found["gap_us"]) == (6.0, 0.5)
+    assert {name: group["us"] for name, group in found["groups"].items()} == {
+        "grouped matmul, dx": 1.5,
+        "grouped matmul, forward": 2.0,
+        "combine send": 1.0,
+        "dispatch send": 0.5,
+        "dense matmuls": 0.5,
+        "fusions of XLA": 0.5,
+        "copies and fills": 4.0,
+    }
+    assert list(found["groups"]["dispatch send"]["kernels"]) == ["Pack"]

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "python -m benchmarks.gpu decode": "GPUs",
     "python -m benchmarks.gpu deepep --source PATH": "GPUs, PyTorch and DeepEP",
     "python -m benchmarks.gpu kernels": "a GPU",
+    "python -m benchmarks.gpu layer": "GPUs",
     "python -m benchmarks.gpu matmul": "a GPU",
     "python -m benchmarks.gpu nodes": "GPUs",
     "python -m benchmarks.gpu operations": "GPUs",
