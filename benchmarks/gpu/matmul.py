@@ -2,7 +2,6 @@
 """Grouped matmuls on one GPU: which one should the MoE layers take?
 
     python -m benchmarks.gpu matmul           some minutes
-    python -m benchmarks.gpu matmul --tune    variants of our kernels instead
     python -m benchmarks.gpu matmul --smoke   that it works; kernels for GPUs fail without one
 
 Times what multiplies groups of rows with matrices of their own, in bfloat16: forward, dx and dw,
@@ -28,14 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import machine, results
-from benchmarks.gpu.matmul_candidates import CANDIDATES, DENSE, VARIANTS, Candidate, Kernels
+from benchmarks.gpu.matmul_candidates import CANDIDATES, DENSE, Candidate, Kernels
 from benchmarks.gpu.matmul_cases import (
     CHECK_WIDTHS,
     SHAPES,
     SMOKE_CHECK_WIDTHS,
     SMOKE_SHAPES,
     TOLERANCE,
-    TUNE_SHAPES,
     Operands,
     Run,
     Shape,
@@ -60,7 +58,7 @@ WHAT = ("forward", "dx", "dw", "all")
 def check_apart(name: str, options: argparse.Namespace) -> Json:
     """In a process of its own: a kernel that hangs or breaks the device ends nothing else."""
     command = [sys.executable, "-m", "benchmarks.gpu", "matmul", "--check", name]
-    command += [flag for flag in ("--tune", "--smoke") if getattr(options, flag[2:])]
+    command += ["--smoke"] if options.smoke else []
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     environment |= {"JAX_TRACEBACK_FILTERING": "off"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHECK_S)
@@ -106,14 +104,14 @@ def by_turns(place: Json, runs: dict[str, dict[str, Run]], operations: int, roun
 
 
 def measure(session: Session, options: argparse.Namespace) -> None:
-    candidates, shapes = of_options(options)
+    shapes = SMOKE_SHAPES if options.smoke else SHAPES
     checks = session.result.setdefault("checks", {})
-    names = [c.name for c in candidates if c.name != DENSE and not c.slow]
+    names = [c.name for c in CANDIDATES if c.name != DENSE and not c.slow]
     with ThreadPoolExecutor() as pool:
         found = {name: pool.submit(check_apart, name, options) for name in names}
         for name, future in found.items():
             session.part(checks, name, lambda into, future=future: into.update(future.result()))
-    candidates = tuple(c for c in candidates if "error" not in checks.get(c.name, {}))
+    candidates = [c for c in CANDIDATES if "error" not in checks.get(c.name, {})]
     for slow, some in ((False, shapes), (True, shapes[:1])):
         for shape in some:
             measure_shape(session, shape, [c for c in candidates if c.slow is slow])
@@ -167,17 +165,11 @@ def lines(result: Json) -> Iterator[str]:
     yield from not_measured(errors(places))
 
 
-def of_options(options: argparse.Namespace) -> tuple[tuple[Candidate, ...], tuple[Shape, ...]]:
-    candidates, shapes = (VARIANTS, TUNE_SHAPES) if options.tune else (CANDIDATES, SHAPES)
-    return candidates, SMOKE_SHAPES if options.smoke else shapes
-
-
 def show_all(result: Json, path: Path) -> None:
     show(path, lines(result))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tune", action="store_true", help="variants of our kernels")
     parser.add_argument("--check", metavar="NAME", help="checks one candidate and measures nothing")
     results.add_options(parser)
 
@@ -185,13 +177,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.check:
         widths = SMOKE_CHECK_WIDTHS if options.smoke else CHECK_WIDTHS
-        named = {candidate.name: candidate for candidate in of_options(options)[0]}
+        named = {candidate.name: candidate for candidate in CANDIDATES}
         print(json.dumps(check(named[options.check], widths)))
         return
-    name = "gpu-matmul-variants" if options.tune else "gpu-matmul"
     described = machine.describe_gpus(options.commit)
     with results.folder(options) as folder:
-        path = folder / f"{name}-{results.slug(described['device'])}.json"
+        path = folder / f"gpu-matmul-{results.slug(described['device'])}.json"
         session = Session(path, described, BUDGET_S)
         measure(session, options)
         show_all(session.result, path)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import matmul_rings as rings
 from jax_smfree import nn
 from jax_smfree.nn import hopper
 
@@ -49,13 +48,14 @@ def _dense() -> Kernels:
     return Kernels(lambda x, w, _: x @ w, lambda dy, w, _: dy @ w.T, lambda x, dy, _: x.T @ dy)
 
 
-def _of_module(module: Any, tiles: Any = None, only: tuple[str, ...] = Kernels._fields) -> Kernels:
-    """`jax_smfree.nn.hopper`, or one of the same functions."""
-    options = {"num_sms": _num_sms(), **({} if tiles is None else {"tiles": tiles})}
-    matmul = functools.partial(module.grouped_matmul, **options)
-    outer = functools.partial(module.grouped_outer_product, **options)
-    every = Kernels(matmul, functools.partial(matmul, transpose=True), outer)
-    return Kernels(**{name: getattr(every, name) for name in only})
+def _ours() -> Kernels:
+    num_sms = _num_sms()
+    outer = functools.partial(hopper.grouped_outer_product, num_sms=num_sms)
+
+    def matmul(x: Any, w: Any, sizes: Any, transpose: bool = False) -> Any:
+        return hopper.grouped_matmul([x], [w], sizes, num_sms=num_sms, transpose=transpose)
+
+    return Kernels(matmul, functools.partial(matmul, transpose=True), outer)
 
 
 def _of_multiply(multiply: Function) -> Kernels:
@@ -72,13 +72,11 @@ def _of_multiply(multiply: Function) -> Kernels:
     return Kernels(multiply, dx, dw)
 
 
-def _jax_mosaic_ops(block_m: int, block_n: int) -> Kernels:
+def _jax_mosaic_ops() -> Kernels:
     """The kernels that JAX ships. Their dw multiplies masked rows with zero: no NaN there."""
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
-    tiles = dict(
-        block_m=block_m, block_n=block_n, block_k=64, max_concurrent_steps=5, grid_block_n=4
-    )
+    tiles = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=5, grid_block_n=4)
     ragged_dot = functools.partial(ragged_dot_mgpu.ragged_dot, **tiles)
     outer = functools.partial(transposed_ragged_dot_mgpu.transposed_ragged_dot, **tiles)
     return Kernels(
@@ -147,9 +145,8 @@ def _quack() -> Kernels:
 
 CANDIDATES = (
     Candidate(DENSE, _dense),
-    Candidate(OURS, lambda: _of_module(hopper)),
-    Candidate("rings", lambda: _of_module(rings)),
-    Candidate("jax pallas ops", lambda: _jax_mosaic_ops(128, 128)),
+    Candidate(OURS, _ours),
+    Candidate("jax pallas ops", _jax_mosaic_ops),
     Candidate("torch._grouped_mm", _torch, torch=True),
     Candidate("quack.gemm", _quack, torch=True),
     Candidate("tokamax.ragged_dot", _tokamax),
@@ -161,23 +158,4 @@ CANDIDATES = (
         True,
         RAGGED_DOT_FLAGS,
     ),
-)
-
-# Each differs from `ring.Tiles()` in one thing.
-_RINGS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "rings": ({}, Kernels._fields),
-    "rings, no wgmma in flight": ({"in_flight": 0}, Kernels._fields),
-    "rings, no clusters": ({"blocks": 1}, Kernels._fields),
-    "rings, units of 16 rows": ({"unit": 16}, ("forward", "dx")),
-    "rings, tiles of 128 and 256 rows": ({"unit": 128}, ("forward", "dx")),
-    "rings, steps of 32 rows": ({"depth": 32, "stages": 8}, ("dw",)),
-}
-VARIANTS = (
-    Candidate(DENSE, _dense),
-    Candidate(OURS, lambda: _of_module(hopper)),
-    *(
-        Candidate(name, functools.partial(_of_module, rings, rings.Tiles(**changes), only))
-        for name, (changes, only) in _RINGS.items()
-    ),
-    Candidate("jax pallas ops, 64 x 256", lambda: _jax_mosaic_ops(64, 256)),
 )

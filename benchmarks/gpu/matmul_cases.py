@@ -75,7 +75,6 @@ SHAPES = (
     Shape(65536, 7168, 2048, 32),
     Shape(1024, 7168, 2048, 128),
 )
-TUNE_SHAPES = SHAPES[:1]
 SMOKE_SHAPES = (Shape(256, 64, 32, 4),)
 CHECK_SIZES = (130, 0, 7, 700, 1, 0, 256, 513, 65, 0)
 CHECK_WIDTHS = (2048, 4096)  # several tiles for each SM
