@@ -112,7 +112,7 @@ class Life:
         _living.discard(self)
         # The interpreter aborts the process if it ends while a thread of its own is in C++.
         if self._fence is not None:
-            self._fence.join(_NOTICE_S)
+            self._fence.end(_NOTICE_S)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_NOTICE_S)
 

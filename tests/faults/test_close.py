@@ -249,9 +249,18 @@ def in_new_process(program, log_dir):
     )  # fmt: skip
 
 
-def test_leaving_the_process_while_waiting(tmp_path):
-    result = in_new_process(leave_while_waiting, tmp_path).check()
-    assert "leaving 2" in result.processes[0].text
+def leave_without_closing():
+    """For another process."""
+    mesh = ep_mesh(as_many(4))
+    group = smfree.EpGroup.create(mesh, config=smfree.EpConfig(**CONFIG))
+    assert_works(group)
+    print("leaving", group.num_ranks)
+
+
+@pytest.mark.parametrize("leave", [leave_while_waiting, leave_without_closing])
+def test_leaving_the_process(leave, tmp_path):
+    (process,) = in_new_process(leave, tmp_path).check().processes
+    assert "leaving" in process.text and "Traceback" not in process.text, process.text
 
 
 def test_interrupt(tmp_path):
