@@ -29,12 +29,16 @@ Status OutOfMemory(int32_t device, size_t bytes) {
   const DeviceScope scope(device);
   size_t free_bytes = 0, total_bytes = 0;
   (void)cudaMemGetInfo(&free_bytes, &total_bytes);
+  // The driver also needs memory of the host, and has a limit of what many processes may share.
+  const char* cure =
+      free_bytes < bytes
+          ? "Fix: lower EpConfig.max_tokens, num_lanes or num_sets; or let XLA preallocate less, "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 (default 0.75)."
+          : "So it is CUDA's driver that is out of memory. Fix: run fewer processes on this host.";
   return Status(FaultKind::kOutOfMemory,
                 "the group needs " + std::to_string(bytes) + " bytes on GPU " +
                     std::to_string(device) + ", " + std::to_string(free_bytes) + " of " +
-                    std::to_string(total_bytes) +
-                    " are free. Fix: lower EpConfig.max_tokens, num_lanes or num_sets; or let XLA "
-                    "preallocate less, XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 (default 0.75).");
+                    std::to_string(total_bytes) + " are free. " + cure);
 }
 
 StatusOr<Allocation> Allocation::OnDevice(int32_t device, size_t bytes) {
