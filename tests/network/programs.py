@@ -16,6 +16,7 @@ MODES: dict[str, dict[str, Any]] = {
     "portable": {},
     # Operations of any size announce their counts, and their rows go into areas.
     "direct": {"mode": "direct", "ranks_per_node": 1, "sm_push_bytes": 0},
+    "many rows": {"mode": "direct", "ranks_per_node": 1, "sm_push_bytes": 0, "max_tokens": 4096},
     "device": {"mode": "direct", "ranks_per_node": 1, "puts": "device"},
     "hierarchical": {"mode": "hierarchical", "ranks_per_node": 2},
 }
@@ -42,9 +43,8 @@ def runs(
 
     me = jax.process_index()
     mesh = ep_mesh(jax.device_count())
-    tokens, hidden = SIZES["max_tokens"], SIZES["hidden"]
-    problem = make_problem(mesh, tokens=tokens, hidden=hidden)
-    config = smfree.EpConfig(**SIZES, **MODES[mode], timeout_s=timeout_s)
+    config = smfree.EpConfig(**SIZES | MODES[mode], timeout_s=timeout_s)
+    problem = make_problem(mesh, tokens=config.max_tokens, hidden=config.hidden)
     with warnings.catch_warnings(record=True):  # one that says why a group is portable
         group = smfree.EpGroup.create(mesh, config=config)
     step = compiled(group, round_trip, problem)

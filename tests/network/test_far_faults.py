@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from network import programs
+from network import cable, programs
+from network.cable import Quality
 from network.lab import told, wait_until_all_run
 
 pytestmark = pytest.mark.cuda_only
@@ -92,6 +93,24 @@ def test_killed(far, lab, mode, moment, record_property):
         assert_named(processes[number], mode, since, ranks, record_property)
     assert processes[lost].wait(10).returncode == -signal.SIGKILL
     assert_nothing_left(hosts)
+
+
+@pytest.mark.parametrize("moment", range(3), ids="moment{}".format)
+def test_killed_between_its_counts_and_its_rows(lab, moment, record_property):
+    """Counts arrive at once, and rows need most of a step over a cable this thin."""
+    if reason := cable.missing():
+        pytest.skip(reason)
+    if not lab.two_hosts:
+        pytest.skip("needs a cable, and so two hosts: network namespaces need root")
+    chance = random.Random(moment)
+    with lab.hosts(Quality(bytes_per_s=100e6 / 8)) as hosts:
+        arguments = ("many rows", FOREVER, TIMEOUT_S, -1, 1, str(lab.directory))
+        processes = lab.start(hosts, programs.runs, *arguments, heap="256M")
+        wait_until_all_run(processes)
+        time.sleep(chance.uniform(0.0, 1.0))
+        processes[1].signal(signal.SIGKILL)
+        assert_named(processes[0], "direct", time.monotonic(), {1}, record_property)
+        assert_nothing_left(hosts)
 
 
 @in_each_mode
