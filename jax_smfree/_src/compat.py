@@ -128,6 +128,11 @@ def set_remat3_rule(
     remat.rules[primitive] = rule
 
 
+def replays_whole_functions() -> bool:
+    """Whether ``jax.checkpoint`` replays a ``jax.custom_jvp`` without a look inside."""
+    return bool(getattr(jax.config, "jax_remat3", False))
+
+
 def is_saved(policy_result: Any) -> bool:
     """Whether a ``jax.checkpoint`` policy's answer means that the value is kept (or offloaded)."""
     return policy_result is not False and not isinstance(policy_result, pe.RecomputeType)

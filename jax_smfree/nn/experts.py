@@ -5,6 +5,7 @@ A layer takes its experts as a function, `Experts`. The one here is the ready on
 do anything with the rows of a rank.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,10 @@ Experts = Callable[..., Array]
 # Parameters of an MLP before its last matmul (gate and its bias, up and its), and of that.
 FirstParams = tuple[Array | None, Array | None, Array, Array | None]
 LastParams = tuple[Array, Array | None]
+
+# A matmul with parameters, (x, w, bias, weights=None) -> y, and what may be put around each.
+Linear = Callable[..., Array]
+Around = Callable[[Linear], Linear]
 
 _FIRST_MATMULS = "smfree_mlp"  # the name of what `save_mlp_policy` keeps
 _save_first_matmuls = jax.checkpoint_policies.save_only_these_names(_FIRST_MATMULS)
@@ -90,6 +95,38 @@ def grouped_mlp(
       >>> nn.grouped_mlp(x, sizes, nn.local_expert(sizes, len(x)), params.experts).shape
       (16, 16)
     """
+    of = _unchanged, x, group_sizes, local_expert, params
+    return _grouped_mlp(*of, activation=activation, grouped_matmul=grouped_matmul, weights=weights)
+
+
+def is_ready(experts: Experts) -> bool:
+    """Whether these are `grouped_mlp`, with another activation or grouped matmul or not."""
+    if isinstance(experts, functools.partial) and not experts.args:
+        experts = experts.func
+    return experts is grouped_mlp
+
+
+def around_matmuls(experts: Experts, around: Around) -> Experts:
+    """Ready experts with something put around each of their matmuls."""
+    options = experts.keywords if isinstance(experts, functools.partial) else {}
+    return functools.partial(_grouped_mlp, around, **options)
+
+
+def _unchanged(linear: Linear) -> Linear:
+    return linear
+
+
+def _grouped_mlp(
+    around: Around,
+    x: Array,
+    group_sizes: Array,
+    local_expert: Array,
+    params: MlpParams,
+    *,
+    activation: Activation = swiglu,
+    grouped_matmul: GroupedMatmul = grouped_matmul,
+    weights: Array | None = None,
+) -> Array:
     name = "grouped_mlp"
     x = arguments.as_array(name, "x", x, "an array [N, H], or [E / R, C, H]")
     is_padded = x.ndim == 3
@@ -103,7 +140,7 @@ def grouped_mlp(
     if weights is not None:
         weights = arguments.array(name, "weights", weights, of_rows, np.float32)
     if is_padded:
-        return _batched_mlp(name, x, local_expert, params, activation, weights)
+        return _batched_mlp(name, around, x, local_expert, params, activation, weights)
 
     def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
         y = grouped_matmul(x, w.astype(x.dtype), group_sizes)
@@ -113,7 +150,7 @@ def grouped_mlp(
             return y
         return y + _weighted(_of_each_row(bias.astype(x.dtype), local_expert), weights)
 
-    return _mlp(name, x, params, activation, linear, weights)
+    return _mlp(name, x, params, activation, around(linear), weights)
 
 
 def local_expert(group_sizes: Array, num_rows: int) -> Array:
@@ -134,6 +171,7 @@ def local_expert(group_sizes: Array, num_rows: int) -> Array:
 
 def _batched_mlp(
     where: str,
+    around: Around,
     x: Array,
     local_expert: Array,
     params: MlpParams,
@@ -154,7 +192,8 @@ def _batched_mlp(
     zero = jnp.zeros((), x.dtype)
     if weights is not None:
         weights = jnp.where(in_a_group[..., 0], weights, 0)
-    y = _mlp(where, jnp.where(in_a_group, x, zero), params, activation, linear, weights)
+    x = jnp.where(in_a_group, x, zero)
+    y = _mlp(where, x, params, activation, around(linear), weights)
     return jnp.where(in_a_group, y, zero)
 
 
@@ -168,7 +207,7 @@ def _mlp(
     x: Array,
     params: MlpParams,
     activation: Activation,
-    linear: Callable[..., Array],
+    linear: Linear,
     weights: Array | None,
 ) -> Array:
     """``linear(x, w, bias)``, and with ``weights=`` of the last one, which weigh the bias alone."""
@@ -180,7 +219,7 @@ def _mlp(
 
 
 def before_last(
-    where: str, x: Array, params: FirstParams, activation: Activation, linear: Callable[..., Array]
+    where: str, x: Array, params: FirstParams, activation: Activation, linear: Linear
 ) -> Array:
     """What goes into the last matmul of an MLP, of which ``linear(x, w, bias)`` is one."""
     gate, gate_bias, up, up_bias = params

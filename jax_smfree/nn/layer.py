@@ -147,8 +147,7 @@ def moe_layer(
     op_token = ops.dispatch_send(op_token, x, *layer.sent(routes, token.group.axis))
     for part in shared_parts[:1]:
         op_token, of_shared = ops.overlap(op_token, part.function, x, part.params)
-    d, op_token = ops.dispatch_recv(op_token)
-    y = layer.of_experts(d.x, d.weights, d.group_sizes, params.experts)
+    d, op_token, y = layer.recv(ops, op_token, params.experts)
     op_token = ops.combine_send(op_token, d, y, layer.combine_weights(d))
     for part in shared_parts[1:]:
         op_token, of_shared = ops.overlap(op_token, part.function, of_shared, part.params)

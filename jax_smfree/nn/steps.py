@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_smfree._src import arguments, compat, group_axis
+from jax_smfree._src import api, arguments, compat, group_axis
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.rows import local_expert
-from jax_smfree.nn.experts import Experts, grouped_mlp
+from jax_smfree.nn import deferred
+from jax_smfree.nn.experts import Around, Experts, around_matmuls, grouped_mlp, is_ready
 from jax_smfree.nn.matmul import GroupedMatmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -170,13 +171,33 @@ class Layer:
             return ()
         return in_two(self.shared, x, params) or (Part(self.of_shared, params),)
 
-    def of_experts(self, x: Array, weights: Array, group_sizes: Array, params: Any) -> Array:
+    def recv(self, ops: Any, token: Any, params: Any) -> tuple[Any, Any, Array]:
+        """The recv phase of the dispatch, and the experts on what came: ``(d, token, y)``."""
+
+        def compute(d: Any, params: Any, around: Around | None = None) -> Array:
+            return self.of_experts(d.x, d.weights, d.group_sizes, params, around)
+
+        if ops is api and is_ready(self.experts):
+            return deferred.recv(token, compute, params)
+        d, token = ops.dispatch_recv(token)
+        return d, token, compute(d, params)
+
+    def of_experts(
+        self,
+        x: Array,
+        weights: Array,
+        group_sizes: Array,
+        params: Any,
+        around: Around | None = None,
+    ) -> Array:
+        """What the experts return; ready ones with ``around`` put around their matmuls."""
+        experts = self.experts if around is None else around_matmuls(self.experts, around)
         if self.weight_on == "input":
             x = (x.astype(jnp.float32) * weights[..., None]).astype(x.dtype)
         more = {"weights": weights} if self.weight_on == "hidden" else {}
         # Experts that do not look at it leave it to the compiler to drop.
         of_rows = local_expert(group_sizes, weights.shape)
-        y = self.experts(x, group_sizes, of_rows, params, **more)
+        y = experts(x, group_sizes, of_rows, params, **more)
         return arguments.array(self.where, "the result of experts", y, x.shape, x.dtype)
 
     def combine_weights(self, d: Any) -> Array | None:

@@ -168,11 +168,11 @@ def checkpoint_saving(layer: Any) -> Any:
     return jax.checkpoint(layer, policy=smfree.save_comm_policy)
 
 
-def nn_arguments() -> tuple[nn.MoeParams, jax.ShapeDtypeStruct]:
+def nn_arguments(shared_width: int = HIDDEN // 2) -> tuple[nn.MoeParams, jax.ShapeDtypeStruct]:
     """Parameters of a layer of ``jax_smfree.nn``, and rows."""
     init = functools.partial(
         nn.init_moe, hidden=HIDDEN, num_experts=EXPERTS, expert_width=HIDDEN // 2,
-        shared_width=HIDDEN // 2, dtype=jnp.bfloat16,
+        shared_width=shared_width, dtype=jnp.bfloat16,
     )  # fmt: skip
     params = jax.eval_shape(init, jax.random.key(0))
     specs = nn.moe_specs(params, "ep")
@@ -182,10 +182,13 @@ def nn_arguments() -> tuple[nn.MoeParams, jax.ShapeDtypeStruct]:
 
 def nn_gradient(model: Callable[..., jax.Array]) -> Callable[..., Any]:
     """The value and all gradients of a loss of a layer of ``jax_smfree.nn``."""
-    params, _ = nn_arguments()
-    specs = nn.moe_specs(params, "ep"), P("ep")
-    model = jax.shard_map(model, mesh=MESH, in_specs=specs, out_specs=P("ep"))
-    return jax.value_and_grad(lambda p, x: jnp.sum(model(p, x).astype(jnp.float32) ** 2), (0, 1))
+
+    def loss(params: nn.MoeParams, x: jax.Array) -> jax.Array:
+        specs = nn.moe_specs(params, "ep"), P("ep")
+        of_ranks = jax.shard_map(model, mesh=MESH, in_specs=specs, out_specs=P("ep"))
+        return jnp.sum(of_ranks(params, x).astype(jnp.float32) ** 2)
+
+    return jax.value_and_grad(loss, (0, 1))
 
 
 def nn_layer(params: nn.MoeParams, x: jax.Array) -> jax.Array:
@@ -210,6 +213,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = 
     "checkpoint_saving": (gradient(sharded(layers(checkpoint_saving))), arguments),
     "two_lanes": (gradient(sharded(two_lanes)), arguments),
     "nn_layer": (nn_gradient(nn_layer), nn_arguments),
+    "nn_without_shared": (nn_gradient(nn_layer), functools.partial(nn_arguments, 0)),
     "nn_two_batches": (nn_gradient(nn_two_batches), nn_arguments),
 }
 
