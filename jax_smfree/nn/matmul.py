@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from jax_smfree._src import arguments, compat
 
@@ -56,7 +57,7 @@ def grouped_matmuls(x: Array, ws: Sequence[Array], group_sizes: Array) -> tuple[
     (x, _, sizes), ws = checked[0], [w for _, w, _ in checked]
     num_sms, alike = _sms_of_hopper(), len({w.shape for w in ws}) == 1
     if num_sms is None or not (alike and _suits_kernels(x, ws[0])) or _kernels() is None:
-        return tuple(jax.lax.ragged_dot(x, w, sizes) for w in ws)
+        return tuple(_ragged_dot(x, w, sizes) for w in ws)
     axes = frozenset().union(*map(compat.varying_axes, (x, *ws)))
     x, sizes, *ws = (compat.varying(v, axes) for v in (x, sizes, *ws))
     return _on_hopper(x, tuple(ws), sizes, num_sms)
@@ -113,6 +114,29 @@ def _operands(where: str, x: Array, w: Array, group_sizes: Array) -> tuple[Array
     return x, w, sizes.astype(jnp.int32)
 
 
+@jax.custom_jvp
+def _ragged_dot(x: Array, w: Array, group_sizes: Array) -> Array:
+    """``jax.lax.ragged_dot``, whose own tangent adds zeros where only one of ``x`` and ``w`` varies.
+
+    These would be kept for the backward pass.
+    """
+    return jax.lax.ragged_dot(x, w, group_sizes)
+
+
+def _ragged_dot_tangent(primals: Any, tangents: Any) -> Any:
+    (x, w, group_sizes), (x_dot, w_dot, _) = primals, tangents
+    factors = [(x_dot, w), (x, w_dot)]
+    products = [
+        jax.lax.ragged_dot(*pair, group_sizes)
+        for pair in factors
+        if not any(isinstance(factor, SymbolicZero) for factor in pair)
+    ]
+    return _ragged_dot(x, w, group_sizes), functools.reduce(jnp.add, products)
+
+
+_ragged_dot.defjvp(_ragged_dot_tangent, symbolic_zeros=True)
+
+
 def _sms_of_hopper() -> int | None:
     """How many SMs the GPU has that this is for; ``None`` if it is no Hopper."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -152,21 +176,37 @@ def _on_hopper(
     return tuple(_varying_as(x, matmul([x], [w], group_sizes)) for w in ws)
 
 
-def _forward(x: Array, ws: tuple[Array, ...], group_sizes: Array, num_sms: int) -> Any:
-    return _on_hopper(x, ws, group_sizes, num_sms), (x, ws, group_sizes)
+def _forward(x: Any, ws: tuple[Any, ...], group_sizes: Any, num_sms: int) -> Any:
+    """Keeps what the gradients that are asked for need."""
+    ys = _on_hopper(x.value, tuple(w.value for w in ws), group_sizes.value, num_sms)
+    for_dws = tuple(x.value if w.perturbed else None for w in ws)
+    for_dx = tuple(w.value for w in ws) if x.perturbed else None
+    return ys, (for_dws, for_dx, group_sizes.value)
 
 
-def _backward(num_sms: int, residuals: Any, dys: tuple[Array, ...]) -> Any:
+def _backward(num_sms: int, residuals: Any, dys: tuple[Any, ...]) -> Any:
     hopper = _kernels()
-    x, ws, group_sizes = residuals
-    dys = tuple(_zeros_after_the_groups(dy, group_sizes, hopper.DEPTH) for dy in dys)
-    dx = hopper.grouped_matmul(dys, ws, group_sizes, num_sms=num_sms, transpose=True)
+    xs, ws, group_sizes = residuals
     outer = functools.partial(hopper.grouped_outer_product, num_sms=num_sms)
-    dws = tuple(_varying_as(w, outer(x, dy, group_sizes)) for w, dy in zip(ws, dys, strict=True))
-    return _varying_as(x, dx), dws, None
+    dx, dws, pairs = None, [], []
+    for number, (x, dy) in enumerate(zip(xs, dys, strict=True)):
+        dw = None
+        if not isinstance(dy, SymbolicZero):
+            if x is not None:
+                dy = _zeros_after_the_groups(dy, group_sizes, hopper.DEPTH)
+                dw = _varying_as(x, outer(x, dy, group_sizes))
+            if ws is not None:
+                pairs.append((dy, ws[number]))
+        dws.append(dw)
+    if pairs:
+        dx = hopper.grouped_matmul(
+            *zip(*pairs, strict=True), group_sizes, num_sms=num_sms, transpose=True
+        )
+        dx = _varying_as(ws[0], dx)
+    return dx, tuple(dws), None
 
 
-_on_hopper.defvjp(_forward, _backward)
+_on_hopper.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _varying_as(like: Array, value: Array) -> Array:
