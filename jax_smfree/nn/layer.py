@@ -81,7 +81,7 @@ def moe_layer(
     ``balance_bias`` are replicated (`moe_specs`).
     Differentiation: in everything but ``balance_bias`` and the choice of experts. In the backward
     pass the gradient of the shared expert is computed while the gradients of the rows move, to the
-    experts and back.
+    experts and back; those of the parameters of `grouped_mlp` while they move back.
 
     Args:
       token: ready, on any lane.

@@ -116,7 +116,7 @@ def _operands(where: str, x: Array, w: Array, group_sizes: Array) -> tuple[Array
 
 @jax.custom_jvp
 def _ragged_dot(x: Array, w: Array, group_sizes: Array) -> Array:
-    """``jax.lax.ragged_dot``, whose own tangent adds zeros where only one of ``x`` and ``w`` varies.
+    """``jax.lax.ragged_dot``, whose own tangent adds zeros where only ``x`` or ``w`` varies.
 
     These would be kept for the backward pass.
     """

@@ -54,7 +54,7 @@ class MoeLayer(nnx.Module):
     """`jax_smfree.nn.moe_layer_on_mesh` and its parameters.
 
     Shapes and sharding are those of that function; call it under ``nnx.jit``.
-    Differentiation: ``nnx.grad``; gradients move under the backward pass of the shared expert.
+    Differentiation: ``nnx.grad``; gradients move as in `moe_layer`.
 
     The parameters are ``router``, ``router_bias``, ``experts`` and ``shared``. Experts that have
     others than an MLP take them from ``layer.experts = Parameters(tree)``.

@@ -175,8 +175,7 @@ def moe_layer_on_mesh(
     Order: calls begin with fresh tokens, so nothing but their data orders them. A program may
     have any number of such calls side by side. On GPUs each operation in flight takes a set of
     buffers, see ``EpConfig.num_sets``; a ``token`` that is threaded through calls bounds these.
-    Differentiation: of ``params`` and ``x``; gradients move under the backward pass of the shared
-    expert.
+    Differentiation: of ``params`` and ``x``; gradients move as in `moe_layer`.
 
     Args:
       group: the `EpGroup`; for training its config has ``differentiable=True``, the default.

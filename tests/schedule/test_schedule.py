@@ -55,12 +55,19 @@ EXPECTED = {
         Expected("combine", GRADIENT, 4, "expert", lane=1),
         Expected("combine", GRADIENT, 4, "under_dispatch", lane=0),
     ],
-    # XLA may merge matmuls that share an operand.
+    # XLA may merge matmuls that share an operand. The gradients of the three matrices of the routed
+    # experts wait for the send of those of the rows.
     "nn_layer": [
         Expected("dispatch", FORWARD, 1),
         Expected("combine", FORWARD, 1),
         Expected("dispatch", GRADIENT, 2),
-        Expected("combine", GRADIENT, 2),
+        Expected("combine", GRADIENT, 2 + 3),
+    ],
+    "nn_without_shared": [
+        Expected("dispatch", FORWARD, 0),
+        Expected("combine", FORWARD, 0),
+        Expected("dispatch", GRADIENT, 0),
+        Expected("combine", GRADIENT, 3, "grouped_outer_product"),
     ],
     "nn_two_batches": [
         Expected(operation, pass_, matmuls, lane=lane)
