@@ -88,6 +88,20 @@ def test_gradients_without_varying_types(group):
     assert_trees_close(of("smfree", plain, False), of("reference", plain, False))
 
 
+@pytest.mark.skipif(not hasattr(jax.config, "jax_remat3"), reason="no jax_remat3 here")
+def test_the_coming_checkpoint_of_jax(group):
+    def gradients():
+        return jax.jit(jax.grad(loss_of(group, "smfree", WRAPPERS["policies"]), (0, 1)))
+
+    expected = gradients()(*operands())
+    before = jax.config.jax_remat3
+    jax.config.update("jax_remat3", True)
+    try:
+        assert_trees_close(gradients()(*operands()), expected)
+    finally:
+        jax.config.update("jax_remat3", before)
+
+
 @pytest.mark.parametrize("what", ["params", "x", "router", "up", "biases"])
 def test_where_only_some_of_it_varies(group, what):
     params, x = operands()
