@@ -54,7 +54,7 @@ class Fence:
             asked.ended.set()
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool]) -> bool:
-        """Whether all that was launched up to now ends within ``timeout_s``, before ``given_up``."""
+        """Whether all that was launched ends within ``timeout_s`` and before ``given_up``."""
         # A launch blocks as long as no thread of XLA is free. So it is another thread's, except
         # where the thread makes the order; there the calling one runs the program anyway.
         result = self._compute(self._input) if self._ordered_by_thread else None

@@ -93,11 +93,12 @@ def _recording(results: list[Array], operands: Iterator[Any] | None = None) -> A
     """Appends what the matmuls return to ``results``; of ``operands``, where there are any."""
 
     def around(linear: Linear) -> Linear:
-        def recorded(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
+        def recorded(x: Array, params: Any, weights: Array | None = None) -> list[Array]:
             if operands is not None:
                 x, weights = next(operands)
-            results.append(linear(x, w, bias, weights))
-            return jax.lax.stop_gradient(results[-1])
+            ys = linear(x, params, weights)
+            results.extend(ys)
+            return [jax.lax.stop_gradient(y) for y in ys]
 
         return recorded
 
@@ -108,9 +109,9 @@ def _tapped(taps: Iterator[Array], operands: list[Any]) -> Around:
     """Results vary with a tap each; what they are computed of is appended to ``operands``."""
 
     def around(linear: Linear) -> Linear:
-        def tapped(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
+        def tapped(x: Array, params: Any, weights: Array | None = None) -> list[Array]:
             operands.append((x, weights))
-            return _plus_tangent(linear(x, w, bias, weights), next(taps))
+            return [_plus_tangent(y, next(taps)) for y in linear(x, params, weights)]
 
         return tapped
 

@@ -6,7 +6,7 @@ do anything with the rows of a rank.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from jax_smfree._src import arguments, rows
+from jax_smfree.nn import matmul
 from jax_smfree.nn.activations import Activation, swiglu
 from jax_smfree.nn.matmul import GroupedMatmul, grouped_matmul
 from jax_smfree.nn.params import MlpParams, check_mlp
@@ -32,8 +33,9 @@ Experts = Callable[..., Array]
 FirstParams = tuple[Array | None, Array | None, Array, Array | None]
 LastParams = tuple[Array, Array | None]
 
-# A matmul with parameters, (x, w, bias, weights=None) -> y, and what may be put around each.
-Linear = Callable[..., Array]
+# Matmuls of the same rows, (x, [(w, bias), ...], weights=None) -> [y, ...], and what may be put
+# around them. Only biases are weighed.
+Linear = Callable[..., list[Array]]
 Around = Callable[[Linear], Linear]
 
 _FIRST_MATMULS = "smfree_mlp"  # the name of what `save_mlp_policy` keeps
@@ -142,8 +144,17 @@ def _grouped_mlp(
     if is_padded:
         return _batched_mlp(name, around, x, local_expert, params, activation, weights)
 
-    def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
-        y = grouped_matmul(x, w.astype(x.dtype), group_sizes)
+    def linear(x: Array, params: Sequence[LastParams], weights: Array | None = None) -> list[Array]:
+        ws = [w.astype(x.dtype) for w, _ in params]
+        ys: Sequence[Array] = (
+            matmul.grouped_matmuls(x, ws, group_sizes)
+            if grouped_matmul is matmul.grouped_matmul
+            else [grouped_matmul(x, w, group_sizes) for w in ws]
+        )
+        return [with_bias(x, *of, weights) for of in zip(params, ys, strict=True)]
+
+    def with_bias(x: Array, params: LastParams, y: Array, weights: Array | None) -> Array:
+        w, bias = params
         shape = (x.shape[0], w.shape[2])
         y = arguments.array(name, "the result of grouped_matmul", y, shape)
         if bias is None:
@@ -185,9 +196,12 @@ def _batched_mlp(
     """
     in_a_group = (local_expert < x.shape[0])[..., None]
 
-    def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
+    def one(x: Array, w: Array, bias: Array | None, weights: Array | None) -> Array:
         y = jnp.einsum("ech,ehf->ecf", x, w.astype(x.dtype))
         return y if bias is None else y + _weighted(bias.astype(x.dtype)[:, None, :], weights)
+
+    def linear(x: Array, params: Sequence[LastParams], weights: Array | None = None) -> list[Array]:
+        return [one(x, *each, weights) for each in params]
 
     zero = jnp.zeros((), x.dtype)
     if weights is not None:
@@ -210,27 +224,21 @@ def _mlp(
     linear: Linear,
     weights: Array | None,
 ) -> Array:
-    """``linear(x, w, bias)``, and with ``weights=`` of the last one, which weigh the bias alone."""
     first, last = first_and_last(params)
     hidden = before_last(where, x, first, activation, linear)
-    if weights is None:
-        return linear(hidden, *last)
-    return linear(_weighted(hidden, weights), *last, weights)
+    (y,) = linear(_weighted(hidden, weights), [last], weights)
+    return y
 
 
 def before_last(
     where: str, x: Array, params: FirstParams, activation: Activation, linear: Linear
 ) -> Array:
-    """What goes into the last matmul of an MLP, of which ``linear(x, w, bias)`` is one."""
+    """What goes into the last matmul of an MLP."""
     gate, gate_bias, up, up_bias = params
-
-    def first(w: Array, bias: Array | None) -> Array:
-        kept: Array = jax.ad_checkpoint.checkpoint_name(linear(x, w, bias), _FIRST_MATMULS)
-        return kept
-
-    from_up = first(up, up_bias)
-    hidden = activation(from_up) if gate is None else activation(first(gate, gate_bias), from_up)
-    return arguments.array(where, "the result of activation", hidden, from_up.shape, x.dtype)
+    of = [(up, up_bias)] if gate is None else [(gate, gate_bias), (up, up_bias)]
+    ys = [jax.ad_checkpoint.checkpoint_name(y, _FIRST_MATMULS) for y in linear(x, of)]
+    hidden = activation(*ys)
+    return arguments.array(where, "the result of activation", hidden, ys[-1].shape, x.dtype)
 
 
 def _weighted(x: Array, weights: Array | None) -> Array:

@@ -6,7 +6,7 @@ matmul while they move to the experts, and that while the results come back.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jax import Array
 
 from jax_smfree._src import arguments
 from jax_smfree.nn.activations import Activation, swiglu
-from jax_smfree.nn.experts import FirstParams, before_last, first_and_last
+from jax_smfree.nn.experts import FirstParams, LastParams, before_last, first_and_last
 from jax_smfree.nn.params import MlpParams, SigmoidGatedParams, check_mlp
 
 # (x [T, H], params) -> [T, H]. ``params`` is ``MoeParams.shared``, any pytree of arrays.
@@ -89,7 +89,7 @@ def _mlp_in_two(hidden: int, params: MlpParams, activation: Activation) -> tuple
     def begin(x: Array, first: FirstParams) -> Array:  # [T, F]
         return before_last("mlp", x, first, activation, _linear)
 
-    return Part(begin, first), Part(lambda hidden, last: _linear(hidden, *last), last)
+    return Part(begin, first), Part(lambda hidden, last: _linear(hidden, [last])[0], last)
 
 
 def _gated_in_two(
@@ -122,6 +122,9 @@ def _whole(parts: tuple[Part, Part], x: Array) -> Array:
     return out
 
 
-def _linear(x: Array, w: Array, bias: Array | None) -> Array:
-    y = x @ w.astype(x.dtype)
-    return y if bias is None else y + bias.astype(x.dtype)[None, :]
+def _linear(x: Array, params: Sequence[LastParams]) -> list[Array]:
+    def one(w: Array, bias: Array | None) -> Array:
+        y = x @ w.astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)[None, :]
+
+    return [one(*each) for each in params]

@@ -263,8 +263,8 @@ def poisoned_operands(group_sizes: list[int], dtype: Any) -> tuple[jax.Array, ..
     """x, w, group_sizes and dy, with NaN in the rows of no group of x and dy."""
     sizes, rows = jnp.array(group_sizes, jnp.int32), 150
     x = jax.random.normal(jax.random.key(4), (rows, 128)).astype(dtype)
-    w = jax.random.normal(jax.random.key(5), (sizes.size, 128, 192)).astype(dtype)
-    dy = jax.random.normal(jax.random.key(6), (rows, 192)).astype(dtype)
+    w = jax.random.normal(jax.random.key(5), (sizes.size, 128, 384)).astype(dtype)
+    dy = jax.random.normal(jax.random.key(6), (rows, 384)).astype(dtype)
     unused = jnp.arange(rows)[:, None] >= sizes.sum()
     return jnp.where(unused, jnp.nan, x), w, sizes, jnp.where(unused, jnp.nan, dy)
 
