@@ -3,7 +3,9 @@
 
 import dataclasses
 import re
+from collections import Counter
 
+import jax
 import pytest
 
 from jax_smfree import inspect
@@ -35,6 +37,8 @@ LAYER = [
     Expected("dispatch", GRADIENT, 4, "under_combine"),
     Expected("combine", GRADIENT, 4, "under_dispatch"),
 ]
+# The kernels for the gradients of the experts' weights, where there are any.
+OF_WEIGHTS = "grouped_outer_product" if jax.__version_info__ >= (0, 11) else ""
 EXPECTED = {
     "forward": LAYER_FORWARD,
     "gradient": LAYER,
@@ -67,7 +71,7 @@ EXPECTED = {
         Expected("dispatch", FORWARD, 0),
         Expected("combine", FORWARD, 0),
         Expected("dispatch", GRADIENT, 0),
-        Expected("combine", GRADIENT, 3, "grouped_outer_product"),
+        Expected("combine", GRADIENT, 3, OF_WEIGHTS),
     ],
     "nn_two_batches": [
         Expected(operation, pass_, matmuls, lane=lane)
@@ -122,6 +126,17 @@ def test_windows_lie_inside_the_loops(schedule_of, program):
     backward = {w.computation for w in windows if pass_of(w) != FORWARD}
     assert len(forward) == len(backward) == 1
     assert forward != backward
+
+
+@pytest.mark.skipif(not OF_WEIGHTS, reason="the kernels need JAX 0.11")
+def test_the_gradient_of_rows_that_gate_and_up_share_is_one_matmul(schedule_of):
+    text = schedule_of("nn_without_shared", "on")
+    kernels = re.findall(r'target="mosaic_gpu.*op_name="[^"]*/(grouped_\w+)', text)
+    assert Counter(kernels) == {
+        "grouped_matmul": 3,
+        "grouped_matmul_transposed": 2,
+        "grouped_outer_product": 3,
+    }
 
 
 @pytest.mark.parametrize("latency_hiding", ["on", "off"])
