@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_smfree import nn
-from jax_smfree.nn import hopper
 
 Function = Callable[..., Any]
 
 DENSE = "dense"
-OURS = "jax_smfree.nn.hopper"
+OURS = "nn.grouped_matmul"
 RAGGED_DOT_FLAGS = {
     "xla_gpu_experimental_use_ragged_dot_grouped_gemm": True,
     "xla_gpu_experimental_use_ragged_dot_fusion": True,
@@ -39,23 +38,9 @@ class Candidate(NamedTuple):
     torch: bool = False  # the functions are of PyTorch, and of its tensors
 
 
-def _num_sms() -> int:
-    return int(getattr(jax.devices()[0], "core_count", 2))
-
-
 def _dense() -> Kernels:
     """One matmul of as many operations: ``w`` [H, F]."""
     return Kernels(lambda x, w, _: x @ w, lambda dy, w, _: dy @ w.T, lambda x, dy, _: x.T @ dy)
-
-
-def _ours() -> Kernels:
-    num_sms = _num_sms()
-    outer = functools.partial(hopper.grouped_outer_product, num_sms=num_sms)
-
-    def matmul(x: Any, w: Any, sizes: Any, transpose: bool = False) -> Any:
-        return hopper.grouped_matmul([x], [w], sizes, num_sms=num_sms, transpose=transpose)
-
-    return Kernels(matmul, functools.partial(matmul, transpose=True), outer)
 
 
 def _of_multiply(multiply: Function) -> Kernels:
@@ -145,12 +130,11 @@ def _quack() -> Kernels:
 
 CANDIDATES = (
     Candidate(DENSE, _dense),
-    Candidate(OURS, _ours),
+    Candidate(OURS, lambda: _of_multiply(nn.grouped_matmul)),
     Candidate("jax pallas ops", _jax_mosaic_ops),
     Candidate("torch._grouped_mm", _torch, torch=True),
     Candidate("quack.gemm", _quack, torch=True),
     Candidate("tokamax.ragged_dot", _tokamax),
-    Candidate("nn.grouped_matmul", lambda: _of_multiply(nn.grouped_matmul)),
     Candidate("jax.lax.ragged_dot", lambda: _of_multiply(jax.lax.ragged_dot), True),
     Candidate(
         "jax.lax.ragged_dot, XLA's flags for it",
