@@ -11,6 +11,7 @@ computed and sent, then come those of the parameters, and then what was sent is 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,20 +22,20 @@ from jax.interpreters import ad
 
 from jax_smfree._src import api, compat
 from jax_smfree._src.token import DispatchResult, Token
-from jax_smfree.nn.experts import Around, Linear
+from jax_smfree.nn.experts import Experts, Linear, around_matmuls
 
-# (d, params, around) -> y: the experts of a rank, with ``around(linear)`` for each of their matmuls
-# with parameters, or as they are where ``around`` is None.
-Compute = Callable[[DispatchResult, Any, Around | None], Array]
+# (d, params, change) -> y: ``change(experts)`` of a rank, or its experts where ``change`` is None.
+Change = Callable[[Experts], Experts]
+Compute = Callable[[DispatchResult, Any, Change | None], Array]
 Received = tuple[DispatchResult, Token, Array]
 
 
 def recv(token: Token, compute: Compute, params: Any) -> Received:
     """``dispatch_recv``, and the experts on what came: ``(d, token, y)``."""
 
-    def received(token: Token, params: Any, around: Around | None = None) -> Received:
+    def received(token: Token, params: Any, change: Change | None = None) -> Received:
         d, token = api.dispatch_recv(token)
-        return d, token, compute(d, params, around)
+        return d, token, compute(d, params, change)
 
     # What replays it as a whole would send the rows in one derivation and receive them in another.
     if not token.group.config.differentiable or compat.replays_whole_functions():
@@ -59,12 +60,12 @@ def recv(token: Token, compute: Compute, params: Any) -> Received:
 
         def by_rows(x: Array, weights: Array, taps: list[Array]) -> tuple[Array, list[Any]]:
             operands: list[Any] = []
-            around = _tapped(iter(taps), operands)
-            return compute(d.replace(x=x, weights=weights), params, around), operands
+            change = _tapped(iter(taps), operands)
+            return compute(d.replace(x=x, weights=weights), params, change), operands
 
         def by_params(params: Any) -> list[Array]:
             results: list[Array] = []
-            compute(d, params, _recording(results, iter(operands)))
+            compute(d, params, _repeated(iter(operands), results))
             return results
 
         def of_params(dots: list[Array]) -> list[Array]:
@@ -89,23 +90,35 @@ def recv(token: Token, compute: Compute, params: Any) -> Received:
     return result
 
 
-def _recording(results: list[Array], operands: Iterator[Any] | None = None) -> Around:
-    """Appends what the matmuls return to ``results``; of ``operands``, where there are any."""
+def _recording(results: list[Array]) -> Change:
+    """Appends what the matmuls return to ``results``."""
 
     def around(linear: Linear) -> Linear:
-        def recorded(x: Array, params: Any, weights: Array | None = None) -> list[Array]:
-            if operands is not None:
-                x, weights = next(operands)
-            ys = linear(x, params, weights)
+        def recorded(*args: Any) -> list[Array]:
+            ys = linear(*args)
             results.extend(ys)
             return [jax.lax.stop_gradient(y) for y in ys]
 
         return recorded
 
-    return around
+    return functools.partial(around_matmuls, around=around)
 
 
-def _tapped(taps: Iterator[Array], operands: list[Any]) -> Around:
+def _repeated(operands: Iterator[Any], results: list[Array]) -> Change:
+    """The matmuls of ``operands``, as `_recording`, and nothing that is between them."""
+
+    def around(linear: Linear) -> Linear:
+        def repeated(x: Array, params: Any, weights: Array | None = None) -> list[Array]:
+            x, weights = next(operands)
+            results.extend(linear(x, params, weights))
+            return results[-len(params) :]
+
+        return repeated
+
+    return functools.partial(around_matmuls, around=around, activation=lambda *ys: ys[-1])
+
+
+def _tapped(taps: Iterator[Array], operands: list[Any]) -> Change:
     """Results vary with a tap each; what they are computed of is appended to ``operands``."""
 
     def around(linear: Linear) -> Linear:
@@ -115,7 +128,7 @@ def _tapped(taps: Iterator[Array], operands: list[Any]) -> Around:
 
         return tapped
 
-    return around
+    return functools.partial(around_matmuls, around=around)
 
 
 @jax.custom_jvp

@@ -108,10 +108,10 @@ def is_ready(experts: Experts) -> bool:
     return experts is grouped_mlp
 
 
-def around_matmuls(experts: Experts, around: Around) -> Experts:
-    """Ready experts with something put around each of their matmuls."""
-    options = experts.keywords if isinstance(experts, functools.partial) else {}
-    return functools.partial(_grouped_mlp, around, **options)
+def around_matmuls(experts: Experts, around: Around, **options: Any) -> Experts:
+    """Ready experts with something put around each of their matmuls, and with these options."""
+    given = experts.keywords if isinstance(experts, functools.partial) else {}
+    return functools.partial(_grouped_mlp, around, **given | options)
 
 
 def _unchanged(linear: Linear) -> Linear:

@@ -15,7 +15,8 @@ from jax_smfree._src import api, arguments, compat, group_axis
 from jax_smfree._src.config import EpConfig
 from jax_smfree._src.rows import local_expert
 from jax_smfree.nn import deferred
-from jax_smfree.nn.experts import Around, Experts, around_matmuls, grouped_mlp, is_ready
+from jax_smfree.nn.deferred import Change
+from jax_smfree.nn.experts import Experts, grouped_mlp, is_ready
 from jax_smfree.nn.matmul import GroupedMatmul
 from jax_smfree.nn.operations import Implementation
 from jax_smfree.nn.params import MoeParams
@@ -174,8 +175,8 @@ class Layer:
     def recv(self, ops: Any, token: Any, params: Any) -> tuple[Any, Any, Array]:
         """The recv phase of the dispatch, and the experts on what came: ``(d, token, y)``."""
 
-        def compute(d: Any, params: Any, around: Around | None = None) -> Array:
-            return self.of_experts(d.x, d.weights, d.group_sizes, params, around)
+        def compute(d: Any, params: Any, change: Change | None = None) -> Array:
+            return self.of_experts(d.x, d.weights, d.group_sizes, params, change)
 
         if ops is api and is_ready(self.experts):
             return deferred.recv(token, compute, params)
@@ -188,10 +189,10 @@ class Layer:
         weights: Array,
         group_sizes: Array,
         params: Any,
-        around: Around | None = None,
+        change: Change | None = None,
     ) -> Array:
-        """What the experts return; ready ones with ``around`` put around their matmuls."""
-        experts = self.experts if around is None else around_matmuls(self.experts, around)
+        """What the experts return, or others that ``change`` makes of them."""
+        experts = self.experts if change is None else change(self.experts)
         if self.weight_on == "input":
             x = (x.astype(jnp.float32) * weights[..., None]).astype(x.dtype)
         more = {"weights": weights} if self.weight_on == "hidden" else {}

@@ -46,7 +46,7 @@ def loss_of(group, implementation, wrap=WRAPPERS["plain"], check_vma=True, **opt
 
         @wrap
         def layer(token, params, x):
-            token, out, _ = nn.moe_layer(token, params, x, experts=experts, **given)
+            token, out, _ = nn.moe_layer(token, params, x, **{"experts": experts} | given)
             return token, x + out
 
         def body(carry, params):
@@ -157,3 +157,22 @@ def test_experts_that_close_over_what_varies(group):
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*operands(), jnp.float32(2))
 
     assert_trees_close(of("smfree"), of("reference"))
+
+
+def test_an_activation_runs_no_more_often(group):
+    """What it does beside its result, a callback, is not repeated for the parameters."""
+    calls = []
+
+    def activation(gate, up):
+        jax.debug.callback(lambda: calls.append(None))
+        return jnp.tanh(gate) * up
+
+    def number_of_calls(implementation):
+        experts = functools.partial(nn.grouped_mlp, activation=activation)
+        loss = loss_of(group, implementation, experts=experts)
+        calls.clear()
+        jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1)))(*operands()))
+        jax.effects_barrier()
+        return len(calls)
+
+    assert number_of_calls("smfree") == number_of_calls("reference") > 0
