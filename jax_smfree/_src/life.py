@@ -179,7 +179,14 @@ def _first(messages: Iterable[str | None]) -> str | None:
     return next(filter(None, messages), None)
 
 
-os.register_at_fork(after_in_child=_living.clear)  # a child has none of this
+def _leave_to_parent() -> None:
+    """In a child there are none of the threads, and what is closed here would be the parent's."""
+    for life in _living:
+        life._ended = True
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @atexit.register

@@ -124,6 +124,24 @@ def test_close_waits_for_what_was_launched(ranks):
         np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_leaves_the_group_to_its_parent(faulty):
+    """Its ``close`` has nothing to wait for: the programs, and all threads, are the parent's."""
+    group = faulty(**LONG)
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            group.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert time.monotonic() - start < LONG["timeout_s"] / 2
+    assert_works(group)
+
+
 def test_check_after_close(faulty):
     """Says what went wrong before, as often as it is asked."""
     group = faulty(timeout_s=1.0, at_least=2)
