@@ -5,6 +5,7 @@ The reference, whose operations send nothing, is differentiated as JAX does it.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,11 @@ WRAPPERS = {
 }
 
 
-@pytest.fixture(params=["grouped", "padded"])
+@pytest.fixture
 def group(groups, request):
     return groups(
         ep_mesh(as_many(4)), num_experts=EXPERTS, hidden=HIDDEN, top_k=2, max_tokens=8,
-        dtype="float32", layout=request.param,
+        dtype="float32", layout=getattr(request, "param", "grouped"),
     )  # fmt: skip
 
 
@@ -70,14 +71,23 @@ def operands():
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), rows(as_many(4) * 8)
 
 
-@pytest.mark.parametrize("weight_on", ["output", "hidden", "input"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_gradients(group, wrapper, weight_on):
+CASES = [
+    *itertools.product(["grouped"], ["output", "hidden", "input"], [tuple(WRAPPERS)]),
+    ("padded", "output", ("plain",)),
+    ("padded", "hidden", ("policies",)),
+    ("padded", "input", ("checkpoint",)),
+]
+
+
+@pytest.mark.parametrize(("group", "weight_on", "wrappers"), CASES, indirect=["group"])
+def test_gradients(group, weight_on, wrappers):
     def of(*how):
         loss = loss_of(group, *how, weight_on=weight_on)
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(*operands())
 
-    assert_trees_close(of("smfree", WRAPPERS[wrapper]), of("reference"))
+    expected = of("reference")
+    for wrapper in wrappers:
+        assert_trees_close(of("smfree", WRAPPERS[wrapper]), expected)
 
 
 def test_gradients_without_varying_types(group):
