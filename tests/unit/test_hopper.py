@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grouped matmuls for Hopper GPUs, in Pallas's interpreter, which looks for races."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,26 @@ def test_products_of_every_group(size, pairs):
     )
     for got, want in zip((out[:used], dx[:used], dw), expected, strict=True):
         np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=0.3)
+
+
+tiles_of_rows = jax.jit(hopper._tiles_of_rows, static_argnums=1)
+
+
+@hypothesis.given(
+    sizes=st.lists(st.one_of(st.integers(0, 40), st.integers(0, 1000)), min_size=8, max_size=8)
+)
+@hypothesis.settings(deadline=None)
+def test_every_row_is_in_one_tile(sizes):
+    """Of its group, whose tiles follow one another, and no row past the groups is in one."""
+    (count,), tiles = map(np.asarray, tiles_of_rows(jnp.array(sizes, jnp.int32), 8000))
+    rows, ends = np.zeros(8000, int), np.cumsum(sizes)
+    for number, (base, of_group, group, begin, end, first, width) in enumerate(tiles[:count]):
+        assert (begin, end) == (ends[group] - sizes[group], ends[group])
+        assert (tiles[base : base + of_group, 2] == group).all()
+        assert base <= number < base + of_group
+        assert first % hopper.ATOM == 0 and hopper.WIDTHS[width]
+        rows[max(first, begin) : min(first + hopper.WIDTHS[width], end)] += 1
+    assert (rows == (np.arange(8000) < sum(sizes))).all()
 
 
 def _of_groups(x, w):
