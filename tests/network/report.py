@@ -34,6 +34,13 @@ order in which a card writes to a GPU.
 _SECONDS = """
 Seconds, the most of any process: of a fault, until the group was closed; of a cable, for all steps.
 """
+_FAILED = """
+## What failed
+
+The end of what each said.
+
+"""
+_LONGEST = 3000  # characters of that
 _WIRE = """
 ## Bytes on the wire
 
@@ -53,12 +60,20 @@ class _Row:
 
 
 class Report:
-    """A plugin of pytest that writes ``path`` at the end, also of tests that were interrupted."""
+    """A plugin of pytest that writes ``path`` after each test: a time limit may end the run."""
 
     def __init__(self, path: str, arguments: tuple[str, ...]) -> None:
-        self._path, self._command = Path(path), " ".join(("pytest", *arguments))
+        self._path = Path(path)
+        self._head = _HEAD.format(
+            when=datetime.date.today().isoformat(),
+            commit=_output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
+            versions=", ".join(_versions()),
+            machine=_machine(),
+            command=" ".join(("pytest", *arguments)),
+        )
         self._rows: dict[str, _Row] = collections.defaultdict(_Row)
         self._wires: list[str] = []
+        self._failures: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.passed and report.when != "call":
@@ -77,19 +92,13 @@ class Report:
                 row.seconds = max(row.seconds, float(value))
             elif name == "wire":
                 self._wires.append(str(value))
-
-    def pytest_sessionfinish(self) -> None:
+        if report.failed:
+            self._failures[report.nodeid] = report.longreprtext[-_LONGEST:]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(self._text())
 
     def _text(self) -> str:
-        text = _HEAD.format(
-            when=datetime.date.today().isoformat(),
-            commit=_output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
-            versions=", ".join(_versions()),
-            machine=_machine(),
-            command=self._command,
-        )
+        text = self._head
         for name, row in sorted(self._rows.items()):
             of = row.outcomes
             skipped = f"{of['skipped']}: {'; '.join(sorted(row.reasons))}" if of["skipped"] else ""
@@ -99,6 +108,10 @@ class Report:
         text += _SECONDS
         if self._wires:
             text += _WIRE + "".join(f"- {wire}\n" for wire in self._wires)
+        if self._failures:
+            text += _FAILED
+        for name, failure in self._failures.items():
+            text += f"`{Path(name).name}`:\n\n```\n{failure}\n```\n\n"
         return text
 
 
