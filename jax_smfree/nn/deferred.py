@@ -52,6 +52,7 @@ def recv(token: Token, compute: Compute, params: Any) -> Received:
 
     def jvp(primals: tuple[Token, Any], tangents: tuple[Any, Any]) -> tuple[Received, Any]:
         (token, params), (token_dot, params_dot) = primals, tangents
+        # Where rows or parameters do not vary, there is nothing to put in order.
         if _is_zero(token_dot.array) or all(map(_is_zero, jax.tree.leaves(params_dot))):
             return _jvp(received, primals, tangents)
 
