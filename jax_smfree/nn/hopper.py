@@ -192,7 +192,7 @@ def grouped_outer_product(x: Array, y: Array, group_sizes: Array, *, num_sms: in
 
                     @pl.when((row < at.begin) | (row + DEPTH > at.end))
                     def _() -> None:
-                        # Not in Layout.WGMMA_TRANSPOSED: its iota was off by one on an H200.
+                        # Masked in Layout.WGMMA_TRANSPOSED, products were wrong on an H200.
                         block = ring.a.at[slot, :, own]
                         rows = row + plgpu.broadcasted_iota(
                             jnp.int32, (DEPTH, HALF), 0, layout=plgpu.Layout.WGMMA

@@ -58,7 +58,7 @@ struct GroupState {
 
   // What the movers' threads call, and so stands before the ranks that own them: it is there until
   // they have ended.
-  Allocation failed;  // pinned uint32: some rank has reported a fault
+  Allocation failed;  // pinned uint32: some rank has reported a fault; the host asks Failed()
   Announcements announcements;
   std::unique_ptr<LaunchOrder> launch_order;
   mutable std::mutex fault_mutex;

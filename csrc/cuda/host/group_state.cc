@@ -304,7 +304,10 @@ Status GroupState::Connect() {
 }
 
 bool GroupState::Failed() const {
-  return __atomic_load_n(failed.as<uint32_t>(), __ATOMIC_ACQUIRE) != 0;
+  // Under the lock, because Release takes the word away, and others ask while it does.
+  const std::lock_guard<std::mutex> lock(fault_mutex);
+  const auto* const word = failed.as<uint32_t>();
+  return word == nullptr ? !host_fault.ok() : __atomic_load_n(word, __ATOMIC_ACQUIRE) != 0;
 }
 
 void GroupState::Fail(Status fault) {
