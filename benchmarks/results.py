@@ -55,6 +55,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def file_of_gpus(command: str, described: Json) -> str:
+    """The name of what a command has measured on GPUs, which `machine.describe_gpus` describes."""
+    return f"gpu-{command}-{slug(described['device'])}-x{described['devices']}.json"
+
+
 class Session:
     """The results of a run, on disk after every part, and the time that is left for more."""
 

@@ -163,8 +163,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     with results.folder(options) as folder:
         described = machine.describe_gpus(options.commit)
-        device, count = results.slug(described["device"]), described["devices"]
-        path = folder / f"gpu-decode-{device}-x{count}.json"
+        path = folder / results.file_of_gpus("decode", described)
         session = Session(path, described, BUDGET_S)
         measure(session, options.smoke)
         show_all(session.result, path)

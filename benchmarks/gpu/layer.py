@@ -237,9 +237,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     with results.folder(options) as folder:
         described = machine.describe_gpus(options.commit)
-        device, count = results.slug(described["device"]), described["devices"]
-        path = folder / f"gpu-layer-{device}-x{count}.json"
+        path = folder / results.file_of_gpus("layer", described)
         session = Session(path, described, BUDGET_S)
         measure(session, options.smoke)
-        session.save()
         show_all(session.result, path)

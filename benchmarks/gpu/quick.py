@@ -133,8 +133,7 @@ def run(options: argparse.Namespace) -> None:
             result, path = compare(options, folder)
         else:
             described = machine.describe_gpus(options.commit)
-            device, count = results.slug(described["device"]), described["devices"]
-            path = folder / f"gpu-quick-{device}-x{count}.json"
+            path = folder / results.file_of_gpus("quick", described)
             session = Session(path, described, BUDGET_S)
             measure(session, options.smoke)
             result = session.result

@@ -103,15 +103,19 @@ def grouped_mlp(
 
 def is_ready(experts: Experts) -> bool:
     """Whether these are `grouped_mlp`, with another activation or grouped matmul or not."""
-    if isinstance(experts, functools.partial) and not experts.args:
-        experts = experts.func
-    return experts is grouped_mlp
+    return of_partial(experts)[0] is grouped_mlp
 
 
 def around_matmuls(experts: Experts, around: Around, **options: Any) -> Experts:
     """Ready experts with something put around each of their matmuls, and with these options."""
-    given = experts.keywords if isinstance(experts, functools.partial) else {}
-    return functools.partial(_grouped_mlp, around, **given | options)
+    return functools.partial(_grouped_mlp, around, **of_partial(experts)[1] | options)
+
+
+def of_partial(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of a ``functools.partial`` of keywords alone, and these; any other as it is."""
+    if isinstance(function, functools.partial) and not function.args:
+        return function.func, function.keywords
+    return function, {}
 
 
 def _unchanged(linear: Linear) -> Linear:
@@ -196,19 +200,25 @@ def _batched_mlp(
     """
     in_a_group = (local_expert < x.shape[0])[..., None]
 
-    def one(x: Array, w: Array, bias: Array | None, weights: Array | None) -> Array:
+    def linear(x: Array, w: Array, bias: Array | None, weights: Array | None = None) -> Array:
         y = jnp.einsum("ech,ehf->ecf", x, w.astype(x.dtype))
         return y if bias is None else y + _weighted(bias.astype(x.dtype)[:, None, :], weights)
-
-    def linear(x: Array, params: Sequence[LastParams], weights: Array | None = None) -> list[Array]:
-        return [one(x, *each, weights) for each in params]
 
     zero = jnp.zeros((), x.dtype)
     if weights is not None:
         weights = jnp.where(in_a_group[..., 0], weights, 0)
     x = jnp.where(in_a_group, x, zero)
-    y = _mlp(where, x, params, activation, around(linear), weights)
+    y = _mlp(where, x, params, activation, around(one_by_one(linear)), weights)
     return jnp.where(in_a_group, y, zero)
+
+
+def one_by_one(multiply: Callable[..., Array]) -> Linear:
+    """Of what takes one weight, ``multiply(x, w, bias)``, and may take weights of the bias."""
+
+    def linear(x: Array, params: Sequence[LastParams], *weights: Array | None) -> list[Array]:
+        return [multiply(x, *each, *weights) for each in params]
+
+    return linear
 
 
 def first_and_last(params: MlpParams) -> tuple[FirstParams, LastParams]:

@@ -177,7 +177,7 @@ def grouped_outer_product(x: Array, y: Array, group_sizes: Array, *, num_sms: in
                 def copies(step: Any, slot: Any, ready: Any) -> None:
                     rows = pl.ds(pl.multiple_of(at.first, ATOM) + step * DEPTH, DEPTH)
                     source = y.at[rows, pl.ds(at.column * WIDTH, WIDTH)]
-                    copy_to_all(ring, source, ring.b.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(source, ring.b.at[slot], ready)
                     source = x.at[rows, pl.ds(at.row * TILE, TILE)]
                     plgpu.copy_gmem_to_smem(source, ring.a.at[slot], ready)
 

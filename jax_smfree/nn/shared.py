@@ -5,8 +5,7 @@ A layer takes it as a function, `Shared`. It runs while the rows move: those her
 matmul while they move to the experts, and that while the results come back.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,13 @@ from jax import Array
 
 from jax_smfree._src import arguments
 from jax_smfree.nn.activations import Activation, swiglu
-from jax_smfree.nn.experts import FirstParams, LastParams, before_last, first_and_last
+from jax_smfree.nn.experts import (
+    FirstParams,
+    before_last,
+    first_and_last,
+    of_partial,
+    one_by_one,
+)
 from jax_smfree.nn.params import MlpParams, SigmoidGatedParams, check_mlp
 
 # (x [T, H], params) -> [T, H]. ``params`` is ``MoeParams.shared``, any pytree of arrays.
@@ -70,10 +75,8 @@ def in_two(shared: Shared, x: Array, params: Any) -> tuple[Part, Part] | None:
     That can wait for the combine, whose rows it hides, and in the backward pass the gradients that
     are dispatched. No parameter is in both parts, so that no gradients have to be added.
     """
-    function: Any = shared
-    options: dict[str, Any] = {"activation": swiglu}
-    if isinstance(shared, functools.partial) and not shared.args:
-        function, options = shared.func, options | shared.keywords
+    function, given = of_partial(shared)
+    options = {"activation": swiglu} | given
     if function is mlp:
         return _mlp_in_two(x.shape[1], params, **options)
     if function is sigmoid_gated_mlp:
@@ -87,9 +90,9 @@ def _mlp_in_two(hidden: int, params: MlpParams, activation: Activation) -> tuple
     first, last = first_and_last(params)
 
     def begin(x: Array, first: FirstParams) -> Array:  # [T, F]
-        return before_last("mlp", x, first, activation, _linear)
+        return before_last("mlp", x, first, activation, one_by_one(_linear))
 
-    return Part(begin, first), Part(lambda hidden, last: _linear(hidden, [last])[0], last)
+    return Part(begin, first), Part(lambda hidden, last: _linear(hidden, *last), last)
 
 
 def _gated_in_two(
@@ -122,9 +125,6 @@ def _whole(parts: tuple[Part, Part], x: Array) -> Array:
     return out
 
 
-def _linear(x: Array, params: Sequence[LastParams]) -> list[Array]:
-    def one(w: Array, bias: Array | None) -> Array:
-        y = x @ w.astype(x.dtype)
-        return y if bias is None else y + bias.astype(x.dtype)[None, :]
-
-    return [one(*each) for each in params]
+def _linear(x: Array, w: Array, bias: Array | None) -> Array:
+    y = x @ w.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)[None, :]
